@@ -1,0 +1,126 @@
+"""Unbiased, differentiable draws of `linear(x, w)` for w ~ N(loc, exp(log_variance)).
+
+An estimator is one function `(linear, x, loc, log_variance, seed, channel_axis) -> output`, where
+`linear(x, w)` is any operation linear in `x` and in `w` (a product, a convolution, an einsum). All of them have the
+same mean `linear(x, loc)` and, for one output at a time, the same variance `linear(x², exp(log_variance))`.
+They differ in what is drawn, and so in cost and in how outputs vary together:
+
+| estimator | draws | products | noise is shared by |
+| --- | --- | --- | --- |
+| `local_reparameterization` | one number for each output | 2 | nothing |
+| `flipout` | one weight for the batch, signs for each example | 2 | nothing but one weight draw |
+| `reparameterization` | one weight for the batch | 1 | all examples of the batch |
+
+`loc` and `log_variance` are float32 (or wider). The mean is computed in the type of `x`, the variance in theirs.
+"""
+
+from keras import ops
+
+from keras_vdrop.functional import noise
+
+# Keeps the gradient of the square root finite where an output has no variance at all.
+_SMALLEST_VARIANCE = 1e-16
+
+
+def reparameterize(loc, log_variance, seed):
+    """One draw w = loc + exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and type of `loc`."""
+    return loc + _perturbation(log_variance, seed)
+
+
+def _perturbation(log_variance, seed):
+    return ops.exp(0.5 * log_variance) * noise.normal(ops.shape(log_variance), seed, log_variance.dtype)
+
+
+def local_reparameterization(linear, x, loc, log_variance, seed, channel_axis=-1):
+    """linear(x, loc) + sqrt(linear(x², exp(log_variance)))·ε, with ε ~ N(0, 1) for each output.
+
+    Exact for a dense layer; in a convolution it treats the kernel as drawn anew at every location.
+
+    Args:
+        linear: Callable `(x, w) -> output`, linear in both.
+        x: Tensor, the input, the batch on its first axis.
+        loc: Tensor, the mean of the weight.
+        log_variance: Tensor of the same shape, its log variance.
+        seed: A `keras.random.SeedGenerator`.
+        channel_axis: Not used here.
+
+    Returns:
+        Tensor of the shape of `linear(x, loc)` and the type of `x`.
+
+    Reference:
+        Variational Dropout and the Local Reparameterization Trick, Kingma, Salimans, Welling, 2015,
+        https://arxiv.org/abs/1506.02557
+    """
+    del channel_axis
+    mean = linear(x, ops.cast(loc, x.dtype))
+    # float16 ends at 65504, so the square of 300 is already infinite in it.
+    variance = linear(ops.square(ops.cast(x, log_variance.dtype)), ops.exp(log_variance))
+    scale = ops.sqrt(ops.maximum(variance, _SMALLEST_VARIANCE))
+    epsilon = noise.normal(ops.shape(mean), seed, log_variance.dtype)
+    return mean + ops.cast(scale * epsilon, mean.dtype)
+
+
+def flipout(linear, x, loc, log_variance, seed, channel_axis=-1):
+    """linear(x, loc) + s·linear(r·x, Δw), one Δw ~ N(0, exp(log_variance)), signs r and s for each example.
+
+    Multiplying the input's and the output's channels by random signs gives each example a perturbation of its own,
+    uncorrelated with its neighbours', from one draw of the weight.
+
+    Args:
+        linear: Callable `(x, w) -> output`, linear in both.
+        x: Tensor, the input, the batch on its first axis.
+        loc: Tensor, the mean of the weight.
+        log_variance: Tensor of the same shape, its log variance.
+        seed: A `keras.random.SeedGenerator`.
+        channel_axis: The axis of the channels in `x` and in the output; along the others but the
+            batch an example keeps its signs.
+
+    Returns:
+        Tensor of the shape of `linear(x, loc)` and the type of `x`.
+
+    Reference:
+        Flipout: Efficient Pseudo-Independent Weight Perturbations on Mini-Batches, Wen et al., 2018,
+        https://arxiv.org/abs/1803.04386
+    """
+    mean = linear(x, ops.cast(loc, x.dtype))
+    delta = ops.cast(_perturbation(log_variance, seed), x.dtype)
+    signs_in = _signs(x, seed, channel_axis)
+    signs_out = _signs(mean, seed, channel_axis)
+    return mean + signs_out * linear(signs_in * x, delta)
+
+
+def _signs(tensor, seed, channel_axis):
+    """Signs for each example and channel of `tensor`, of size 1 along its other axes."""
+    kept = {0, channel_axis % len(tensor.shape)}
+    shape = tuple(size if axis in kept else 1 for axis, size in enumerate(ops.shape(tensor)))
+    return noise.rademacher(shape, seed, tensor.dtype)
+
+
+def reparameterization(linear, x, loc, log_variance, seed, channel_axis=-1):
+    """linear(x, w) with one draw w = loc + exp(½·log_variance)·ε for the whole batch.
+
+    The cheapest estimator, and the one whose gradient varies most: its noise does not average out over the batch.
+
+    Args:
+        linear: Callable `(x, w) -> output`, linear in both.
+        x: Tensor, the input, the batch on its first axis.
+        loc: Tensor, the mean of the weight.
+        log_variance: Tensor of the same shape, its log variance.
+        seed: A `keras.random.SeedGenerator`.
+        channel_axis: Not used here.
+
+    Returns:
+        Tensor of the shape of `linear(x, loc)` and the type of `x`.
+
+    Reference:
+        Weight Uncertainty in Neural Networks, Blundell et al., 2015, https://arxiv.org/abs/1505.05424
+    """
+    del channel_axis
+    return linear(x, ops.cast(reparameterize(loc, log_variance, seed), x.dtype))
+
+
+ESTIMATORS = {
+    "local_reparameterization": local_reparameterization,
+    "flipout": flipout,
+    "reparameterization": reparameterization,
+}

@@ -1,0 +1,200 @@
+"""`VariationalWeight`: a weight that is a distribution, with everything that belongs to it."""
+
+import keras
+from keras import ops
+
+from keras_vdrop.functional import estimators, sparsity
+
+
+class VariationalWeight:
+    """One weight tensor with a factorised Gaussian posterior q(w) = N(loc, exp(log_variance)).
+
+    It owns the two trainable variables, the mask of what pruning left, the prior and the KL between them, and it
+    applies itself to an input with the estimator's noise. A layer gets one by `add_weight` and uses
+    `apply`; that is all a layer needs to be variational.
+
+    The KL reaches `layer.losses` as the regularizer of the variables, so it is counted once, however
+    often and wherever the layer is called, and is gone when the layer is frozen.
+
+    Attributes:
+        loc: Variable, the posterior mean, trainable.
+        log_variance: Variable of the same shape, float32 (float64 in a float64 layer), trainable.
+        mask: Boolean variable of the same shape; False where pruned.
+        prior: The `Prior`.
+        owner: The layer.
+    """
+
+    def __init__(
+        self,
+        owner,
+        add_weight,
+        name,
+        shape,
+        *,
+        prior,
+        estimator,
+        initial_log_variance,
+        initializer=None,
+        regularizer=None,
+        constraint=None,
+        dtype=None,
+        trainable=True,
+    ):
+        """Create the variables by `add_weight`, whose arguments the others are, as in Keras."""
+        self.owner = owner
+        self.name = name
+        self.prior = prior
+        self._estimate = estimators.ESTIMATORS[estimator]
+        self._held = None
+        self.loc = add_weight(
+            name=f"{name}_loc",
+            shape=shape,
+            initializer=initializer,
+            regularizer=_LocPenalty(self, keras.regularizers.get(regularizer)),
+            constraint=constraint,
+            dtype=dtype,
+            trainable=trainable,
+            autocast=False,
+        )
+        # A float16 variance would underflow below 6e-8.
+        wide = "float64" if self.loc.dtype == "float64" else "float32"
+        self.log_variance = add_weight(
+            name=f"{name}_log_variance",
+            shape=shape,
+            initializer=keras.initializers.Constant(initial_log_variance),
+            regularizer=_LogVariancePenalty(self),
+            dtype=wide,
+            trainable=trainable,
+            autocast=False,
+        )
+        self.mask = add_weight(name=f"{name}_mask", shape=shape, initializer="ones", dtype="bool", trainable=False)
+
+    @property
+    def shape(self):
+        return self.loc.shape
+
+    def _wide_loc(self):
+        return ops.cast(self.loc, self.log_variance.dtype)
+
+    def _left(self, values, otherwise):
+        """`values`, and a constant where the weight is pruned."""
+        return ops.where(ops.convert_to_tensor(self.mask), values, ops.cast(otherwise, values.dtype))
+
+    def mean(self):
+        """The weight that prediction uses: `loc`, and 0 where pruned."""
+        return self._left(self._wide_loc(), 0.0)
+
+    def _noise_log_variance(self):
+        """`log_variance`, and −inf where pruned: such a weight is 0 without noise."""
+        return self._left(ops.convert_to_tensor(self.log_variance), -float("inf"))
+
+    def log_alpha(self):
+        """log(exp(log_variance) / loc²), not clipped; a weight above 3 is 95 % noise."""
+        return sparsity.log_alpha(self._wide_loc(), ops.convert_to_tensor(self.log_variance))
+
+    def keep_mask(self, threshold):
+        """True where the weight is neither pruned already nor would be at this threshold on log alpha."""
+        keep = sparsity.keep_mask(self._wide_loc(), ops.convert_to_tensor(self.log_variance), threshold)
+        return self._left(keep, False)
+
+    def prune(self, threshold):
+        """Set to 0, now and through further training, every weight whose log alpha is above the threshold."""
+        keep = self.keep_mask(threshold)
+        self.mask.assign(keep)
+        self.loc.assign(self.mean())
+
+    def kl(self):
+        """KL(q‖p) summed over the weights that are not pruned: a scalar, in nats."""
+        elementwise = self.prior.kl(self._wide_loc(), ops.convert_to_tensor(self.log_variance))
+        return ops.sum(self._left(elementwise, 0.0))
+
+    def apply(self, linear, x, *, noisy, seed, channel_axis=-1):
+        """`linear(x, w)`: with the posterior mean, or with noise.
+
+        Args:
+            linear: Callable `(x, w) -> output`, linear in both.
+            x: Tensor, the batch on its first axis.
+            noisy: Bool. Where a draw is held (see `hold`), that draw is used; else the estimator's.
+            seed: A `keras.random.SeedGenerator`.
+            channel_axis: The axis of the channels in `x` and in the output.
+
+        Returns:
+            What `linear` returns.
+        """
+        if not noisy:
+            return linear(x, ops.cast(self.mean(), x.dtype))
+        if self._held is not None:
+            return linear(x, ops.cast(self._held, x.dtype))
+        return self._estimate(linear, x, self.mean(), self._noise_log_variance(), seed, channel_axis)
+
+    def hold(self, seed):
+        """Draw the weight now and use that draw in every `apply` until `release`: a recurrent layer's sequence."""
+        self._held = estimators.reparameterize(self.mean(), self._noise_log_variance(), seed)
+
+    def release(self):
+        """Forget the draw of `hold`."""
+        self._held = None
+
+
+class _LocPenalty:
+    """The regularizer of `loc`: the KL of the whole posterior, and whatever the user asked for."""
+
+    def __init__(self, weight, regularizer):
+        self.weight = weight
+        self._regularizer = regularizer
+
+    def __call__(self, loc):
+        penalty = self.weight.owner.weighted_kl(self.weight)
+        return penalty if self._regularizer is None else penalty + self._regularizer(loc)
+
+
+class _LogVariancePenalty:
+    """The regularizer of `log_variance`, which speaks only where `loc` is frozen and so cannot.
+
+    Keras evaluates the regularizers of trainable variables alone.
+    """
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, log_variance):
+        if self.weight.loc.trainable:
+            return ops.zeros((), log_variance.dtype)
+        return self.weight.owner.weighted_kl(self.weight)
+
+
+def variational_weights(model_or_layer):
+    """Every `VariationalWeight` in a model or layer, once, in the order of its variables.
+
+    Found through the variables, so that it makes no difference how layers are nested, wrapped or shared.
+    """
+    penalties = (getattr(variable, "regularizer", None) for variable in model_or_layer.weights)
+    return [penalty.weight for penalty in penalties if isinstance(penalty, _LocPenalty)]
+
+
+def require_variational_weights(model_or_layer):
+    """The same, where there must be some.
+
+    Raises:
+        ValueError: Where there is none, or the model has not been built yet.
+    """
+    weights = variational_weights(model_or_layer)
+    if not weights:
+        state = "" if model_or_layer.built else " (it has not been built: call it on some data first)"
+        raise ValueError(
+            f"Expected at least one variational weight, such as a VariationalDense layer has. Received: "
+            f"{model_or_layer.name!r} of type {type(model_or_layer).__name__}, which has none{state}."
+        )
+    return weights
+
+
+def kl_divergence(model_or_layer):
+    """Σ KL(posterior ‖ prior) over all variational weights, in nats, not weighted: a scalar tensor.
+
+    Args:
+        model_or_layer: A built `keras.Model` or layer.
+
+    Raises:
+        ValueError: If it has no variational weight.
+    """
+    return sum(weight.kl() for weight in require_variational_weights(model_or_layer))

@@ -1,0 +1,224 @@
+"""Priors over weights: each is one class with `kl(loc, log_variance)`, elementwise and in nats."""
+
+import math
+import sys
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_vdrop.functional import kl
+
+
+class Prior:
+    """A prior p over weights: what `kl` needs to know of it, and how it is saved.
+
+    A prior of your own is a subclass with `kl` (and `get_config`, if it takes arguments), registered with
+    `keras.saving.register_keras_serializable()` so that a saved model finds it again.
+    """
+
+    def kl(self, loc, log_variance):
+        """KL(N(loc, exp(log_variance)) ‖ p), elementwise, in nats.
+
+        Args:
+            loc: float32 tensor, the posterior mean.
+            log_variance: float32 tensor of the same shape, the log of the posterior variance.
+
+        Returns:
+            Tensor of the same shape.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define kl(loc, log_variance).")
+
+    def distribution(self, loc, log_variance):
+        """The prior as a `tfp.distributions.Distribution` over scalars, batched like `loc`."""
+        raise NotImplementedError(f"{type(self).__name__} has no TFP counterpart.")
+
+    def get_config(self):
+        return {}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    def __repr__(self):
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class LogUniform(Prior):
+    """p(|w|) ∝ 1/|w|: all magnitudes equally likely. Prunes hardest; improper, so not a calibrated posterior.
+
+    See `functional.kl.log_uniform`. Molchanov, Ashukha, Vetrov, 2017, https://arxiv.org/abs/1701.05369. That the
+    posterior is improper too: Hron, Matthews, Ghahramani, 2018, https://arxiv.org/abs/1807.01969.
+    """
+
+    def kl(self, loc, log_variance):
+        return kl.log_uniform(loc, log_variance)
+
+    def distribution(self, loc, log_variance):
+        from keras_vdrop import tfp
+
+        return tfp.LogUniform(batch_shape=tuple(loc.shape))
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class ARD(Prior):
+    """N(0, s²) with s² fitted to each weight (automatic relevance determination): prunes, and is proper.
+
+    See `functional.kl.ard`. Kharitonov, Molchanov, Vetrov, 2018, https://arxiv.org/abs/1811.00596.
+    """
+
+    def kl(self, loc, log_variance):
+        return kl.ard(loc, log_variance)
+
+    def distribution(self, loc, log_variance):
+        from tensorflow_probability import distributions as tfd
+
+        return tfd.Normal(ops.zeros_like(loc), ops.sqrt(ops.square(loc) + ops.exp(log_variance)))
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class Normal(Prior):
+    """N(0, scale²), the classic prior of Bayes by backprop.
+
+    See `functional.kl.normal`. Blundell et al., 2015, https://arxiv.org/abs/1505.05424.
+
+    Args:
+        scale: The standard deviation (not the variance), > 0.
+    """
+
+    def __init__(self, scale=1.0):
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"`scale` must be a finite number > 0, a standard deviation. Received: scale={scale}")
+        self.scale = float(scale)
+
+    def kl(self, loc, log_variance):
+        return kl.normal(loc, log_variance, self.scale)
+
+    def distribution(self, loc, log_variance):
+        from tensorflow_probability import distributions as tfd
+
+        return tfd.Normal(ops.zeros_like(loc), self.scale)
+
+    def get_config(self):
+        return {"scale": self.scale}
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class Distribution(Prior):
+    """Any `tfp.distributions.Distribution` over scalars, on the TensorFlow backend.
+
+    KL is TFP's own where it knows a closed form for a normal against the distribution. Else
+    KL = −H(q) − E_q[log p], the expectation by Gauss–Hermite quadrature: deterministic, and exact
+    for a log p that is a polynomial of degree up to 39.
+
+    Args:
+        distribution: A `tfp.distributions.Distribution` with scalar events. To be saved, it must have been
+            made from numbers, arrays, strings and other distributions.
+    """
+
+    _NODES = 20
+
+    def __init__(self, distribution):
+        if keras.backend.backend() != "tensorflow":
+            raise ValueError(
+                "A TFP distribution as a prior needs the TensorFlow backend. Received: "
+                f"{distribution} with the backend {keras.backend.backend()!r}; use priors.LogUniform, ARD or Normal."
+            )
+        if distribution.event_shape.rank != 0:
+            raise ValueError(
+                "A prior must be a distribution over scalars, so that every weight has one. Received: "
+                f"{distribution} with event_shape={distribution.event_shape}"
+            )
+        self._distribution = distribution
+
+    def kl(self, loc, log_variance):
+        from tensorflow_probability import distributions as tfd
+
+        posterior = tfd.Normal(loc, ops.exp(0.5 * log_variance))
+        try:
+            return tfd.kl_divergence(posterior, self._distribution)
+        except NotImplementedError:
+            return -posterior.entropy() - self._expected_log_prob(loc, posterior.scale)
+
+    def _expected_log_prob(self, loc, scale):
+        nodes, weights = np.polynomial.hermite_e.hermegauss(self._NODES)
+        weights = weights / weights.sum()
+        terms = (float(w) * self._distribution.log_prob(loc + float(x) * scale) for x, w in zip(nodes, weights))
+        return sum(terms)
+
+    def distribution(self, loc, log_variance):
+        return self._distribution
+
+    def get_config(self):
+        return {"distribution": _distribution_config(self._distribution)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(_distribution_from_config(config["distribution"]))
+
+
+def _distribution_config(value):
+    """A TFP distribution (and what it was made from) as nested dicts, lists and numbers."""
+    if _is_distribution(value):
+        parameters = {key: _distribution_config(item) for key, item in value.parameters.items()}
+        return {"distribution": type(value).__name__, "parameters": parameters}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    try:
+        return np.asarray(value, "float64").tolist()
+    except (TypeError, ValueError):
+        raise ValueError(f"A prior made from {value!r} cannot be saved; make it from numbers.") from None
+
+
+def _distribution_from_config(config):
+    from tensorflow_probability import distributions as tfd
+
+    if isinstance(config, list):
+        return np.asarray(config, "float32")
+    if not isinstance(config, dict):
+        return config
+    parameters = {key: _distribution_from_config(item) for key, item in config["parameters"].items()}
+    return getattr(tfd, config["distribution"])(**parameters)
+
+
+def _is_distribution(value):
+    """Whether it is a TFP distribution, without importing TFP to find out."""
+    tfp = sys.modules.get("tensorflow_probability")
+    return tfp is not None and isinstance(value, tfp.distributions.Distribution)
+
+
+_BY_NAME = {"log_uniform": LogUniform, "ard": ARD, "normal": Normal}
+_BY_CLASS = {cls.__name__: cls for cls in (LogUniform, ARD, Normal, Distribution)}
+
+
+def get(identifier):
+    """The prior that `identifier` stands for; None stays None, a plain weight.
+
+    Args:
+        identifier: A `Prior`, its config, "log_uniform", "ard", "normal", a `tfp.distributions.Distribution`, or None.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if identifier is None or isinstance(identifier, Prior):
+        return identifier
+    if isinstance(identifier, str) and identifier in _BY_NAME:
+        return _BY_NAME[identifier]()
+    if isinstance(identifier, dict):
+        cls = _BY_CLASS.get(identifier.get("class_name"))
+        if cls is not None:
+            return cls.from_config(identifier["config"])
+        return keras.saving.deserialize_keras_object(identifier)
+    if _is_distribution(identifier):
+        return Distribution(identifier)
+    raise ValueError(
+        f"Unknown prior. Expected one of {sorted(_BY_NAME)}, a keras_vdrop.priors.Prior, "
+        f"a tfp.distributions.Distribution, or None for a plain weight. Received: {identifier!r}"
+    )
+
+
+def serialize(prior):
+    """The config from which `get` makes the prior again."""
+    return None if prior is None else keras.saving.serialize_keras_object(prior)

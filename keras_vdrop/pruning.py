@@ -1,0 +1,125 @@
+"""How many weights a model still needs, and setting the others to zero."""
+
+import dataclasses
+import math
+
+from keras_vdrop.functional import sparsity as counting
+from keras_vdrop.layers.base import check_finite
+from keras_vdrop.posterior import require_variational_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSparsity:
+    """A row of the report: the variational kernels of one layer.
+
+    Attributes:
+        name: Of the layer, with the names of the models and wrappers around it.
+        weights: How many weights it has, biases not counted.
+        left: How many of them are not pruned, nor would be at the report's threshold.
+    """
+
+    name: str
+    weights: int
+    left: int
+
+    @property
+    def ratio(self):
+        """weights ÷ left; infinite where none is left."""
+        return self.weights / self.left if self.left else math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """What `sparsity` found; prints as a table.
+
+    Attributes:
+        layers: Tuple of `LayerSparsity`, in the order of the model.
+    """
+
+    layers: tuple
+
+    @property
+    def weights(self):
+        """How many weights all layers have, biases not counted."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def left(self):
+        """How many of them are left."""
+        return sum(layer.left for layer in self.layers)
+
+    @property
+    def ratio(self):
+        """weights ÷ left; infinite where none is left."""
+        return LayerSparsity("total", self.weights, self.left).ratio
+
+    def __str__(self):
+        rows = [*self.layers, LayerSparsity("total", self.weights, self.left)]
+        width = max(len("layer"), *(len(row.name) for row in rows))
+        lines = [f"{'layer':<{width}}  {'weights':>11}  {'left':>11}  {'left %':>7}  {'ratio':>9}"]
+        for row in rows:
+            percent = 100 * row.left / row.weights
+            lines.append(f"{row.name:<{width}}  {row.weights:>11,}  {row.left:>11,}  {percent:>7.2f}  {row.ratio:>8.1f}x")
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def sparsity(model, threshold=None):
+    """Count the weights that a model needs: those whose log alpha is at most the threshold.
+
+    Args:
+        model: A built model or layer with at least one variational kernel.
+        threshold: Float in units of log alpha, or None for each layer's own (3.0 unless it was given another).
+            At 3 a weight that goes is at least 95 % noise.
+
+    Returns:
+        `Sparsity`, with `.weights`, `.left`, `.ratio` and `.layers`.
+
+    Raises:
+        ValueError: For a threshold that is not finite, or a model without a variational weight.
+    """
+    rows = {}
+    for weight in _prunable(model, threshold):
+        keep = weight.keep_mask(_threshold(weight, threshold))
+        name = _row_name(model, weight)
+        weights, left = rows.get(name, (0, 0))
+        rows[name] = (weights + math.prod(weight.shape), left + counting.count(keep))
+    return Sparsity(tuple(LayerSparsity(name, *counts) for name, counts in rows.items()))
+
+
+def prune(model, threshold=None):
+    """Set every weight whose log alpha is above the threshold to zero, in place and for good.
+
+    The mask stays through further training, saving and loading: fit again to fine-tune what is left.
+
+    Args:
+        model: A built model or layer with at least one variational kernel.
+        threshold: As for `sparsity`.
+
+    Returns:
+        The `Sparsity` after it.
+
+    Raises:
+        ValueError: As `sparsity`.
+    """
+    for weight in _prunable(model, threshold):
+        weight.prune(_threshold(weight, threshold))
+    return sparsity(model, threshold)
+
+
+def _prunable(model, threshold):
+    if threshold is not None:
+        check_finite("threshold", threshold)
+    return [weight for weight in require_variational_weights(model) if "bias" not in weight.name]
+
+
+def _threshold(weight, threshold):
+    return weight.owner.threshold if threshold is None else threshold
+
+
+def _row_name(model, weight):
+    """The path of the layer below the model: "dense", "encoder/dense", "lstm/cell"."""
+    parts = weight.loc.path.split("/")[:-1]
+    if len(parts) > 1 and parts[0] == model.name:
+        parts = parts[1:]
+    return "/".join(parts)

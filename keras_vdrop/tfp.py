@@ -1,0 +1,101 @@
+"""Posteriors and priors as TensorFlow Probability distributions, for whoever computes with those.
+
+TFP takes seconds to import, so it is imported on use.
+"""
+
+import functools
+
+
+def posterior(weight):
+    """The posterior of a `VariationalWeight`: independent N(loc, exp(log_variance)), one event of the weight's shape.
+
+    What pruning set to 0 is not part of it.
+
+    Returns:
+        A `tfp.distributions.Independent`; `tfd.kl_divergence(posterior(w), prior(w))` equals `w.kl()`.
+    """
+    import tensorflow as tf
+    from tensorflow_probability import distributions as tfd
+
+    scale = tf.exp(0.5 * weight.log_variance)
+    return tfd.Independent(tfd.Normal(tf.cast(weight.loc, scale.dtype), scale), len(weight.shape))
+
+
+def prior(weight):
+    """The prior of a `VariationalWeight`, one event of the weight's shape.
+
+    The ARD prior is the one that is fitted to the posterior as it is now.
+
+    Returns:
+        A `tfp.distributions.Independent`.
+    """
+    import tensorflow as tf
+    from tensorflow_probability import distributions as tfd
+
+    log_variance = tf.convert_to_tensor(weight.log_variance)
+    distribution = weight.prior.distribution(tf.cast(weight.loc, log_variance.dtype), log_variance)
+    distribution = tfd.BatchBroadcast(distribution, weight.shape)
+    return tfd.Independent(distribution, len(weight.shape))
+
+
+def __getattr__(name):
+    if name == "LogUniform":
+        return _log_uniform()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _log_uniform():
+    import tensorflow as tf
+    from tensorflow_probability import distributions as tfd
+
+    from keras_vdrop.functional import kl
+
+    class LogUniform(tfd.Distribution):
+        """p(|w|) ∝ 1/|w| over all real w: improper, so it has a log density up to a constant, and no samples.
+
+        Its KL from `tfd.Normal` is registered, normalised to 0 for variance / loc² → ∞.
+
+        Args:
+            batch_shape: Tuple of ints, independent copies.
+            dtype: Of its values.
+        """
+
+        def __init__(self, batch_shape=(), dtype="float32", name="LogUniform"):
+            parameters = dict(locals())
+            self._batch = tuple(batch_shape)
+            super().__init__(
+                dtype=tf.as_dtype(dtype),
+                reparameterization_type=tfd.NOT_REPARAMETERIZED,
+                validate_args=False,
+                allow_nan_stats=True,
+                parameters=parameters,
+                name=name,
+            )
+
+        @classmethod
+        def _parameter_properties(cls, dtype, num_classes=None):
+            return {}
+
+        def _batch_shape(self):
+            return tf.TensorShape(self._batch)
+
+        def _batch_shape_tensor(self):
+            return tf.constant(self._batch, "int32")
+
+        def _event_shape(self):
+            return tf.TensorShape([])
+
+        def _event_shape_tensor(self):
+            return tf.constant([], "int32")
+
+        def _log_prob(self, value):
+            return -tf.math.log(tf.abs(value))
+
+    @tfd.RegisterKL(tfd.Normal, LogUniform)
+    def _kl_normal_log_uniform(posterior, prior, name=None):
+        with tf.name_scope(name or "kl_normal_log_uniform"):
+            loc, scale = tf.convert_to_tensor(posterior.loc), tf.convert_to_tensor(posterior.scale)
+            return kl.log_uniform(loc, 2.0 * tf.math.log(scale))
+
+    return LogUniform
