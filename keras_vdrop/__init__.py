@@ -1,6 +1,6 @@
 """Variational dropout for Keras 3: swap a layer, train with `fit`, and the network learns which weights it needs."""
 
-from keras_vdrop import functional, priors, tfp
+from keras_vdrop import functional, plots, priors, tfp
 from keras_vdrop.callbacks import ELBO, SparsityLogger
 from keras_vdrop.layers import VariationalConv2D, VariationalDense, VariationalLSTM, VariationalLSTMCell
 from keras_vdrop.montecarlo import MonteCarlo
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "functional",
     "kl_divergence",
+    "plots",
     "priors",
     "prune",
     "sampling",

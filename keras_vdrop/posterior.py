@@ -18,7 +18,8 @@ class VariationalWeight:
 
     Attributes:
         loc: Variable, the posterior mean, trainable.
-        log_variance: Variable of the same shape, float32 (float64 in a float64 layer), trainable.
+        log_variance: Variable of the same shape, trainable. Both are float32 under every policy (float64 in a float64
+            layer): a float16 variance would underflow below 6e-8.
         mask: Boolean variable of the same shape; False where pruned.
         prior: The `Prior`.
         owner: The layer.
@@ -37,8 +38,7 @@ class VariationalWeight:
         initializer=None,
         regularizer=None,
         constraint=None,
-        dtype=None,
-        trainable=True,
+        **arguments,
     ):
         """Create the variables by `add_weight`, whose arguments the others are, as in Keras."""
         self.owner = owner
@@ -46,6 +46,7 @@ class VariationalWeight:
         self.prior = prior
         self._estimate = estimators.ESTIMATORS[estimator]
         self._held = None
+        dtype = "float64" if owner.variable_dtype == "float64" else "float32"
         self.loc = add_weight(
             name=f"{name}_loc",
             shape=shape,
@@ -53,19 +54,17 @@ class VariationalWeight:
             regularizer=_LocPenalty(self, keras.regularizers.get(regularizer)),
             constraint=constraint,
             dtype=dtype,
-            trainable=trainable,
             autocast=False,
+            **arguments,
         )
-        # A float16 variance would underflow below 6e-8.
-        wide = "float64" if self.loc.dtype == "float64" else "float32"
         self.log_variance = add_weight(
             name=f"{name}_log_variance",
             shape=shape,
             initializer=keras.initializers.Constant(initial_log_variance),
             regularizer=_LogVariancePenalty(self),
-            dtype=wide,
-            trainable=trainable,
+            dtype=dtype,
             autocast=False,
+            **arguments,
         )
         self.mask = add_weight(name=f"{name}_mask", shape=shape, initializer="ones", dtype="bool", trainable=False)
 
@@ -73,16 +72,13 @@ class VariationalWeight:
     def shape(self):
         return self.loc.shape
 
-    def _wide_loc(self):
-        return ops.cast(self.loc, self.log_variance.dtype)
-
     def _left(self, values, otherwise):
         """`values`, and a constant where the weight is pruned."""
         return ops.where(ops.convert_to_tensor(self.mask), values, ops.cast(otherwise, values.dtype))
 
     def mean(self):
         """The weight that prediction uses: `loc`, and 0 where pruned."""
-        return self._left(self._wide_loc(), 0.0)
+        return self._left(ops.convert_to_tensor(self.loc), 0.0)
 
     def _noise_log_variance(self):
         """`log_variance`, and −inf where pruned: such a weight is 0 without noise."""
@@ -90,11 +86,11 @@ class VariationalWeight:
 
     def log_alpha(self):
         """log(exp(log_variance) / loc²), not clipped; a weight above 3 is 95 % noise."""
-        return sparsity.log_alpha(self._wide_loc(), ops.convert_to_tensor(self.log_variance))
+        return sparsity.log_alpha(ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance))
 
     def keep_mask(self, threshold):
         """True where the weight is neither pruned already nor would be at this threshold on log alpha."""
-        keep = sparsity.keep_mask(self._wide_loc(), ops.convert_to_tensor(self.log_variance), threshold)
+        keep = sparsity.keep_mask(ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance), threshold)
         return self._left(keep, False)
 
     def prune(self, threshold):
@@ -105,7 +101,7 @@ class VariationalWeight:
 
     def kl(self):
         """KL(q‖p) summed over the weights that are not pruned: a scalar, in nats."""
-        elementwise = self.prior.kl(self._wide_loc(), ops.convert_to_tensor(self.log_variance))
+        elementwise = self.prior.kl(ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance))
         return ops.sum(self._left(elementwise, 0.0))
 
     def apply(self, linear, x, *, noisy, seed, channel_axis=-1):

@@ -1,5 +1,5 @@
 """Pure functions on tensors: the mathematics that the layers are made of."""
 
-from keras_vdrop.functional import estimators, kl, noise, sparsity, uncertainty
+from keras_vdrop.functional import calibration, estimators, kl, noise, sparsity, uncertainty
 
-__all__ = ["estimators", "kl", "noise", "sparsity", "uncertainty"]
+__all__ = ["calibration", "estimators", "kl", "noise", "sparsity", "uncertainty"]

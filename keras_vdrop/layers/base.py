@@ -5,6 +5,8 @@ checks, its shapes and its `build`; `VariationalLayer.add_weight` answers that `
 wherever a prior is given, and the layer's `call` applies it.
 """
 
+import contextvars
+import functools
 import math
 import numbers
 import warnings
@@ -26,6 +28,8 @@ _UNSET_MESSAGE = (
     "trains, but the loss is not the ELBO and regularises by a strength of no meaning. Pass "
     "`callbacks=[keras_vdrop.ELBO(num_examples=len(x_train))]` to `fit`, or `kl_weight=1 / len(x_train)` to each layer."
 )
+
+_LARGEST_LOG_VARIANCE = 80
 
 _SEED_STATE = "seed_generator_state"
 
@@ -63,6 +67,11 @@ class VariationalLayer(keras.layers.Layer):
         if kl_weight is not None:
             _check_kl_weight(kl_weight)
         check_finite("initial_log_variance", initial_log_variance)
+        if abs(initial_log_variance) > _LARGEST_LOG_VARIANCE:
+            raise ValueError(
+                f"`initial_log_variance` is the log of a variance, usually from −10 to 0, at most ±{_LARGEST_LOG_VARIANCE} "
+                f"in float32. Received: initial_log_variance={initial_log_variance!r}"
+            )
         check_finite("threshold", threshold)
         if seed is not None and not isinstance(seed, int):
             raise ValueError(f"`seed` must be an int or None. Received: seed={seed!r}")
@@ -110,12 +119,12 @@ class VariationalLayer(keras.layers.Layer):
             if self._initial_kl_weight is None:
                 _unset.add(self)
 
-    def add_weight(self, shape=None, initializer=None, dtype=None, trainable=True, name=None, **kwargs):
-        """As in Keras; but a float weight with a prior becomes a `VariationalWeight`."""
+    def add_weight(self, shape=None, initializer=None, dtype=None, trainable=True, name=None, **arguments):
+        """As in Keras; but a trainable weight with a prior becomes a `VariationalWeight`."""
         prior = self.bias_prior if name is not None and "bias" in name else self.kernel_prior
-        arguments = dict(kwargs, initializer=initializer, dtype=dtype, trainable=trainable)
+        arguments["initializer"] = initializer
         if prior is None or not trainable:
-            return super().add_weight(shape=shape, name=name, **arguments)
+            return super().add_weight(shape=shape, dtype=dtype, trainable=trainable, name=name, **arguments)
         self._variational_size += math.prod(shape)
         return VariationalWeight(
             self,
@@ -139,11 +148,28 @@ class VariationalLayer(keras.layers.Layer):
 
     def _apply(self, weight, linear, x, noisy):
         """`linear(x, weight)` for a plain or a variational weight."""
-        if isinstance(weight, VariationalWeight):
-            return weight.apply(
-                linear, x, noisy=noisy, seed=self.seed_generator, channel_axis=self._channel_axis()
-            )
-        return linear(x, ops.cast(weight, x.dtype))
+        if not isinstance(weight, VariationalWeight):
+            return linear(x, ops.cast(weight, x.dtype))
+        seed = self._replayed_seeds.get() or self.seed_generator
+        return weight.apply(linear, x, noisy=noisy, seed=seed, channel_axis=self._channel_axis())
+
+    _replayed_seeds = contextvars.ContextVar("replayed_seeds", default=None)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """As in Keras (within `keras.RematScope`), but so that the second computation draws the noise of the first."""
+        state = self.seed_generator.next()
+
+        @functools.wraps(layer_call)
+        def call(*args):
+            token = self._replayed_seeds.set(_ReplayedSeeds(state))
+            try:
+                return layer_call(*args, **kwargs)
+            finally:
+                self._replayed_seeds.reset(token)
+
+        # TensorFlow takes no keywords here, and Keras passes `training` as one.
+        rematerialized = super().rematerialized_call(call, *args)
+        return lambda *args, **_: rematerialized(*args)
 
     # The KL and its weight
 
@@ -228,6 +254,21 @@ class AffineLayer(VariationalLayer):
             return ops.reshape(ops.cast(self.bias, x.dtype), shape)
         ones = ops.ones((ops.shape(x)[0], *[1] * (len(shape) - 1)), x.dtype)
         return self._apply(self.bias, lambda one, bias: one * ops.reshape(bias, shape), ones, noisy)
+
+
+class _ReplayedSeeds(keras.random.SeedGenerator):
+    """The seeds that follow from one state: the same ones however often they are asked for anew."""
+
+    def __init__(self, state):
+        # No variable, so not Keras's own constructor.
+        self._state = state
+        self._draws = 0
+
+    def next(self, ordered=True):
+        # Far from the states of other calls, which count up by one.
+        offset = ops.convert_to_tensor([0, self._draws << 24], dtype=self._state.dtype)
+        self._draws += 1
+        return self._state + offset
 
 
 def check_positive_int(name, value):

@@ -49,6 +49,10 @@ class RecurrentCell(VariationalLayer):
         self._release(self.recurrent_kernel)
         self._recurrent_dropout_mask = None
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """A step is not worth computing twice, and must not draw."""
+        return layer_call
+
     def _hold(self, *weights):
         for weight in weights:
             if isinstance(weight, VariationalWeight):

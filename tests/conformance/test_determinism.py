@@ -1,0 +1,58 @@
+"""Noise only in training and under sampling; the same noise from the same seed, fresh noise at every call."""
+
+import keras
+import numpy as np
+
+import keras_vdrop as kv
+from tests.cases import array, randomize
+
+
+def draws(case, seed, calls=2):
+    layer = case.make(seed=seed)
+    layer(case.inputs())
+    randomize(layer)
+    return [array(layer(case.inputs(), training=True)) for _ in range(calls)]
+
+
+def test_prediction_is_deterministic(case):
+    layer, x = case.make(), case.inputs()
+    layer(x)
+    randomize(layer)
+    one, other = array(layer(x)), array(layer(x, training=False))
+    np.testing.assert_array_equal(one, other)
+    layer(x, training=True)
+    np.testing.assert_array_equal(one, array(layer(x)))
+
+
+def test_same_seed_same_output_and_other_seed_other_output(case):
+    np.testing.assert_array_equal(draws(case, 1), draws(case, 1))
+    assert not np.array_equal(draws(case, 1), draws(case, 2))
+
+
+def test_neighbouring_seeds_do_not_share_draws(case):
+    one, other = draws(case, 1, calls=4), draws(case, 2, calls=4)
+    assert not any(np.array_equal(a, b) for a in one for b in other)
+
+
+def test_every_call_draws_afresh(case):
+    one, other = draws(case, 1)
+    assert not np.array_equal(one, other)
+
+
+def test_global_seed_decides_where_none_is_given(case):
+    runs = []
+    for _ in range(2):
+        keras.utils.set_random_seed(7)
+        runs.append(draws(case, None))
+    np.testing.assert_array_equal(*runs)
+
+
+def test_sampling_scope_draws_without_training(case):
+    layer, x = case.make(), case.inputs()
+    layer(x)
+    randomize(layer)
+    mean = array(layer(x))
+    with kv.sampling():
+        one, other = array(layer(x)), array(layer(x, training=False))
+    assert not np.array_equal(one, other) and not np.array_equal(one, mean)
+    np.testing.assert_array_equal(array(layer(x)), mean)

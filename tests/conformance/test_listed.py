@@ -1,0 +1,21 @@
+"""Every public layer is in the list of cases, so that no property is tested on some layers only."""
+
+import keras
+
+import keras_vdrop as kv
+from tests.cases import CASES
+
+
+def test_every_public_layer_has_a_case():
+    public = {
+        thing
+        for thing in vars(kv).values()
+        if isinstance(thing, type) and issubclass(thing, keras.layers.Layer) and not issubclass(thing, keras.Model)
+    }
+    assert public == {case.cls for case in CASES}
+
+
+def test_every_public_layer_has_a_public_docstring():
+    for case in CASES:
+        for part in ("Args:", "Input shape:", "Output shape:", "Raises:", "Example:", "Reference:"):
+            assert part in case.cls.__doc__, f"{case.cls.__name__} lacks {part}"

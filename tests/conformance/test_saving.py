@@ -1,0 +1,105 @@
+"""A saved model loads: in a fresh process, from weights alone, by `custom_objects` alone, cloned, exported."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_vdrop import prune
+from tests.cases import CASES, array, posteriors, randomize
+
+LOAD_ALL = """
+import sys, pathlib, numpy as np, keras
+import keras_vdrop
+for path in pathlib.Path(sys.argv[1]).glob("*.keras"):
+    model = keras.saving.load_model(path)
+    np.save(path.with_suffix(".npy"), model.predict(np.load(path.with_suffix(".x.npy")), verbose=0))
+"""
+
+
+@pytest.fixture(scope="session")
+def loaded_elsewhere(tmp_path_factory):
+    """The predictions of every case's model, here and after loading it in another process."""
+    folder, here = tmp_path_factory.mktemp("saved"), {}
+    for case in CASES:
+        model = case.model()
+        randomize(model)
+        prune(model, threshold=0.0)
+        np.save(folder / f"{case}.x.npy", case.inputs())
+        here[case.name] = model.predict(case.inputs(), verbose=0)
+        model.save(folder / f"{case}.keras")
+    run = subprocess.run([sys.executable, "-c", LOAD_ALL, str(folder)], capture_output=True, text=True, env=os.environ)
+    assert run.returncode == 0, run.stderr
+    return {case.name: (here[case.name], np.load(folder / f"{case}.npy")) for case in CASES}
+
+
+def test_loads_in_a_fresh_process(case, loaded_elsewhere):
+    here, there = loaded_elsewhere[case.name]
+    np.testing.assert_array_equal(here, there)
+
+
+def test_weights_file(case, tmp_path):
+    model, other = case.model(), case.model()
+    randomize(model)
+    prune(model, threshold=0.0)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(model.predict(case.inputs(), verbose=0), other.predict(case.inputs(), verbose=0))
+    for one, two in zip(posteriors(model), posteriors(other)):
+        np.testing.assert_array_equal(array(one.mask), array(two.mask))
+
+
+def test_loads_by_custom_objects_alone(case, tmp_path):
+    """A class that was never registered: `custom_objects` is all that a loader has."""
+    subclass = type("Unregistered", (case.cls,), {})
+    layer = type(case)(**{**vars(case), "cls": subclass}).make(kernel_prior="ard")
+    model = keras.Sequential([keras.Input(case.shape[1:]), layer])
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras", custom_objects={"Unregistered": subclass})
+    np.testing.assert_array_equal(model.predict(case.inputs(), verbose=0), again.predict(case.inputs(), verbose=0))
+
+
+def test_resumed_run_continues_its_noise(case, tmp_path):
+    model, x = case.model(seed=1), case.inputs()
+    randomize(model)
+    first = array(model(x, training=True))
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    resumed = array(again(x, training=True))
+    assert not np.array_equal(resumed, first)
+    np.testing.assert_array_equal(resumed, array(model(x, training=True)))
+
+
+def test_clone_model(case):
+    model = case.model(kernel_prior="ard")
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    np.testing.assert_array_equal(model.predict(case.inputs(), verbose=0), clone.predict(case.inputs(), verbose=0))
+    assert [type(w.prior) for w in posteriors(clone)] == [type(w.prior) for w in posteriors(model)]
+    for ours, theirs in zip(posteriors(clone), posteriors(model)):
+        assert ours.loc is not theirs.loc
+
+
+def test_kl_weight_that_elbo_set_survives(case, tmp_path, recwarn):
+    model = case.model(kl_weight=None)
+    for weight in posteriors(model):
+        weight.owner.kl_weight = 0.125
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    again(case.inputs(), training=True)
+    assert not any("not the ELBO" in str(warning.message) for warning in recwarn)
+    assert all(float(weight.owner.kl_weight) == 0.125 for weight in posteriors(again))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="SavedModel is TensorFlow's")
+def test_saved_model(case, tmp_path):
+    import tensorflow as tf
+
+    model = case.model()
+    randomize(model)
+    model.export(tmp_path / "exported", verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "exported"))
+    np.testing.assert_allclose(served.serve(case.inputs()), model.predict(case.inputs(), verbose=0), rtol=1e-5, atol=1e-6)

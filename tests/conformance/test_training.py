@@ -1,0 +1,80 @@
+"""A layer trains by `fit`: every weight has a finite gradient, compiled or not, also from a bad start."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_vdrop import ELBO
+from tests.cases import CASES, array, posteriors, randomize
+
+
+def step(model, x, jit=False):
+    """The gradients of one training step: what gradient descent of rate 1 subtracts."""
+    model.compile(keras.optimizers.SGD(1.0), "mse", jit_compile=jit)
+    before = [array(v) for v in model.trainable_variables]
+    loss = model.train_on_batch(x, np.ones(model.compute_output_shape(x.shape), "float32"))
+    assert np.isfinite(loss)
+    return {v.path: b - array(v) for v, b in zip(model.trainable_variables, before)}
+
+
+def test_gradients_reach_every_weight(case, jit):
+    model = case.model()
+    randomize(model)
+    for path, gradient in step(model, case.inputs(), jit).items():
+        assert np.isfinite(gradient).all(), path
+        assert (gradient != 0).any(), path
+
+
+@pytest.mark.parametrize("start", ["zero", "pruned", "no_variance", "zero_input"])
+def test_gradients_are_finite_from_a_bad_start(case, start):
+    model = case.model()
+    for weight in posteriors(model):
+        if start == "zero":
+            weight.loc.assign(np.zeros(weight.shape))
+        if start == "pruned":
+            weight.mask.assign(np.zeros(weight.shape, bool))
+        if start == "no_variance":
+            weight.log_variance.assign(np.full(weight.shape, -60.0))
+    x = np.zeros(case.shape, "float32") if start == "zero_input" else case.inputs()
+    for path, gradient in step(model, x).items():
+        assert np.isfinite(gradient).all(), path
+
+
+def test_fit(case, jit):
+    model = case.model(kl_weight=None)
+    model.compile("adam", "mse", jit_compile=jit)
+    x = case.inputs()
+    y = np.ones(model.compute_output_shape(x.shape), "float32")
+    history = model.fit(x, y, epochs=2, callbacks=[ELBO(len(x))], verbose=0).history
+    assert set(history) == {"loss", "kl", "nll"}
+    assert np.isfinite(list(history.values())).all()
+
+
+@pytest.mark.parametrize("subject", [case for case in CASES if not case.is_rnn and not case.is_cell], ids=str)
+def test_rematerialisation_draws_the_same_noise_twice(subject):
+    """Within a RematScope the gradient is that of the output that was computed, noise included."""
+    with keras.RematScope(mode="full"):
+        layer = subject.make()
+    model = keras.Sequential([keras.Input(subject.shape[1:]), layer])
+    randomize(model)
+    # d output / d w at noise ε needs that ε: the loss is linear in the output, so its value gives it away.
+    model.compile(keras.optimizers.SGD(1e-3), lambda y, prediction: keras.ops.sum(prediction), jit_compile=False)
+    layer.kl_weight = 0.0
+    x = subject.inputs()
+    state = keras.ops.convert_to_numpy(layer.seed_generator.state).copy()
+    before = [array(v) for v in model.trainable_variables]
+    y = np.ones(model.compute_output_shape(x.shape), "float32")
+    loss = model.train_on_batch(x, y)
+    gradients = [(b - array(v)) / 1e-3 for v, b in zip(model.trainable_variables, before)]
+
+    def replayed(values):
+        for variable, value in zip(model.trainable_variables, values):
+            variable.assign(value)
+        layer.seed_generator.state.assign(state)
+        return float(array(model(x, training=True)).sum())
+
+    np.testing.assert_allclose(replayed(before), loss, rtol=1e-4)
+    size = 1e-3
+    ahead, behind = ([b + sign * size * g for b, g in zip(before, gradients)] for sign in (1, -1))
+    slope = (replayed(ahead) - replayed(behind)) / (2 * size)
+    np.testing.assert_allclose(slope, sum((g**2).sum() for g in gradients), rtol=2e-2)

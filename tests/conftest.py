@@ -1,0 +1,25 @@
+"""Deterministic tests, on the backend that KERAS_BACKEND names."""
+
+import os
+
+# Two test processes on two cores: one thread each is fastest, and float sums come out in one order.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+
+import keras
+import pytest
+
+from keras_vdrop.layers import base
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """Every test starts from one seed, and hears the warning about an unset KL weight for its own layers only."""
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    base._unset.clear()
+
+
+def pytest_report_header():
+    return f"keras {keras.__version__} on {keras.backend.backend()}"

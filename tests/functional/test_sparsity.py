@@ -1,0 +1,24 @@
+"""log alpha, masks and counts."""
+
+import numpy as np
+
+from keras_vdrop.functional import sparsity
+from tests.cases import array
+
+
+def test_log_alpha():
+    loc, log_variance = np.array([2.0, -0.1], "float32"), np.array([-1.0, 3.0], "float32")
+    np.testing.assert_allclose(array(sparsity.log_alpha(loc, log_variance)), log_variance - np.log(loc**2), rtol=1e-5)
+
+
+def test_log_alpha_of_a_zero_weight_is_finite_and_large():
+    values = array(sparsity.log_alpha(np.array([0.0, 1e-30], "float32"), np.array([-10.0, -10.0], "float32")))
+    assert np.isfinite(values).all() and (values > 50).all()
+
+
+def test_keep_mask_and_count():
+    loc = np.array([1.0, 1.0, 1.0, 0.0], "float32")
+    log_variance = np.array([2.9, 3.0, 3.1, -100.0], "float32")
+    mask = sparsity.keep_mask(loc, log_variance, 3.0)
+    assert array(mask).tolist() == [1, 1, 0, 0]
+    assert sparsity.count(mask) == 2

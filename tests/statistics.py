@@ -1,0 +1,28 @@
+"""Statistical assertions whose tolerance is computed: five standard errors."""
+
+import numpy as np
+
+STANDARD_ERRORS = 5.0
+
+
+def assert_mean(samples, expected):
+    """The mean over the first axis is `expected`, within five standard errors, everywhere."""
+    samples = np.asarray(samples, "float64")
+    error = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
+    deviation = np.abs(samples.mean(axis=0) - expected) / np.maximum(error, 1e-12)
+    assert deviation.max() < STANDARD_ERRORS, f"{deviation.max():.1f} standard errors off"
+
+
+def assert_variance(samples, expected):
+    """The variance over the first axis is `expected`, within five standard errors of a normal variable's."""
+    samples = np.asarray(samples, "float64")
+    expected = np.asarray(expected, "float64")
+    error = expected * np.sqrt(2.0 / (len(samples) - 1))
+    deviation = np.abs(samples.var(axis=0, ddof=1) - expected) / error
+    assert deviation.max() < STANDARD_ERRORS, f"{deviation.max():.1f} standard errors off"
+
+
+def assert_uncorrelated(one, other):
+    """Pairs of draws, along the first axis, have no correlation: within five standard errors of 0."""
+    one, other = np.ravel(one), np.ravel(other)
+    assert abs(np.corrcoef(one, other)[0, 1]) < STANDARD_ERRORS / np.sqrt(len(one))

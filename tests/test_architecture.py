@@ -1,0 +1,70 @@
+"""Imports go downward only: a module imports from floors below its own (and layers from their base)."""
+
+import ast
+import pathlib
+
+import keras_vdrop
+
+ROOT = pathlib.Path(keras_vdrop.__file__).parent
+FLOORS = [
+    ["functional", "version"],
+    ["sampling", "priors"],
+    ["posterior"],
+    ["layers"],
+    ["pruning"],
+    ["montecarlo", "callbacks"],
+    ["plots", "tfp"],
+    ["__main__", "demo"],
+]
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+HEAVY = {"tensorflow_probability", "matplotlib", "sklearn", "tensorflow", "jax", "torch"}
+
+
+def modules():
+    return [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+
+
+def place(path):
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported(tree):
+    """(module, names, at module level) of every import."""
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, [], id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module, [alias.name for alias in node.names], id(node) in top
+
+
+def test_every_module_has_a_floor():
+    assert {place(path) for path in modules()} == set(LEVEL)
+
+
+def test_imports_go_downward():
+    for path in modules():
+        for module, names, at_top in imported(ast.parse(path.read_text())):
+            if not (module or "").startswith("keras_vdrop"):
+                continue
+            parts = module.split(".")[1:]
+            for target in [parts[0]] if parts else names:
+                inside = target == place(path) and (target in ("functional", "layers"))
+                below = LEVEL[target] < LEVEL[place(path)]
+                assert below or inside or not at_top, f"{path.name} imports {target}"
+
+
+def test_layers_import_one_another_through_the_base_only():
+    for path in (ROOT / "layers").glob("*.py"):
+        if path.name == "__init__.py":
+            continue
+        for module, _, _ in imported(ast.parse(path.read_text())):
+            if (module or "").startswith("keras_vdrop.layers"):
+                assert module == "keras_vdrop.layers.base", f"{path.name} imports {module}"
+
+
+def test_public_keras_only_and_heavy_imports_on_use():
+    for path in modules():
+        for module, _, at_top in imported(ast.parse(path.read_text())):
+            assert not (module or "").startswith("keras.src"), path
+            assert not (at_top and (module or "").split(".")[0] in HEAVY), f"{path.name} imports {module} at once"

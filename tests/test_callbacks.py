@@ -1,0 +1,127 @@
+"""The schedule of the KL weight, and what the callbacks log."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_vdrop as kv
+from tests.cases import array, posteriors
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(64, 4)).astype("float32"), RNG.normal(size=(64, 2)).astype("float32")
+
+
+@pytest.fixture
+def model():
+    model = keras.Sequential(
+        [keras.Input((4,)), kv.VariationalDense(8, activation="tanh"), kv.VariationalDense(2, bias_prior="normal")]
+    )
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    return model
+
+
+class Weights(keras.callbacks.Callback):
+    """Notes the KL weights that each epoch was trained with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen.append({float(array(w.owner.kl_weight)) for w in posteriors(self.model)})
+
+
+def weights_of(model, elbo, epochs=6, **arguments):
+    seen = Weights()
+    model.fit(X, Y, epochs=epochs, callbacks=[elbo, seen], verbose=0, **arguments)
+    return [value for (value,) in seen.seen]
+
+
+def test_without_a_schedule_the_weight_is_one_over_n(model):
+    np.testing.assert_allclose(weights_of(model, kv.ELBO(64), epochs=2), 1 / 64)
+
+
+def test_linear_warmup(model):
+    weights = weights_of(model, kv.ELBO(64, start_epoch=1, warmup_epochs=2))
+    np.testing.assert_allclose(weights, np.array([0, 0, 0.5, 1, 1, 1]) / 64)
+
+
+def test_resuming_continues_the_schedule(model):
+    weights = weights_of(model, kv.ELBO(64, warmup_epochs=10), initial_epoch=4)
+    np.testing.assert_allclose(weights, np.array([0.4, 0.5]) / 64, rtol=1e-6)
+
+
+def test_callable_schedule(model):
+    weights = weights_of(model, kv.ELBO(10, schedule=lambda epoch: epoch**2), epochs=3)
+    np.testing.assert_allclose(weights, [0, 0.1, 0.4], rtol=1e-6)
+
+
+def test_the_loss_follows_the_weight_without_recompiling(model):
+    """With a data loss of nothing the loss is the KL, by the weight of each epoch."""
+    model.compile(keras.optimizers.SGD(0.0), lambda y, prediction: 0.0 * keras.ops.sum(prediction), jit_compile=True)
+    history = model.fit(X, Y, epochs=3, callbacks=[kv.ELBO(64, warmup_epochs=2)], verbose=0).history
+    np.testing.assert_allclose(history["loss"], np.array([0, 0.5, 1]) * history["kl"] / 64, rtol=1e-5)
+
+
+def test_logs(model):
+    model.layers[0].kernel.loc.regularizer._regularizer = keras.regularizers.L2(0.1)
+    elbo = kv.ELBO(64)
+    history = model.fit(X, Y, epochs=2, validation_data=(X, Y), callbacks=[elbo], verbose=0).history
+    assert set(history) == {"loss", "val_loss", "kl", "nll", "val_nll"}
+    np.testing.assert_allclose(history["kl"][-1], array(kv.kl_divergence(model)), rtol=1e-6)
+    mse = float(((model.predict(X, verbose=0) - Y) ** 2).mean())
+    np.testing.assert_allclose(history["val_nll"][-1], mse, rtol=1e-4)
+
+
+def test_nll_takes_the_mean_penalty_of_the_epoch(model):
+    """Weight 1: the KL is most of the loss and falls within the epoch; what is left is close to the true NLL."""
+    model.compile(keras.optimizers.SGD(0.002), "mse")
+    nll = model.fit(X, Y, batch_size=8, callbacks=[kv.ELBO(1)], verbose=0).history["nll"][0]
+    values = model.predict(X, verbose=0)
+    assert abs(nll - ((values - Y) ** 2).mean()) < 0.5
+
+
+def test_sparsity_logger(model):
+    history = model.fit(X, Y, callbacks=[kv.ELBO(64), kv.SparsityLogger()], verbose=0).history
+    report = kv.sparsity(model)
+    assert history["weights_left"] == [report.left / report.weights]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_examples": 0},
+        {"num_examples": -5},
+        {"num_examples": float("nan")},
+        {"num_examples": "many"},
+        {"num_examples": 10, "warmup_epochs": -1},
+        {"num_examples": 10, "start_epoch": -1},
+        {"num_examples": 10, "schedule": "steep"},
+    ],
+)
+def test_bad_arguments(arguments):
+    name = list(arguments)[-1]
+    with pytest.raises(ValueError, match=f"{name}="):
+        kv.ELBO(**arguments)
+
+
+@pytest.mark.parametrize("callback", [kv.ELBO(10), kv.SparsityLogger()])
+def test_a_plain_model_is_refused_before_training(callback):
+    plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    plain.compile("sgd", "mse")
+    before = array(plain.layers[0].kernel)
+    with pytest.raises(ValueError, match="VariationalDense"):
+        plain.fit(X, Y, callbacks=[callback], verbose=0)
+    np.testing.assert_array_equal(before, array(plain.layers[0].kernel))
+
+
+def test_a_schedule_below_zero_is_refused(model):
+    with pytest.raises(ValueError, match="kl_weight"):
+        model.fit(X, Y, callbacks=[kv.ELBO(10, schedule=lambda epoch: -1.0)], verbose=0)
+
+
+def test_kl_divergence_is_unweighted(model):
+    expected = sum(float(array(weight.kl())) for weight in posteriors(model))
+    np.testing.assert_allclose(array(kv.kl_divergence(model)), expected, rtol=1e-6)
+    by_layer = [float(array(kv.kl_divergence(layer))) for layer in model.layers]
+    np.testing.assert_allclose(sum(by_layer), expected, rtol=1e-6)

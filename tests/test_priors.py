@@ -1,0 +1,143 @@
+"""Priors: their KL, how they are named, saved and turned into TFP distributions."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_vdrop as kv
+from keras_vdrop import priors
+from tests.cases import array, randomize
+
+ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+tensorflow_only = pytest.mark.skipif(not ON_TENSORFLOW, reason="TFP is TensorFlow's")
+LOC = np.array([-2.0, 0.0, 0.3, 1.0], "float32")
+LOG_VARIANCE = np.array([-3.0, -1.0, 0.5, -8.0], "float32")
+
+
+def dense(**arguments):
+    layer = kv.VariationalDense(3, kl_weight=0.1, **arguments)
+    layer.build((None, 4))
+    randomize(layer)
+    return layer
+
+
+@pytest.mark.parametrize("name, cls", [("log_uniform", priors.LogUniform), ("ard", priors.ARD), ("normal", priors.Normal)])
+def test_names(name, cls):
+    assert type(priors.get(name)) is cls
+    assert priors.get(None) is None
+
+
+def test_instances_and_configs_are_taken():
+    prior = priors.Normal(0.3)
+    assert priors.get(prior) is prior
+    again = priors.get(priors.serialize(prior))
+    assert again.get_config() == {"scale": 0.3} and repr(again) == "Normal(scale=0.3)"
+    assert priors.serialize(None) is None
+
+
+@pytest.mark.parametrize("wrong", ["loguniform", 3, object(), keras.initializers.Zeros()])
+def test_unknown_prior_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match="'ard', 'log_uniform', 'normal'"):
+        kv.VariationalDense(2, kernel_prior=wrong)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
+def test_scale_must_be_positive(scale):
+    with pytest.raises(ValueError, match="scale="):
+        priors.Normal(scale)
+
+
+def test_a_prior_of_ones_own(tmp_path):
+    @keras.saving.register_keras_serializable(package="tests")
+    class Half(priors.Prior):
+        def kl(self, loc, log_variance):
+            return 0.5 * keras.ops.ones_like(loc)
+
+    layer = dense(kernel_prior=Half())
+    assert float(array(layer.kernel.kl())) == 6.0
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(3, kl_weight=0.1, kernel_prior=Half())])
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(again.layers[0].kernel.prior) is Half
+
+
+@tensorflow_only
+class TestTFP:
+    def test_analytic_where_registered(self):
+        from tensorflow_probability import distributions as tfd
+
+        prior = priors.get(tfd.Normal(0.5, 2.0))
+        expected = tfd.kl_divergence(tfd.Normal(LOC, np.exp(0.5 * LOG_VARIANCE)), tfd.Normal(0.5, 2.0))
+        np.testing.assert_allclose(array(prior.kl(LOC, LOG_VARIANCE)), expected, rtol=1e-6)
+
+    def test_quadrature_where_not_registered(self):
+        from scipy import integrate, stats
+        from tensorflow_probability import distributions as tfd
+
+        prior = priors.get(tfd.StudentT(4.0, 0.2, 0.7))
+        values = array(prior.kl(LOC, LOG_VARIANCE))
+        for value, loc, sd in zip(values, LOC, np.exp(0.5 * LOG_VARIANCE)):
+
+            def integrand(x, loc=loc, sd=sd):
+                q = stats.norm(loc, sd)
+                return q.pdf(x) * (q.logpdf(x) - stats.t(4.0, 0.2, 0.7).logpdf(x))
+
+            exact = integrate.quad(integrand, loc - 12 * sd, loc + 12 * sd, limit=200)[0]
+            np.testing.assert_allclose(value, exact, rtol=2e-3)
+
+    def test_mixture_prior_trains_and_is_saved(self, tmp_path):
+        from tensorflow_probability import distributions as tfd
+
+        mixture = tfd.MixtureSameFamily(
+            tfd.Categorical(probs=[0.25, 0.75]), tfd.Normal(loc=[0.0, 0.0], scale=[1.0, 0.05])
+        )
+        layer = kv.VariationalDense(3, kl_weight=0.1, kernel_prior=mixture)
+        model = keras.Sequential([keras.Input((4,)), layer])
+        for jit in (False, True):
+            model.compile("sgd", "mse", jit_compile=jit)
+            assert np.isfinite(model.train_on_batch(np.ones((2, 4)), np.ones((2, 3))))
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_allclose(array(again.layers[0].kernel.kl()), array(layer.kernel.kl()), rtol=1e-6)
+
+    def test_a_distribution_over_vectors_is_refused(self):
+        from tensorflow_probability import distributions as tfd
+
+        with pytest.raises(ValueError, match="over scalars"):
+            priors.get(tfd.MultivariateNormalDiag([0.0, 0.0]))
+
+    @pytest.mark.parametrize("prior", ["log_uniform", "ard", "normal", priors.Normal(0.2)])
+    def test_kl_of_the_distributions_is_the_weights(self, prior):
+        from tensorflow_probability import distributions as tfd
+
+        weight = dense(kernel_prior=prior).kernel
+        divergence = tfd.kl_divergence(kv.tfp.posterior(weight), kv.tfp.prior(weight))
+        assert divergence.shape == ()
+        np.testing.assert_allclose(divergence, weight.kl(), rtol=1e-5)
+
+    def test_posterior_is_the_one_that_is_sampled(self):
+        weight = dense().kernel
+        posterior = kv.tfp.posterior(weight)
+        assert posterior.event_shape == (4, 3)
+        np.testing.assert_allclose(posterior.mean(), weight.loc)
+        np.testing.assert_allclose(posterior.variance(), np.exp(weight.log_variance), rtol=1e-5)
+
+    def test_log_uniform_density(self):
+        distribution = kv.tfp.LogUniform()
+        np.testing.assert_allclose(distribution.log_prob([0.5, -2.0]), [np.log(2), -np.log(2)], rtol=1e-6)
+        assert kv.tfp.LogUniform is kv.tfp.LogUniform
+
+
+@pytest.mark.skipif(ON_TENSORFLOW, reason="for the other backends")
+def test_tfp_prior_needs_tensorflow():
+    with pytest.raises(ValueError, match="TensorFlow backend"):
+        priors.Distribution(None)
+
+
+def test_importing_the_package_imports_neither_tfp_nor_matplotlib():
+    import subprocess
+    import sys
+
+    script = "import sys, keras_vdrop; assert not {'tensorflow_probability', 'matplotlib', 'sklearn'} & set(sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

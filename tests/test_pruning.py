@@ -1,0 +1,113 @@
+"""`sparsity` counts exactly what `prune` leaves."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_vdrop as kv
+from tests.cases import array, posteriors, randomize
+
+THRESHOLDS = [-1.0, 0.0, 1.5, 3.0]
+
+
+@pytest.fixture
+def model():
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            kv.VariationalConv2D(4, 3, kl_weight=0.1, name="conv"),
+            keras.layers.Reshape((4, 16)),
+            keras.layers.RNN(kv.VariationalLSTMCell(3, kl_weight=0.1, name="cell"), name="rnn"),
+            keras.Sequential([kv.VariationalDense(5, kl_weight=0.1, bias_prior="ard", name="dense")], name="head"),
+        ]
+    )
+    randomize(model)
+    return model
+
+
+def kernels(model):
+    return [weight for weight in posteriors(model) if weight.name != "bias"]
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_counts_are_of_unclipped_log_alpha(model, threshold):
+    report = kv.sparsity(model, threshold)
+    left = [(array(w.log_variance) - np.log(array(w.loc) ** 2) <= threshold).sum() for w in kernels(model)]
+    assert report.left == sum(left)
+    assert report.weights == sum(int(np.prod(w.shape)) for w in kernels(model)) == 36 + 16 * 12 + 3 * 12 + 15
+    assert report.ratio == report.weights / report.left
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_prune_leaves_as_many_non_zeros_as_were_reported(model, threshold):
+    before = kv.sparsity(model, threshold)
+    after = kv.prune(model, threshold)
+    assert after == before
+    assert sum(int((array(w.loc) != 0).sum()) for w in kernels(model)) == before.left
+    assert sum(int((array(w.mean()) != 0).sum()) for w in kernels(model)) == before.left
+
+
+def test_rows_are_layers(model):
+    report = kv.sparsity(model)
+    assert [row.name for row in report.layers] == ["conv", "rnn/cell", "head/dense"]
+    assert sum(row.left for row in report.layers) == report.left
+    assert [row.weights for row in report.layers] == [36, 16 * 12 + 3 * 12, 15]
+
+
+def test_prints_an_aligned_table(model):
+    lines = str(kv.sparsity(model)).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split() == ["layer", "weights", "left", "left", "%", "ratio"]
+    assert lines[-1].startswith("total")
+
+
+def test_layers_own_threshold_is_the_default():
+    layer = kv.VariationalDense(2, kl_weight=0.1, threshold=-1.0)
+    layer.build((None, 2))
+    layer.kernel.loc.assign(np.ones((2, 2)))
+    layer.kernel.log_variance.assign([[-2.0, 0.0], [2.0, 4.0]])
+    assert (kv.sparsity(layer).left, kv.sparsity(layer, 3.0).left) == (1, 3)
+
+
+def test_mask_survives_training_and_saving(model, tmp_path):
+    left = kv.prune(model, 0.0).left
+    x = np.random.default_rng(0).normal(size=(32, 6, 6, 1))
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    model.fit(x, np.ones((32, 5)), epochs=2, verbose=0)
+    assert sum(int((array(w.mean()) != 0).sum()) for w in kernels(model)) == left
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert sum(int((array(w.mean()) != 0).sum()) for w in kernels(again)) == left
+    np.testing.assert_array_equal(model.predict(x, verbose=0), again.predict(x, verbose=0))
+
+
+def test_pruned_weights_have_no_kl(model):
+    kv.prune(model, 0.0)
+    (weight,) = posteriors(model.layers[0])
+    kept = array(weight.mask).astype(bool)
+    elementwise = array(weight.prior.kl(array(weight.loc), array(weight.log_variance)))
+    np.testing.assert_allclose(array(weight.kl()), elementwise[kept].sum(), rtol=1e-5)
+
+
+def test_pruning_everything_leaves_a_model_that_runs(model):
+    report = kv.prune(model, -1e6)
+    assert report.left == 0 and report.ratio == float("inf")
+    assert np.isfinite(model.predict(np.ones((2, 6, 6, 1)), verbose=0)).all()
+    model.compile("sgd", "mse")
+    assert np.isfinite(model.train_on_batch(np.ones((2, 6, 6, 1)), np.ones((2, 5))))
+
+
+@pytest.mark.parametrize("function", [kv.sparsity, kv.prune])
+@pytest.mark.parametrize("threshold", [np.nan, np.inf, "3"])
+def test_threshold_must_be_finite(model, function, threshold):
+    with pytest.raises(ValueError, match="`threshold` must be a finite number"):
+        function(model, threshold)
+
+
+@pytest.mark.parametrize("function", [kv.sparsity, kv.prune, kv.kl_divergence])
+def test_a_model_without_variational_weights_is_refused(function):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)], name="plain")
+    with pytest.raises(ValueError, match="'plain'"):
+        function(model)
+    with pytest.raises(ValueError, match="not been built"):
+        function(keras.Sequential([kv.VariationalDense(1)]))
