@@ -9,8 +9,6 @@ from keras_vdrop.pruning import prune, sparsity
 from keras_vdrop.sampling import sampling
 from keras_vdrop.version import __version__
 
-
-
 __all__ = [
     "ELBO",
     "MonteCarlo",

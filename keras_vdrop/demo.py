@@ -44,13 +44,13 @@ def network(dense, convolution, dropout=0.0):
     )
 
 
-def train(model, x, y, epochs, callbacks=()):
+def train(model, x, y, epochs, callbacks=(), rate=2e-3, verbose="auto"):
     """Adam, its rate falling linearly to 0, as the recipes for sparse variational dropout have it."""
     batch = 64
-    rate = keras.optimizers.schedules.PolynomialDecay(2e-3, decay_steps=epochs * -(-len(x) // batch), end_learning_rate=0.0)
+    decay = keras.optimizers.schedules.PolynomialDecay(rate, epochs * -(-len(x) // batch), end_learning_rate=0.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(rate), loss, metrics=["accuracy"])
-    model.fit(x, y, batch_size=batch, epochs=epochs, callbacks=list(callbacks))
+    model.compile(keras.optimizers.Adam(decay), loss, metrics=["accuracy"])
+    model.fit(x, y, batch_size=batch, epochs=epochs, callbacks=list(callbacks), verbose=verbose)
     return model
 
 
@@ -124,7 +124,7 @@ def run(out="demo", seed=0, quick=False):
     rows = [row("plain", probabilities(plain, x_test), y_test, dense, dense)]
     rows += [row("Keras Dropout", probabilities(dropout, x_test), y_test, dense, dense)]
     rows += [row("variational", probabilities(model, x_test), y_test, dense, dense)]
-    curve = frontier(model, x_test, y_test, thresholds=np.arange(-3.0, 6.1, 1.0))
+    curve = frontier(model, x_test, y_test, thresholds=np.arange(-6.0, 13.0))
     report = kv.sparsity(model, THRESHOLD)
     draw(model, curve, report.left, out / "digits.png")
     kv.prune(model, THRESHOLD)
@@ -135,7 +135,9 @@ def run(out="demo", seed=0, quick=False):
     rows += [row(name, statistics["probability"], y_test, dense, report.left)]
 
     print(f"\n{report}\n")
-    print(f"{'on ' + str(len(y_test)) + ' test digits':<34}{'accuracy':>9}{'NLL':>8}{'ECE':>9}{'weights':>10}{'ratio':>9}")
+    print(
+        f"{'on ' + str(len(y_test)) + ' test digits':<34}{'accuracy':>9}{'NLL':>8}{'ECE':>9}{'weights':>10}{'ratio':>9}"
+    )
     print("-" * 79)
     print("\n".join(rows))
 
@@ -145,8 +147,8 @@ def run(out="demo", seed=0, quick=False):
     print(f"\n{out / 'model.keras'}: written; reloaded, its predictions are {'equal' if same else 'DIFFERENT'}.")
     print(f"{out / 'digits.png'}: written.")
     print(
-        "\nWhat to do next: put kv.VariationalDense, VariationalConv2D or VariationalLSTM where you have the Keras layer, "
-        "\npass kv.ELBO(num_examples=len(x)) to fit, look at print(kv.sparsity(model)), then kv.prune(model)."
+        "\nWhat to do next: put kv.VariationalDense, VariationalConv2D or VariationalLSTM where you have the Keras"
+        "\nlayer, pass kv.ELBO(num_examples=len(x)) to fit, print(kv.sparsity(model)), then kv.prune(model)."
     )
     print(f"({time.monotonic() - start:.0f} s on the {keras.backend.backend()} backend)")
     return 0 if same else 1

@@ -166,6 +166,8 @@ def _distribution_config(value):
         return {"distribution": type(value).__name__, "parameters": parameters}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, sys.modules["tensorflow"].DType):
+        return value.name
     try:
         return np.asarray(value, "float64").tolist()
     except (TypeError, ValueError):

@@ -59,7 +59,9 @@ class Sparsity:
         lines = [f"{'layer':<{width}}  {'weights':>11}  {'left':>11}  {'left %':>7}  {'ratio':>9}"]
         for row in rows:
             percent = 100 * row.left / row.weights
-            lines.append(f"{row.name:<{width}}  {row.weights:>11,}  {row.left:>11,}  {percent:>7.2f}  {row.ratio:>8.1f}x")
+            lines.append(
+                f"{row.name:<{width}}  {row.weights:>11,}  {row.left:>11,}  {percent:>7.2f}  {row.ratio:>8.1f}x"
+            )
         rule = "-" * len(lines[0])
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 

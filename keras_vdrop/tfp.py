@@ -34,8 +34,25 @@ def prior(weight):
 
     log_variance = tf.convert_to_tensor(weight.log_variance)
     distribution = weight.prior.distribution(tf.cast(weight.loc, log_variance.dtype), log_variance)
-    distribution = tfd.BatchBroadcast(distribution, weight.shape)
-    return tfd.Independent(distribution, len(weight.shape))
+    return tfd.Independent(_broadcast(distribution, weight.shape), len(weight.shape))
+
+
+def _broadcast(distribution, shape):
+    """The same distribution for every entry of a shape.
+
+    By way of a parameter where there is one, since KLs are registered for that and not for `BatchBroadcast`.
+    """
+    import tensorflow as tf
+    from tensorflow_probability import distributions as tfd
+
+    if distribution.batch_shape == shape:
+        return distribution
+    for name, value in distribution.parameters.items():
+        if isinstance(value, (float, tf.Tensor)):
+            wide = distribution.copy(**{name: tf.broadcast_to(value, shape)})
+            if wide.batch_shape == shape:
+                return wide
+    return tfd.BatchBroadcast(distribution, shape)
 
 
 def __getattr__(name):

@@ -89,7 +89,9 @@ CASES = [
     Case("lstm_cell", *LSTM_CELL, (3, 4, 5), {"units": 3}),
     Case("lstm_cell_plain", *LSTM_CELL, (3, 4, 5), {"units": 3, "use_bias": False, "activation": "relu"}),
     Case("lstm", *LSTM, (3, 4, 5), {"units": 3, "return_sequences": True}, {"bias_prior": "normal"}),
-    Case("lstm_unrolled", *LSTM, (3, 4, 5), {"units": 3, "unroll": True, "go_backwards": True}, {"kernel_prior": "ard"}),
+    Case(
+        "lstm_unrolled", *LSTM, (3, 4, 5), {"units": 3, "unroll": True, "go_backwards": True}, {"kernel_prior": "ard"}
+    ),
 ]
 
 

@@ -1,8 +1,18 @@
 """Statistical assertions whose tolerance is computed: five standard errors."""
 
+import keras
 import numpy as np
 
 STANDARD_ERRORS = 5.0
+
+
+def draws(function, count):
+    """`count` evaluations of a function without arguments that returns a tensor; as a graph in TensorFlow."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        function = tf.function(function)
+    return np.stack([keras.ops.convert_to_numpy(function()) for _ in range(count)])
 
 
 def assert_mean(samples, expected):

@@ -74,11 +74,12 @@ def test_logs(model):
 
 
 def test_nll_takes_the_mean_penalty_of_the_epoch(model):
-    """Weight 1: the KL is most of the loss and falls within the epoch; what is left is close to the true NLL."""
-    model.compile(keras.optimizers.SGD(0.002), "mse")
-    nll = model.fit(X, Y, batch_size=8, callbacks=[kv.ELBO(1)], verbose=0).history["nll"][0]
-    values = model.predict(X, verbose=0)
-    assert abs(nll - ((values - Y) ** 2).mean()) < 0.5
+    """With a data loss of nothing `nll` is the error of that mean: a small part of the KL's fall within the epoch."""
+    model.compile(keras.optimizers.SGD(1e-4), lambda y, prediction: 0.0 * keras.ops.sum(prediction))
+    before = float(array(kv.kl_divergence(model)))
+    history = model.fit(X, Y, batch_size=8, callbacks=[kv.ELBO(1)], verbose=0).history
+    fall = before - history["kl"][0]
+    assert fall > 0 and abs(history["nll"][0]) < 0.1 * fall
 
 
 def test_sparsity_logger(model):

@@ -21,7 +21,9 @@ def dense(**arguments):
     return layer
 
 
-@pytest.mark.parametrize("name, cls", [("log_uniform", priors.LogUniform), ("ard", priors.ARD), ("normal", priors.Normal)])
+@pytest.mark.parametrize(
+    "name, cls", [("log_uniform", priors.LogUniform), ("ard", priors.ARD), ("normal", priors.Normal)]
+)
 def test_names(name, cls):
     assert type(priors.get(name)) is cls
     assert priors.get(None) is None
@@ -106,10 +108,11 @@ class TestTFP:
         with pytest.raises(ValueError, match="over scalars"):
             priors.get(tfd.MultivariateNormalDiag([0.0, 0.0]))
 
-    @pytest.mark.parametrize("prior", ["log_uniform", "ard", "normal", priors.Normal(0.2)])
+    @pytest.mark.parametrize("prior", ["log_uniform", "ard", "normal", priors.Normal(0.2), "tfp"])
     def test_kl_of_the_distributions_is_the_weights(self, prior):
         from tensorflow_probability import distributions as tfd
 
+        prior = tfd.Normal(0.5, 2.0) if prior == "tfp" else prior
         weight = dense(kernel_prior=prior).kernel
         divergence = tfd.kl_divergence(kv.tfp.posterior(weight), kv.tfp.prior(weight))
         assert divergence.shape == ()
@@ -134,10 +137,10 @@ def test_tfp_prior_needs_tensorflow():
         priors.Distribution(None)
 
 
-def test_importing_the_package_imports_neither_tfp_nor_matplotlib():
+def test_importing_the_package_does_not_import_tfp():
     import subprocess
     import sys
 
-    script = "import sys, keras_vdrop; assert not {'tensorflow_probability', 'matplotlib', 'sklearn'} & set(sys.modules)"
+    script = "import sys, keras_vdrop; assert 'tensorflow_probability' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

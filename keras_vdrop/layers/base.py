@@ -69,8 +69,8 @@ class VariationalLayer(keras.layers.Layer):
         check_finite("initial_log_variance", initial_log_variance)
         if abs(initial_log_variance) > _LARGEST_LOG_VARIANCE:
             raise ValueError(
-                f"`initial_log_variance` is the log of a variance, usually from −10 to 0, at most ±{_LARGEST_LOG_VARIANCE} "
-                f"in float32. Received: initial_log_variance={initial_log_variance!r}"
+                f"`initial_log_variance` is the log of a variance, usually from −10 to 0, and within "
+                f"±{_LARGEST_LOG_VARIANCE}. Received: initial_log_variance={initial_log_variance!r}"
             )
         check_finite("threshold", threshold)
         if seed is not None and not isinstance(seed, int):
@@ -216,9 +216,9 @@ class VariationalLayer(keras.layers.Layer):
             store[_SEED_STATE] = self.seed_generator.state
 
     def load_own_variables(self, store):
-        own = {key: store[key] for key in store.keys() if key != _SEED_STATE}
-        keras.layers.Layer.load_own_variables(self, own)
-        if _SEED_STATE in store.keys():
+        keys = set(store.keys())  # a store is not quite a dict
+        keras.layers.Layer.load_own_variables(self, {key: store[key] for key in keys - {_SEED_STATE}})
+        if _SEED_STATE in keys:
             self.seed_generator.state.assign(store[_SEED_STATE])
         if self in _unset and not math.isclose(float(self._kl_weight), self._default_kl_weight(), rel_tol=1e-6):
             _unset.discard(self)  # `ELBO` had set it when the weights were saved

@@ -102,4 +102,6 @@ def test_saved_model(case, tmp_path):
     randomize(model)
     model.export(tmp_path / "exported", verbose=False)
     served = tf.saved_model.load(str(tmp_path / "exported"))
-    np.testing.assert_allclose(served.serve(case.inputs()), model.predict(case.inputs(), verbose=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        served.serve(case.inputs()), model.predict(case.inputs(), verbose=0), rtol=1e-5, atol=1e-6
+    )

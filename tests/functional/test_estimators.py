@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_vdrop.functional import estimators
 from tests.cases import array
-from tests.statistics import assert_mean, assert_uncorrelated, assert_variance
+from tests.statistics import assert_mean, assert_uncorrelated, assert_variance, draws
 
 DRAWS = 4000
 RNG = np.random.default_rng(0)
@@ -34,7 +34,8 @@ def weight(shape):
 
 def draw(estimator, linear, x, loc, log_variance, count=DRAWS, seed=3):
     generator = keras.random.SeedGenerator(seed)
-    return np.stack([array(estimator(linear, x, loc, log_variance, generator)) for _ in range(count)])
+    x, loc, log_variance = (ops.convert_to_tensor(value) for value in (x, loc, log_variance))
+    return draws(lambda: estimator(linear, x, loc, log_variance, generator), count)
 
 
 @pytest.mark.parametrize("name", estimators.ESTIMATORS)

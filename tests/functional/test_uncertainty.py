@@ -36,7 +36,9 @@ def test_agreement_has_no_mutual_information_and_disagreement_all_of_it():
     disagree = np.array([[[1.0, 0.0]], [[0.0, 1.0]]], "float32")
     one, other = arrays(uncertainty.categorical(agree)), arrays(uncertainty.categorical(disagree))
     np.testing.assert_allclose([one["mutual_information"][0], one["expected_entropy"][0]], [0, np.log(2)], atol=1e-6)
-    np.testing.assert_allclose([other["mutual_information"][0], other["expected_entropy"][0]], [np.log(2), 0], atol=1e-6)
+    np.testing.assert_allclose(
+        [other["mutual_information"][0], other["expected_entropy"][0]], [np.log(2), 0], atol=1e-6
+    )
 
 
 def test_bernoulli_is_categorical_with_two_classes():

@@ -5,7 +5,7 @@ import pytest
 
 import keras_vdrop as kv
 from tests.cases import array, randomize
-from tests.statistics import assert_mean, assert_variance
+from tests.statistics import assert_mean, assert_variance, draws
 
 
 def patches(x, w, strides, dilation, groups):
@@ -33,11 +33,11 @@ def test_mean_and_variance_patch_by_patch(estimator, strides, dilation, groups):
     layer(x)
     randomize(layer)
     loc, variance = array(layer.kernel.loc), np.exp(array(layer.kernel.log_variance))
-    draws = np.stack([array(layer(x, training=True)) for _ in range(1500)])
+    samples = draws(lambda: layer(x, training=True), 1500)
     expected = patches(x**2, variance, strides, dilation, groups)
-    assert_mean(draws, patches(x, loc, strides, dilation, groups))
+    assert_mean(samples, patches(x, loc, strides, dilation, groups))
     if estimator == "flipout":  # its signs give outputs the tails of no normal variable
-        error = np.sqrt(((draws - draws.mean(0)) ** 2).var(axis=0) / len(draws))
-        assert (np.abs(draws.var(axis=0) - expected) < 5 * error).all()
+        error = np.sqrt(((samples - samples.mean(0)) ** 2).var(axis=0) / len(samples))
+        assert (np.abs(samples.var(axis=0) - expected) < 5 * error).all()
     else:
-        assert_variance(draws, expected)
+        assert_variance(samples, expected)

@@ -1,0 +1,28 @@
+"""Run notebooks from top to bottom: `python notebooks/execute.py [--check] NOTEBOOK ...`.
+
+Writes the outputs into the files; with `--check` only fails where a cell does.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import nbformat
+from nbclient import NotebookClient
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebooks", nargs="+", type=pathlib.Path)
+    parser.add_argument("--check", action="store_true", help="leave the files as they are")
+    options = parser.parse_args()
+    for path in options.notebooks:
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
+        if not options.check:
+            nbformat.write(notebook, path)
+        print(f"{path}: ran")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
