@@ -132,7 +132,7 @@ class VariationalWeight:
         self._held = None
 
 
-class _LocPenalty:
+class _LocPenalty(keras.regularizers.Regularizer):
     """The regularizer of `loc`: the KL of the whole posterior, and whatever the user asked for."""
 
     def __init__(self, weight, regularizer):
@@ -144,7 +144,7 @@ class _LocPenalty:
         return penalty if self._regularizer is None else penalty + self._regularizer(loc)
 
 
-class _LogVariancePenalty:
+class _LogVariancePenalty(keras.regularizers.Regularizer):
     """The regularizer of `log_variance`, which speaks only where `loc` is frozen and so cannot.
 
     Keras evaluates the regularizers of trainable variables alone.
