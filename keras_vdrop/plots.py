@@ -30,9 +30,9 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     ax = _axes(ax)
     weights = [weight for weight in require_variational_weights(model) if "bias" not in weight.name]
     values = np.concatenate([np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights])
-    low, high = np.percentile(values, [0.1, 99.0])
+    # A weight of exactly 0 has a log alpha beyond all others, counted but out of the picture.
+    low, high = np.percentile(values, [0, 99.5])
     edges = np.linspace(min(low, threshold - 1), max(high, threshold + 1), bins + 1)
-    values = np.clip(values, edges[0], edges[-1])
     pruned = values > threshold
     ax.hist(values[~pruned], edges, color=COLORS[0], label=f"kept ({(~pruned).sum():,})")
     ax.hist(values[pruned], edges, color="0.75", label=f"pruned ({pruned.sum():,})")
@@ -56,6 +56,8 @@ def metric_against_weights(left, samples, mean=None, chosen=None, metric="accura
     Returns:
         The `Axes`.
     """
+    from matplotlib import ticker
+
     ax = _axes(ax)
     left, samples = np.asarray(left), np.asarray(samples)
     low, middle, high = np.percentile(samples, [5, 50, 95], axis=1)
@@ -66,5 +68,8 @@ def metric_against_weights(left, samples, mean=None, chosen=None, metric="accura
     if chosen is not None:
         ax.axvline(chosen, color=COLORS[1], linestyle="--", label=f"chosen: {chosen:,}")
     ax.set(xscale="log", xlabel="weights left", ylabel=metric, title=f"{metric.capitalize()} against size")
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     ax.legend(loc="lower right")
     return ax

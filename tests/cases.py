@@ -87,10 +87,13 @@ CASES = [
         {"kernel_prior": "ard", "bias_prior": "ard", "estimator": "reparameterization"},
     ),
     Case("lstm_cell", *LSTM_CELL, (3, 4, 5), {"units": 3}),
-    Case("lstm_cell_plain", *LSTM_CELL, (3, 4, 5), {"units": 3, "use_bias": False, "activation": "relu"}),
     Case("lstm", *LSTM, (3, 4, 5), {"units": 3, "return_sequences": True}, {"bias_prior": "normal"}),
     Case(
-        "lstm_unrolled", *LSTM, (3, 4, 5), {"units": 3, "unroll": True, "go_backwards": True}, {"kernel_prior": "ard"}
+        "lstm_unrolled",
+        *LSTM,
+        (3, 4, 5),
+        {"units": 3, "unroll": True, "go_backwards": True, "use_bias": False},
+        {"kernel_prior": "ard"},
     ),
 ]
 
