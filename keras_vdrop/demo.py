@@ -142,7 +142,7 @@ def run(out="demo", seed=0, quick=False, beta=0.3):
     rows += [row("Keras Dropout", probabilities(dropout, x_test), y_test, dense)]
     rows += [row("variational", probabilities(model, x_test), y_test, dense)]
     sampler = kv.MonteCarlo(model, NUM_SAMPLES, output="samples", seed=seed)
-    curve = frontier(sampler, x_test, y_test, thresholds=np.arange(-6.0, 13.0, 6.0 if quick else 1.0))
+    curve = frontier(sampler, x_test, y_test, thresholds=np.arange(-3.0, 13.0, 5.0 if quick else 1.0))
     report = kv.sparsity(model, THRESHOLD)
     draw(model, curve, report.left, out / "digits.png")
     kv.prune(model, THRESHOLD)

@@ -38,6 +38,7 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     ax.hist(values[pruned], edges, color="0.75", label=f"pruned ({pruned.sum():,})")
     ax.axvline(threshold, color=COLORS[1], linestyle="--", label=f"threshold {threshold:g}")
     ax.set(yscale="log", xlabel="log α (noise over signal)", ylabel="weights", title="How noisy each weight is")
+    ax.set_ylim(top=20 * ax.get_ylim()[1])  # room for the legend
     ax.legend(loc="upper left")
     return ax
 
@@ -68,7 +69,8 @@ def metric_against_weights(left, samples, mean=None, chosen=None, metric="accura
     if chosen is not None:
         ax.axvline(chosen, color=COLORS[1], linestyle="--", label=f"chosen: {chosen:,}")
     ax.set(xscale="log", xlabel="weights left", ylabel=metric, title=f"{metric.capitalize()} against size")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    wide = max(left) > 50 * max(min(left), 1)
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if wide else (1, 2, 5)))
     ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     ax.legend(loc="lower right")
