@@ -30,8 +30,9 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     ax = _axes(ax)
     weights = [weight for weight in require_variational_weights(model) if "bias" not in weight.name]
     values = np.concatenate([np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights])
-    # A weight of exactly 0 has a log alpha beyond all others, counted but out of the picture.
-    low, high = np.percentile(values, [0, 99.5])
+    # A weight that is 0, as after pruning, has no finite log alpha: counted, but out of the picture.
+    zero = np.concatenate([np.ravel(ops.convert_to_numpy(weight.mean())) for weight in weights]) == 0
+    low, high = (values[~zero].min(), values[~zero].max()) if not zero.all() else (threshold, threshold)
     edges = np.linspace(min(low, threshold - 1), max(high, threshold + 1), bins + 1)
     pruned = values > threshold
     ax.hist(values[~pruned], edges, color=COLORS[0], label=f"kept ({(~pruned).sum():,})")
