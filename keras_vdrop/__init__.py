@@ -1,8 +1,8 @@
 """Variational dropout for Keras 3: swap a layer, train with `fit`, and the network learns which weights it needs."""
 
-from keras_vdrop import functional, plots, priors, tfp
+from keras_vdrop import functional, layers, plots, priors, tfp
 from keras_vdrop.callbacks import ELBO, SparsityLogger
-from keras_vdrop.layers import VariationalConv2D, VariationalDense, VariationalLSTM, VariationalLSTMCell
+from keras_vdrop.layers import *  # noqa: F403
 from keras_vdrop.montecarlo import MonteCarlo
 from keras_vdrop.posterior import VariationalWeight, kl_divergence
 from keras_vdrop.pruning import prune, sparsity
@@ -10,13 +10,10 @@ from keras_vdrop.sampling import sampling
 from keras_vdrop.version import __version__
 
 __all__ = [
+    *layers.__all__,
     "ELBO",
     "MonteCarlo",
     "SparsityLogger",
-    "VariationalConv2D",
-    "VariationalDense",
-    "VariationalLSTM",
-    "VariationalLSTMCell",
     "VariationalWeight",
     "__version__",
     "functional",

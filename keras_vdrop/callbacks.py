@@ -5,15 +5,24 @@ import math
 import keras
 
 from keras_vdrop.layers.base import check_finite
-from keras_vdrop.posterior import kl_divergence, require_variational_weights
+from keras_vdrop.posterior import kl_divergence, require_posteriors
 from keras_vdrop.pruning import sparsity
+
+# What fraction of its full weight the KL has when a fraction p of the warm-up is over.
+SCHEDULES = {
+    "linear": lambda p: p,
+    "cubic": lambda p: p**3,
+    "cosine": lambda p: 0.5 * (1.0 - math.cos(math.pi * p)),
+}
 
 
 class ELBO(keras.callbacks.Callback):
-    """Make `fit` minimise the negative ELBO per example: mean NLL + β·KL / num_examples.
+    """Make `fit` minimise the negative ELBO per example: mean NLL + temperature·β·KL / num_examples.
 
-    β is 0 up to `start_epoch`, rises linearly over `warmup_epochs` and stays 1. A network that starts with the full KL
-    gives up weights before it has learned which ones it needs, so give it some epochs of each.
+    β is 0 up to `start_epoch`, rises over `warmup_epochs` and stays 1. A network that starts with the full KL
+    gives up weights before it has learned which ones it needs, so give it some epochs of each. β depends on nothing
+    but the number of the epoch (and batch), so that a `fit` resumed with `initial_epoch` goes on where the schedule
+    was.
 
     Adds to the logs of every epoch
         `kl`: Σ KL(posterior ‖ prior) at the end of the epoch, in nats, not weighted.
@@ -25,10 +34,18 @@ class ELBO(keras.callbacks.Callback):
         num_examples: Positive int, the number of training examples (not batches).
         warmup_epochs: Over how many epochs β rises from 0 to 1; 0 for at once.
         start_epoch: The epoch, counted from 0, at which it starts to rise.
-        schedule: "linear", or a callable from the epoch (int, from 0) to β ≥ 0, in place of the two above.
+        schedule: How it rises: "linear", "cubic" (p³ of the way at p of the time: late), "cosine" (softly at both
+            ends); or a callable from the step to β ≥ 0, in place of the two above. The step is an int that counts
+            from 0: the epoch, or with `per="batch"` the batch since the beginning of training.
+        per: "epoch" or "batch": how often β changes.
+        temperature: Float ≥ 0, a constant factor of the KL; 1 for the ELBO. Below 1 (a "cold" posterior) data count
+            for more than they are, and more weights stay.
+        free_bits: Float ≥ 0, in nats for each weight: the KL of a weight tensor that costs nothing, on average over its
+            weights: max(KL, free_bits·weights) takes its place. Its gradient is 0 below.
 
     Raises:
-        ValueError: For a value that is out of range, or, in `fit`, a model without variational weights.
+        ValueError: For a value that is out of range; in `fit`, for a model without variational weights, or a callable
+            of the batch that resumes at an epoch of which Keras does not know how many batches came before.
 
     Example:
         >>> import keras, keras_vdrop as kv, numpy as np
@@ -38,43 +55,102 @@ class ELBO(keras.callbacks.Callback):
         >>> history = model.fit(x, y, callbacks=[kv.ELBO(num_examples=len(x))], verbose=0)
         >>> sorted(history.history)
         ['kl', 'loss', 'nll']
+
+    Reference:
+        Warm-up: Ladder Variational Autoencoders, Sønderby et al., 2016, https://arxiv.org/abs/1602.02282; free bits:
+        Improved Variational Inference with Inverse Autoregressive Flow, Kingma et al., 2016,
+        https://arxiv.org/abs/1606.04934; temperature: How Good is the Bayes Posterior in Deep Neural Networks Really?,
+        Wenzel et al., 2020, https://arxiv.org/abs/2002.02405
     """
 
-    def __init__(self, num_examples, warmup_epochs=0, start_epoch=0, schedule="linear"):
+    def __init__(
+        self,
+        num_examples,
+        warmup_epochs=0,
+        start_epoch=0,
+        schedule="linear",
+        per="epoch",
+        temperature=1.0,
+        free_bits=0.0,
+    ):
         super().__init__()
         for name, value, least in (
             ("num_examples", num_examples, 1),
             ("warmup_epochs", warmup_epochs, 0),
             ("start_epoch", start_epoch, 0),
+            ("temperature", temperature, 0),
+            ("free_bits", free_bits, 0),
         ):
             check_finite(name, value)
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}. Received: {name}={value!r}")
-        if schedule != "linear" and not callable(schedule):
-            raise ValueError(f'`schedule` must be "linear" or a callable of the epoch. Received: schedule={schedule!r}')
+        if not callable(schedule) and schedule not in SCHEDULES:
+            raise ValueError(
+                f"`schedule` must be one of {sorted(SCHEDULES)} or a callable of the step. "
+                f"Received: schedule={schedule!r}"
+            )
+        if per not in ("epoch", "batch"):
+            raise ValueError(f'`per` must be "epoch" or "batch". Received: per={per!r}')
         self.num_examples = num_examples
         self.warmup_epochs = warmup_epochs
         self.start_epoch = start_epoch
         self.schedule = schedule
+        self.per = per
+        self.temperature = temperature
+        self.free_bits = free_bits
 
-    def beta(self, epoch):
-        """The factor of the KL in that epoch, 1 for the ELBO itself."""
+    def beta(self, epoch, batch=0):
+        """The factor of the KL in that epoch (with `per="batch"`, at that batch of it), 1 for the ELBO itself."""
+        batch = batch if self.per == "batch" else 0
         if callable(self.schedule):
-            return self.schedule(epoch)
+            return self.schedule(epoch if self.per == "epoch" else self._batches_before(epoch) + batch)
+        elapsed = epoch + (batch / self._steps if self._steps else 0.0) - self.start_epoch
         if self.warmup_epochs == 0:
-            return float(epoch >= self.start_epoch)
-        return min(1.0, max(0.0, (epoch - self.start_epoch) / self.warmup_epochs))
+            return float(elapsed >= 0)
+        return SCHEDULES[self.schedule](min(1.0, max(0.0, elapsed / self.warmup_epochs)))
+
+    # How many batches an epoch has: None as long as neither Keras nor an epoch that is over has told.
+    _steps = None
+
+    def _batches_before(self, epoch):
+        if epoch and not self._steps:
+            raise ValueError(
+                "How many batches came before this epoch is not known, so a schedule of batches cannot go on. "
+                f"Received: initial_epoch={epoch}; pass `steps_per_epoch` to `fit`."
+            )
+        return epoch * self._steps if epoch else 0
 
     def set_model(self, model):
-        require_variational_weights(model)
+        require_posteriors(model)
         super().set_model(model)
 
+    def on_train_begin(self, logs=None):
+        self._steps = (self.params or {}).get("steps")
+
     def on_epoch_begin(self, epoch, logs=None):
-        for weight in require_variational_weights(self.model):
-            weight.owner.kl_weight = self.beta(epoch) / self.num_examples
+        self._epoch = epoch
+        self._set(epoch)
         self._penalty_at_begin = self._penalty()
 
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.per == "batch":
+            self._set(self._epoch, batch)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._last_batch = batch
+
+    def _set(self, epoch, batch=0):
+        """Give every layer its KL weight.
+
+        By way of `self.model`, always: that is what makes the JAX trainer take note of what is assigned.
+        """
+        kl_weight = self.temperature * self.beta(epoch, batch) / self.num_examples
+        for owner in {id(posterior.owner): posterior.owner for posterior in require_posteriors(self.model)}.values():
+            owner.kl_weight = kl_weight
+            owner.free_bits = self.free_bits
+
     def on_epoch_end(self, epoch, logs=None):
+        self._steps = self._steps or self._last_batch + 1
         if logs is None:
             return
         logs["kl"] = _number(kl_divergence(self.model))

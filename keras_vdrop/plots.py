@@ -3,7 +3,7 @@
 import numpy as np
 from keras import ops
 
-from keras_vdrop.posterior import require_variational_weights
+from keras_vdrop.posterior import prunable_weights
 
 # Okabe and Ito's palette, which the colour-blind tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -28,7 +28,7 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
         The `Axes`.
     """
     ax = _axes(ax)
-    weights = [weight for weight in require_variational_weights(model) if "bias" not in weight.name]
+    weights = prunable_weights(model)
     values = np.concatenate([np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights])
     # A weight that is 0, as after pruning, has no finite log alpha: counted, but out of the picture.
     zero = np.concatenate([np.ravel(ops.convert_to_numpy(weight.mean())) for weight in weights]) == 0

@@ -1,4 +1,7 @@
-"""`VariationalWeight`: a weight that is a distribution, with everything that belongs to it."""
+"""`VariationalWeight`: a weight that is a distribution, with everything that belongs to it; and how posteriors are
+found."""
+
+import math
 
 import keras
 from keras import ops
@@ -6,7 +9,36 @@ from keras import ops
 from keras_vdrop.functional import estimators, sparsity
 
 
-class VariationalWeight:
+class Posterior:
+    """Whatever has a KL in the loss. A regularizer, `KLPenalty`, puts it there.
+
+    Attributes:
+        owner: The layer, which weighs the KL.
+        size: How many numbers it is a distribution over.
+    """
+
+    def __init__(self, owner, size):
+        self.owner = owner
+        self.size = size
+
+    def kl(self):
+        """KL(q‖p): a scalar, in nats."""
+        raise NotImplementedError
+
+
+class KLPenalty(keras.regularizers.Regularizer):
+    """The regularizer of one of a posterior's variables: the KL of all of it, and whatever the user asked for."""
+
+    def __init__(self, posterior, regularizer=None):
+        self.posterior = posterior
+        self._regularizer = regularizer
+
+    def __call__(self, variable):
+        penalty = self.posterior.owner.weighted_kl(self.posterior)
+        return penalty if self._regularizer is None else penalty + self._regularizer(variable)
+
+
+class VariationalWeight(Posterior):
     """One weight tensor with a factorised Gaussian posterior q(w) = N(loc, exp(log_variance)).
 
     It owns the two trainable variables, the mask of what pruning left, the prior and the KL between them, and it
@@ -22,7 +54,8 @@ class VariationalWeight:
             layer): a float16 variance would underflow below 6e-8.
         mask: Boolean variable of the same shape; False where pruned.
         prior: The `Prior`.
-        owner: The layer.
+        prior_parameters: What the prior learns, a dict of variables; empty for most.
+        prunable: Whether `sparsity` and `prune` take it into account.
     """
 
     def __init__(
@@ -35,15 +68,24 @@ class VariationalWeight:
         prior,
         estimator,
         initial_log_variance,
+        prunable=True,
+        learn_loc=True,
+        log_variance_shape=None,
+        log_variance_constraint=None,
         initializer=None,
         regularizer=None,
         constraint=None,
         **arguments,
     ):
-        """Create the variables by `add_weight`, whose arguments the others are, as in Keras."""
-        self.owner = owner
+        """Create the variables by `add_weight`, whose arguments the others are, as in Keras.
+
+        `loc` can be a constant (`learn_loc=False`), and weights can share a log variance: its shape
+        needs only be broadcast to theirs.
+        """
+        super().__init__(owner, math.prod(shape))
         self.name = name
         self.prior = prior
+        self.prunable = prunable
         self._estimate = estimators.ESTIMATORS[estimator]
         self._held = None
         dtype = "float64" if owner.variable_dtype == "float64" else "float32"
@@ -51,22 +93,25 @@ class VariationalWeight:
             name=f"{name}_loc",
             shape=shape,
             initializer=initializer,
-            regularizer=_LocPenalty(self, keras.regularizers.get(regularizer)),
+            regularizer=KLPenalty(self, keras.regularizers.get(regularizer)),
             constraint=constraint,
             dtype=dtype,
             autocast=False,
+            trainable=learn_loc,
             **arguments,
         )
         self.log_variance = add_weight(
             name=f"{name}_log_variance",
-            shape=shape,
+            shape=shape if log_variance_shape is None else log_variance_shape,
             initializer=keras.initializers.Constant(initial_log_variance),
             regularizer=_LogVariancePenalty(self),
+            constraint=log_variance_constraint,
             dtype=dtype,
             autocast=False,
             **arguments,
         )
         self.mask = add_weight(name=f"{name}_mask", shape=shape, initializer="ones", dtype="bool", trainable=False)
+        self.prior_parameters = prior.add_weights(add_weight, name)
 
     @property
     def shape(self):
@@ -85,13 +130,17 @@ class VariationalWeight:
         return self._left(ops.convert_to_tensor(self.log_variance), -float("inf"))
 
     def log_alpha(self):
-        """log(exp(log_variance) / loc²), not clipped; a weight above 3 is 95 % noise."""
-        return sparsity.log_alpha(ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance))
+        """log(exp(log_variance) / loc²), not clipped; a weight above 3 is 95 % noise.
+
+        With a prior over groups it is that of the weight's group.
+        """
+        loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
+        return sparsity.log_alpha(loc, log_variance, self.prior.group_axis)
 
     def keep_mask(self, threshold):
         """True where the weight is neither pruned already nor would be at this threshold on log alpha."""
-        keep = sparsity.keep_mask(ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance), threshold)
-        return self._left(keep, False)
+        loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
+        return self._left(sparsity.keep_mask(loc, log_variance, threshold, self.prior.group_axis), False)
 
     def prune(self, threshold):
         """Set to 0, now and through further training, every weight whose log alpha is above the threshold."""
@@ -101,27 +150,30 @@ class VariationalWeight:
 
     def kl(self):
         """KL(q‖p) summed over the weights that are not pruned: a scalar, in nats."""
-        elementwise = self.prior.kl(ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance))
+        parameters = {name: ops.convert_to_tensor(value) for name, value in self.prior_parameters.items()}
+        loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
+        elementwise = self.prior.kl(loc, log_variance, **parameters)
         return ops.sum(self._left(elementwise, 0.0))
 
-    def apply(self, linear, x, *, noisy, seed, channel_axis=-1):
+    def apply(self, linear, x, *, noisy, seed, sign_axes, dtype):
         """`linear(x, w)`: with the posterior mean, or with noise.
 
         Args:
             linear: Callable `(x, w) -> output`, linear in both.
-            x: Tensor, the batch on its first axis.
+            x: Tensor, the batch on its first axis; where it is of an integer type, `linear` is a lookup.
             noisy: Bool. Where a draw is held (see `hold`), that draw is used; else the estimator's.
             seed: A `keras.random.SeedGenerator`.
-            channel_axis: The axis of the channels in `x` and in the output.
+            sign_axes: As for `functional.estimators.flipout`.
+            dtype: Of the output.
 
         Returns:
             What `linear` returns.
         """
         if not noisy:
-            return linear(x, ops.cast(self.mean(), x.dtype))
+            return linear(x, ops.cast(self.mean(), dtype))
         if self._held is not None:
-            return linear(x, ops.cast(self._held, x.dtype))
-        return self._estimate(linear, x, self.mean(), self._noise_log_variance(), seed, channel_axis)
+            return linear(x, ops.cast(self._held, dtype))
+        return self._estimate(linear, x, self.mean(), self._noise_log_variance(), seed, sign_axes, dtype)
 
     def hold(self, seed):
         """Draw the weight now and use that draw in every `apply` until `release`: a recurrent layer's sequence."""
@@ -130,18 +182,6 @@ class VariationalWeight:
     def release(self):
         """Forget the draw of `hold`."""
         self._held = None
-
-
-class _LocPenalty(keras.regularizers.Regularizer):
-    """The regularizer of `loc`: the KL of the whole posterior, and whatever the user asked for."""
-
-    def __init__(self, weight, regularizer):
-        self.weight = weight
-        self._regularizer = regularizer
-
-    def __call__(self, loc):
-        penalty = self.weight.owner.weighted_kl(self.weight)
-        return penalty if self._regularizer is None else penalty + self._regularizer(loc)
 
 
 class _LogVariancePenalty(keras.regularizers.Regularizer):
@@ -159,33 +199,43 @@ class _LogVariancePenalty(keras.regularizers.Regularizer):
         return self.weight.owner.weighted_kl(self.weight)
 
 
-def variational_weights(model_or_layer):
-    """Every `VariationalWeight` in a model or layer, once, in the order of its variables.
+def posteriors(model_or_layer):
+    """Every `Posterior` in a model or layer, once, in the order of its variables.
 
     Found through the variables, so that it makes no difference how layers are nested, wrapped or shared.
     """
     penalties = (getattr(variable, "regularizer", None) for variable in model_or_layer.weights)
-    return [penalty.weight for penalty in penalties if isinstance(penalty, _LocPenalty)]
+    return [penalty.posterior for penalty in penalties if isinstance(penalty, KLPenalty)]
 
 
-def require_variational_weights(model_or_layer):
+def require_posteriors(model_or_layer):
     """The same, where there must be some.
 
     Raises:
         ValueError: Where there is none, or the model has not been built yet.
     """
-    weights = variational_weights(model_or_layer)
-    if not weights:
+    found = posteriors(model_or_layer)
+    if not found:
         state = "" if model_or_layer.built else " (it has not been built: call it on some data first)"
         raise ValueError(
             f"Expected at least one variational weight, such as a VariationalDense layer has. Received: "
             f"{model_or_layer.name!r} of type {type(model_or_layer).__name__}, which has none{state}."
         )
-    return weights
+    return found
+
+
+def prunable_weights(model_or_layer):
+    """The weights that `sparsity` counts: every variational kernel, table and scale, but no bias.
+
+    Raises:
+        ValueError: Where there is no variational weight, or the model has not been built yet.
+    """
+    found = require_posteriors(model_or_layer)
+    return [weight for weight in found if isinstance(weight, VariationalWeight) and weight.prunable]
 
 
 def kl_divergence(model_or_layer):
-    """Σ KL(posterior ‖ prior) over all variational weights, in nats, not weighted: a scalar tensor.
+    """Σ KL(posterior ‖ prior) over all posteriors, in nats, not weighted: a scalar tensor.
 
     Args:
         model_or_layer: A built `keras.Model` or layer.
@@ -193,4 +243,4 @@ def kl_divergence(model_or_layer):
     Raises:
         ValueError: If it has no variational weight.
     """
-    return sum(weight.kl() for weight in require_variational_weights(model_or_layer))
+    return sum(posterior.kl() for posterior in require_posteriors(model_or_layer))

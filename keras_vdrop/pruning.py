@@ -5,7 +5,7 @@ import math
 
 from keras_vdrop.functional import sparsity as counting
 from keras_vdrop.layers.base import check_finite
-from keras_vdrop.posterior import require_variational_weights
+from keras_vdrop.posterior import prunable_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def prune(model, threshold=None):
 def _prunable(model, threshold):
     if threshold is not None:
         check_finite("threshold", threshold)
-    return [weight for weight in require_variational_weights(model) if "bias" not in weight.name]
+    return prunable_weights(model)
 
 
 def _threshold(weight, threshold):

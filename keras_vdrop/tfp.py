@@ -33,7 +33,8 @@ def prior(weight):
     from tensorflow_probability import distributions as tfd
 
     log_variance = tf.convert_to_tensor(weight.log_variance)
-    distribution = weight.prior.distribution(tf.cast(weight.loc, log_variance.dtype), log_variance)
+    parameters = {name: tf.convert_to_tensor(value) for name, value in weight.prior_parameters.items()}
+    distribution = weight.prior.distribution(tf.cast(weight.loc, log_variance.dtype), log_variance, **parameters)
     return tfd.Independent(_broadcast(distribution, weight.shape), len(weight.shape))
 
 
@@ -66,7 +67,7 @@ def _log_uniform():
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
-    from keras_vdrop.functional import kl
+    from keras_vdrop import priors
 
     class LogUniform(tfd.Distribution):
         """p(|w|) ∝ 1/|w| over all real w: improper, so it has a log density up to a constant, and no samples.
@@ -75,11 +76,13 @@ def _log_uniform():
 
         Args:
             batch_shape: Tuple of ints, independent copies.
+            form: How the KL is computed, as in `priors.LogUniform`.
             dtype: Of its values.
         """
 
-        def __init__(self, batch_shape=(), dtype="float32", name="LogUniform"):
+        def __init__(self, batch_shape=(), form="sigmoid", dtype="float32", name="LogUniform"):
             parameters = dict(locals())
+            self._prior = priors.LogUniform(form)
             self._batch = tuple(batch_shape)
             super().__init__(
                 dtype=tf.as_dtype(dtype),
@@ -113,6 +116,6 @@ def _log_uniform():
     def _kl_normal_log_uniform(posterior, prior, name=None):
         with tf.name_scope(name or "kl_normal_log_uniform"):
             loc, scale = tf.convert_to_tensor(posterior.loc), tf.convert_to_tensor(posterior.scale)
-            return kl.log_uniform(loc, 2.0 * tf.math.log(scale))
+            return prior._prior.kl(loc, 2.0 * tf.math.log(scale))
 
     return LogUniform

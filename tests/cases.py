@@ -7,20 +7,24 @@ import numpy as np
 from keras import layers
 
 import keras_vdrop as kv
-from keras_vdrop.posterior import variational_weights
+from keras_vdrop.layers.base import VariationalLayer
+from keras_vdrop.posterior import VariationalWeight
+from keras_vdrop.posterior import posteriors as all_posteriors
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A variational layer as the conformance tests use it.
+    """A layer of ours as the conformance tests use it.
 
     Attributes:
         name: Of the case.
         cls: The layer's class.
-        twin: The Keras layer that it stands for.
+        twin: The Keras layer that it stands for: what it is without noise. Of a wrapper, the layer that it wraps.
         shape: Of an input, with the batch.
         keras: Arguments of both.
-        ours: Arguments of the variational layer alone.
+        ours: Arguments of our layer alone.
+        vocabulary: Where inputs are indices, how many there are.
+        has_kl: Whether there is a KL.
     """
 
     name: str
@@ -29,23 +33,67 @@ class Case:
     shape: tuple
     keras: dict
     ours: dict = dataclasses.field(default_factory=dict)
+    vocabulary: int = 0
+    has_kl: bool = True
 
     def make(self, **arguments):
-        """The variational layer; a cell within `keras.layers.RNN`."""
-        layer = self.cls(**{"kl_weight": 0.01, **self.keras, **self.ours, **arguments})
+        """Our layer; a cell within `keras.layers.RNN`, a wrapper round a Keras layer."""
+        ours = {"kl_weight": 0.01, **self.ours, **arguments}
+        if self.is_wrapper:
+            dtype = {"dtype": arguments["dtype"]} if "dtype" in arguments else {}
+            return self.cls(self.twin(**self.keras, **dtype), **ours)
+        layer = self.cls(**{**self.keras, **ours})
         return layers.RNN(layer, dtype=arguments.get("dtype")) if self.is_cell else layer
 
-    def make_twin(self):
+    def make_twin(self, dtype=None):
         """The Keras layer with the same arguments; a cell within `keras.layers.RNN`."""
-        layer = self.twin(**self.keras)
-        return layers.RNN(layer) if self.is_cell else layer
+        layer = self.twin(**self.keras, dtype=dtype)
+        return layers.RNN(layer, dtype=dtype) if self.is_cell else layer
 
-    def model(self, **arguments):
+    def call(self, layer, x, **arguments):
+        """The layer on an input: attention, of the input to itself."""
+        return layer(x, x, **arguments) if self.is_attention else layer(x, **arguments)
+
+    def input(self, shape=None):
+        """A symbolic input."""
+        return keras.Input((shape or self.shape)[1:], dtype="int32" if self.vocabulary else None)
+
+    def model(self, layer=None, **arguments):
         """A model of the layer alone."""
-        return keras.Sequential([keras.Input(self.shape[1:]), self.make(**arguments)])
+        x = self.input()
+        return keras.Model(x, self.call(layer or self.make(**arguments), x))
 
-    def inputs(self, seed=0):
-        return np.random.default_rng(seed).normal(size=self.shape).astype("float32")
+    def inputs(self, seed=0, shape=None):
+        rng = np.random.default_rng(seed)
+        if self.vocabulary:
+            return rng.integers(0, self.vocabulary, size=shape or self.shape).astype("int32")
+        return rng.normal(size=shape or self.shape).astype("float32")
+
+    def built(self, **arguments):
+        """Our layer, built."""
+        layer = self.make(**arguments)
+        self.call(layer, self.inputs())
+        return layer
+
+    def replace(self, **ours):
+        """The case with other arguments of our own."""
+        return dataclasses.replace(self, ours={**self.ours, **ours})
+
+    def with_prior(self, prior):
+        """The case with a prior wherever it has one."""
+        names = [name for name in ("kernel_prior", "prior") if name in self.own_arguments]
+        return self.replace(**dict.fromkeys([*names, *({"bias_prior"} & set(self.ours))], prior))
+
+    @property
+    def own_arguments(self):
+        """The names of the arguments that Keras's layer does not have."""
+        if issubclass(self.cls, VariationalLayer) or self.is_rnn:
+            return ("kernel_prior", "bias_prior", "estimator", "kl_weight", "initial_log_variance", "threshold", "seed")
+        return {
+            kv.VariationalGaussianDropout: ("rate", "alpha", "prior", "axis", "kl_weight", "threshold", "seed"),
+            kv.ConcreteDropout: ("initial_rate", "temperature", "prior_scale", "spatial", "kl_weight", "seed"),
+            kv.MonteCarloDropout: ("rate", "noise_shape", "per_example", "seed"),
+        }[self.cls]
 
     @property
     def is_cell(self):
@@ -57,34 +105,102 @@ class Case:
         """Whether it is a whole RNN."""
         return issubclass(self.cls, layers.RNN)
 
+    @property
+    def is_wrapper(self):
+        return issubclass(self.cls, layers.Wrapper)
+
+    @property
+    def is_attention(self):
+        return issubclass(self.cls, layers.MultiHeadAttention)
+
+    @property
+    def is_kernel(self):
+        """Whether its weights are distributions, and not only its noise."""
+        return issubclass(self.cls, VariationalLayer) or self.is_rnn
+
     def __str__(self):
         return self.name
 
 
-DENSE = (kv.VariationalDense, layers.Dense)
-CONV_2D = (kv.VariationalConv2D, layers.Conv2D)
+def case(name, cls, shape, keras_arguments, ours=None, **more):
+    """A case whose twin is the Keras layer that the class extends."""
+    twin = next((base for base in cls.__mro__ if base.__module__.startswith("keras.")), None)
+    return Case(name, cls, more.pop("twin", twin), shape, keras_arguments, ours or {}, **more)
+
+
 LSTM_CELL = (kv.VariationalLSTMCell, layers.LSTMCell)
 LSTM = (kv.VariationalLSTM, layers.LSTM)
+GAUSSIAN = (kv.VariationalGaussianDropout, layers.Identity)
+CONCRETE = kv.ConcreteDropout
+FLIPOUT, ONE_DRAW = {"estimator": "flipout"}, {"estimator": "reparameterization"}
 
 CASES = [
-    Case("dense", *DENSE, (4, 5), {"units": 3, "activation": "tanh"}),
-    Case("dense_sequence", *DENSE, (4, 2, 5), {"units": 3}, {"bias_prior": "ard", "estimator": "flipout"}),
-    Case("dense_one_draw", *DENSE, (4, 5), {"units": 3, "use_bias": False}, {"estimator": "reparameterization"}),
-    Case("dense_normal", *DENSE, (4, 5), {"units": 3}, {"kernel_prior": "normal", "bias_prior": kv.priors.Normal(0.5)}),
-    Case("conv_2d", *CONV_2D, (3, 6, 5, 4), {"filters": 6, "kernel_size": 3, "padding": "same", "groups": 2}),
-    Case(
+    case("dense", kv.VariationalDense, (4, 5), {"units": 3, "activation": "tanh"}),
+    case("dense_sequence", kv.VariationalDense, (4, 2, 5), {"units": 3}, {"bias_prior": "ard", **FLIPOUT}),
+    case("dense_one_draw", kv.VariationalDense, (4, 5), {"units": 3, "use_bias": False}, ONE_DRAW),
+    case(
+        "dense_normal",
+        kv.VariationalDense,
+        (4, 5),
+        {"units": 3},
+        {"kernel_prior": kv.priors.Normal(0.3, trainable=True), "bias_prior": kv.priors.Normal(0.5)},
+    ),
+    case(
+        "einsum_dense",
+        kv.VariationalEinsumDense,
+        (4, 3, 5),
+        {"equation": "abc,cde->abde", "output_shape": (3, 2, 3), "bias_axes": "de"},
+        {"kernel_prior": "scale_mixture", "bias_prior": "normal", **FLIPOUT},
+    ),
+    case(
+        "conv_1d",
+        kv.VariationalConv1D,
+        (3, 6, 4),
+        {"filters": 3, "kernel_size": 3, "padding": "causal", "dilation_rate": 2},
+        {"kernel_prior": kv.priors.ARD(group_axis=-1), "bias_prior": "ard"},
+    ),
+    case("conv_2d", kv.VariationalConv2D, (3, 6, 5, 4), dict(filters=6, kernel_size=3, padding="same", groups=2)),
+    case(
         "conv_2d_strides",
-        *CONV_2D,
+        kv.VariationalConv2D,
         (3, 6, 5, 2),
         {"filters": 3, "kernel_size": (3, 2), "strides": 2, "activation": "relu"},
-        {"bias_prior": "normal", "estimator": "flipout"},
+        {"bias_prior": "normal", **FLIPOUT},
     ),
-    Case(
+    case(
         "conv_2d_dilation",
-        *CONV_2D,
+        kv.VariationalConv2D,
         (3, 2, 6, 7),
         {"filters": 3, "kernel_size": 2, "dilation_rate": 2, "data_format": "channels_first"},
-        {"kernel_prior": "ard", "bias_prior": "ard", "estimator": "reparameterization"},
+        {"kernel_prior": "ard", "bias_prior": "ard", **ONE_DRAW},
+    ),
+    case("conv_3d", kv.VariationalConv3D, (2, 4, 3, 3, 2), {"filters": 3, "kernel_size": 2}, {"bias_prior": "ard"}),
+    case("conv_1d_transpose", kv.VariationalConv1DTranspose, (3, 4, 2), dict(filters=3, kernel_size=3, strides=2)),
+    case(
+        "conv_2d_transpose",
+        kv.VariationalConv2DTranspose,
+        (3, 3, 2, 2),
+        {"filters": 3, "kernel_size": 3, "strides": 2, "output_padding": 1},
+        {"bias_prior": "normal", **FLIPOUT},
+    ),
+    case("depthwise_conv_2d", kv.VariationalDepthwiseConv2D, (3, 5, 4, 3), dict(kernel_size=3, depth_multiplier=2)),
+    case("separable_conv_2d", kv.VariationalSeparableConv2D, (3, 5, 5, 3), dict(filters=4, kernel_size=3, strides=2)),
+    case("embedding", kv.VariationalEmbedding, (4, 6), {"input_dim": 9, "output_dim": 3}, vocabulary=9),
+    case(
+        "embedding_mask",
+        kv.VariationalEmbedding,
+        (4, 6),
+        {"input_dim": 9, "output_dim": 3, "mask_zero": True},
+        {"kernel_prior": kv.priors.ARD(group_axis=0), **ONE_DRAW},
+        vocabulary=9,
+    ),
+    case("attention", kv.VariationalMultiHeadAttention, (3, 4, 6), dict(num_heads=2, key_dim=3, use_bias=False)),
+    case(
+        "attention_bias",
+        kv.VariationalMultiHeadAttention,
+        (3, 4, 6),
+        {"num_heads": 2, "key_dim": 3, "output_shape": 5},
+        {"bias_prior": "normal", **FLIPOUT},
     ),
     Case("lstm_cell", *LSTM_CELL, (3, 4, 5), {"units": 3}),
     Case("lstm", *LSTM, (3, 4, 5), {"units": 3, "return_sequences": True}, {"bias_prior": "normal"}),
@@ -95,22 +211,49 @@ CASES = [
         {"units": 3, "unroll": True, "go_backwards": True, "use_bias": False},
         {"kernel_prior": "ard"},
     ),
+    Case("gaussian_dropout", *GAUSSIAN, (4, 3, 5), {}, {"rate": 0.3}),
+    Case("gaussian_dropout_layer", *GAUSSIAN, (4, 5, 3), {}, {"alpha": "layer", "axis": 1, "prior": "ard"}),
+    Case("gaussian_dropout_fixed", *GAUSSIAN, (4, 5), {}, {"alpha": "fixed"}, has_kl=False),
+    case("concrete_dropout", CONCRETE, (4, 5), {"units": 3}, {"initial_rate": 0.3}, twin=layers.Dense),
+    case(
+        "concrete_dropout_spatial",
+        CONCRETE,
+        (3, 5, 4, 3),
+        {"filters": 4, "kernel_size": 2},
+        {"spatial": True, "prior_scale": 2.0},
+        twin=layers.Conv2D,
+    ),
+    case("monte_carlo_dropout", kv.MonteCarloDropout, (4, 3, 5), {"rate": 0.4}, has_kl=False),
+    case(
+        "monte_carlo_dropout_shared",
+        kv.MonteCarloDropout,
+        (4, 3, 40),
+        {"rate": 0.4, "noise_shape": (None, 1, None)},
+        {"per_example": False},
+        has_kl=False,
+    ),
 ]
 
 
 def posteriors(layer_or_model):
-    """The variational weights, of which every case has at least one."""
-    weights = variational_weights(layer_or_model)
-    assert weights
-    return weights
+    """The variational weights."""
+    return [posterior for posterior in all_posteriors(layer_or_model) if isinstance(posterior, VariationalWeight)]
+
+
+def rates(layer_or_model):
+    """The posteriors of rates."""
+    return [posterior for posterior in all_posteriors(layer_or_model) if not isinstance(posterior, VariationalWeight)]
 
 
 def randomize(layer_or_model, log_variance=(-4.0, 1.0)):
     """Give every posterior means of size 1 and log variances in a range, so that all its terms matter."""
     rng = np.random.default_rng(0)
     for weight in posteriors(layer_or_model):
-        weight.loc.assign(rng.normal(size=weight.shape))
-        weight.log_variance.assign(rng.uniform(*log_variance, size=weight.shape))
+        if weight.loc.trainable:
+            weight.loc.assign(rng.normal(size=weight.shape))
+        weight.log_variance.assign(rng.uniform(*log_variance, size=weight.log_variance.shape))
+    for posterior in rates(layer_or_model):
+        posterior.kernel.assign(rng.normal(size=posterior.kernel.shape))
 
 
 def array(tensor):

@@ -15,6 +15,20 @@ def draws(function, count):
     return np.stack([keras.ops.convert_to_numpy(function()) for _ in range(count)])
 
 
+def sample(layer, x, count=1500):
+    """The outputs of that many calls in training; in one loop in JAX, where single calls are slow."""
+    if keras.backend.backend() != "jax":
+        return draws(lambda: layer(x, training=True), count)
+    trainable = [variable.value for variable in layer.trainable_variables]
+
+    def call(others, _):
+        output, others = layer.stateless_call(trainable, others, x, training=True)
+        return others, output
+
+    _, outputs = keras.ops.scan(call, [variable.value for variable in layer.non_trainable_variables], length=count)
+    return np.asarray(outputs)
+
+
 def assert_mean(samples, expected):
     """The mean over the first axis is `expected`, within five standard errors, everywhere."""
     samples = np.asarray(samples, "float64")

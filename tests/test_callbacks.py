@@ -51,6 +51,88 @@ def test_resuming_continues_the_schedule(model):
     np.testing.assert_allclose(weights, np.array([0.4, 0.5]) / 64, rtol=1e-6)
 
 
+@pytest.mark.parametrize("schedule, half", [("linear", 0.5), ("cubic", 0.125), ("cosine", 0.5)])
+def test_named_schedules(schedule, half):
+    elbo = kv.ELBO(64, start_epoch=1, warmup_epochs=4, schedule=schedule)
+    beta = [elbo.beta(epoch) for epoch in range(7)]
+    assert beta[:2] == [0, 0] and beta[5:] == [1, 1] and (np.diff(beta[1:6]) > 0).all()
+    np.testing.assert_allclose(beta[3], half)
+
+
+class BatchWeights(keras.callbacks.Callback):
+    """Notes the losses, which are the weighted KL where the data loss is nothing, batch by batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(logs["loss"])
+
+
+def batch_betas(model, elbo, jit, **arguments):
+    """β in every batch, as the compiled step saw it. (Keras logs the mean over the epoch so far.)"""
+    model.compile(keras.optimizers.SGD(0.0), lambda y, prediction: 0.0 * keras.ops.sum(prediction), jit_compile=jit)
+    kl = float(array(kv.kl_divergence(model)))
+    seen = BatchWeights()
+    model.fit(X, Y, batch_size=16, callbacks=[elbo, seen], verbose=0, shuffle=False, **arguments)
+    means = np.reshape(seen.seen, (-1, 4)) * elbo.num_examples / kl
+    return np.diff(np.concatenate([np.zeros((len(means), 1)), means * np.arange(1, 5)], axis=1), axis=1).ravel()
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["graph", "jit"])
+def test_schedule_per_batch(model, jit):
+    betas = batch_betas(model, kv.ELBO(64, warmup_epochs=2, per="batch"), jit, epochs=3)
+    np.testing.assert_allclose(betas, np.minimum(np.arange(12) / 8, 1), atol=2e-4)
+
+
+def test_schedule_per_batch_resumes(model):
+    betas = batch_betas(model, kv.ELBO(64, warmup_epochs=4, per="batch"), False, epochs=3, initial_epoch=2)
+    np.testing.assert_allclose(betas, np.arange(8, 12) / 16, atol=2e-4)
+
+
+def test_callable_of_the_batch(model):
+    elbo = kv.ELBO(64, schedule=lambda step: float(step), per="batch")
+    np.testing.assert_allclose(batch_betas(model, elbo, False, epochs=3, initial_epoch=1), np.arange(4, 12), rtol=1e-3)
+
+
+def test_batches_of_unknown_number(model):
+    """A generator does not tell how many batches it has; after an epoch the callback knows."""
+
+    model.compile("sgd", "mse")
+    seen = []
+    elbo = kv.ELBO(64, schedule=lambda step: seen.append(step) or 1.0, per="batch")
+    stops = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: elbo.params.update(steps=None))
+    model.fit(X, Y, batch_size=16, epochs=2, callbacks=[stops, elbo], verbose=0)
+    assert sorted(set(seen)) == list(range(8))
+    with pytest.raises(ValueError, match="steps_per_epoch"):
+        other = kv.ELBO(64, schedule=lambda step: 1.0, per="batch")
+        stops = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: other.params.update(steps=None))
+        model.fit(X, Y, batch_size=16, initial_epoch=1, epochs=2, callbacks=[stops, other], verbose=0)
+
+
+def test_temperature_scales_the_weight(model):
+    np.testing.assert_allclose(weights_of(model, kv.ELBO(64, temperature=0.25), epochs=1), 0.25 / 64)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["graph", "jit"])
+def test_free_bits_cost_their_amount_and_have_no_gradient(model, jit):
+    model.compile(keras.optimizers.SGD(1.0), lambda y, prediction: 0.0 * keras.ops.sum(prediction), jit_compile=jit)
+    before = [array(variable) for variable in model.trainable_variables]
+    weights = sum(weight.size for weight in posteriors(model))
+    fit = {"batch_size": 64, "verbose": 0}
+    # 100 nats for each weight is more than any of them has
+    loss = model.fit(X, Y, callbacks=[kv.ELBO(64, free_bits=100.0)], **fit).history["loss"]
+    np.testing.assert_allclose(loss, 100.0 * weights / 64, rtol=1e-5)
+    for variable, value in zip(model.trainable_variables, before):
+        np.testing.assert_array_equal(array(variable), value)
+    # a fraction of a nat is less: as if there were none
+    kl = float(array(kv.kl_divergence(model)))
+    loss = model.fit(X, Y, callbacks=[kv.ELBO(64, free_bits=0.01)], **fit).history["loss"]
+    np.testing.assert_allclose(loss, kl / 64, rtol=1e-5)
+    assert any((array(variable) != value).any() for variable, value in zip(model.trainable_variables, before))
+
+
 def test_callable_schedule(model):
     weights = weights_of(model, kv.ELBO(10, schedule=lambda epoch: epoch**2), epochs=3)
     np.testing.assert_allclose(weights, [0, 0.1, 0.4], rtol=1e-6)
@@ -98,6 +180,9 @@ def test_sparsity_logger(model):
         {"num_examples": 10, "warmup_epochs": -1},
         {"num_examples": 10, "start_epoch": -1},
         {"num_examples": 10, "schedule": "steep"},
+        {"num_examples": 10, "per": "step"},
+        {"num_examples": 10, "temperature": -1.0},
+        {"num_examples": 10, "free_bits": float("inf")},
     ],
 )
 def test_bad_arguments(arguments):

@@ -22,7 +22,13 @@ def dense(**arguments):
 
 
 @pytest.mark.parametrize(
-    "name, cls", [("log_uniform", priors.LogUniform), ("ard", priors.ARD), ("normal", priors.Normal)]
+    "name, cls",
+    [
+        ("log_uniform", priors.LogUniform),
+        ("ard", priors.ARD),
+        ("normal", priors.Normal),
+        ("scale_mixture", priors.ScaleMixture),
+    ],
 )
 def test_names(name, cls):
     assert type(priors.get(name)) is cls
@@ -33,13 +39,14 @@ def test_instances_and_configs_are_taken():
     prior = priors.Normal(0.3)
     assert priors.get(prior) is prior
     again = priors.get(priors.serialize(prior))
-    assert again.get_config() == {"scale": 0.3} and repr(again) == "Normal(scale=0.3)"
+    assert again.get_config() == {"scale": 0.3, "trainable": False}
+    assert repr(again) == "Normal(scale=0.3, trainable=False)"
     assert priors.serialize(None) is None
 
 
 @pytest.mark.parametrize("wrong", ["loguniform", 3, object(), keras.initializers.Zeros()])
 def test_unknown_prior_is_refused_by_name(wrong):
-    with pytest.raises(ValueError, match="'ard', 'log_uniform', 'normal'"):
+    with pytest.raises(ValueError, match="'ard', 'log_uniform', 'normal', 'scale_mixture'"):
         kv.VariationalDense(2, kernel_prior=wrong)
 
 
@@ -47,6 +54,82 @@ def test_unknown_prior_is_refused_by_name(wrong):
 def test_scale_must_be_positive(scale):
     with pytest.raises(ValueError, match="scale="):
         priors.Normal(scale)
+
+
+@pytest.mark.parametrize(
+    "cls, arguments",
+    [
+        (priors.LogUniform, {"form": "quartic"}),
+        (priors.ARD, {"group_axis": 0.5}),
+        (priors.ARD, {"group_axis": True}),
+        (priors.ScaleMixture, {"probability": 1.0}),
+        (priors.ScaleMixture, {"probability": 0.0}),
+        (priors.ScaleMixture, {"narrow_scale": 2.0}),
+        (priors.ScaleMixture, {"narrow_scale": 0.0}),
+    ],
+)
+def test_bad_arguments_name_the_value(cls, arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        cls(**arguments)
+
+
+def test_a_group_axis_that_a_weight_lacks():
+    with pytest.raises(ValueError, match="group_axis=2"):
+        dense(kernel_prior=priors.ARD(group_axis=2)).kernel.kl()
+
+
+@pytest.mark.parametrize("form", priors.LogUniform.FORMS)
+def test_forms_of_the_log_uniform_agree_where_all_hold(form):
+    """For alpha ≤ 1 each within its stated error of the exact one, and a saved layer keeps its form."""
+    prior = priors.get(priors.serialize(priors.LogUniform(form)))
+    loc, log_variance = np.ones(9, "float32"), np.linspace(-8, 0, 9, dtype="float32")
+    expected = array(priors.LogUniform("exact").kl(loc, log_variance))
+    bound = {"sigmoid": 0.0051, "exact": 0.0, "cubic": 0.041}[prior.form]
+    assert np.abs(array(prior.kl(loc, log_variance)) - expected).max() <= bound
+    dense(kernel_prior=prior).kernel.kl()
+
+
+def test_pruning_by_groups():
+    layer = kv.VariationalDense(3, kl_weight=0.1, kernel_prior=priors.ARD(group_axis=0), initial_log_variance=0.0)
+    layer.build((None, 4))
+    layer.kernel.loc.assign(np.array([[9.0, 9, 0.01], [0.1, 0.1, 0.1], [0.01, 0.02, 0.01], [9, 9, 9]]))
+    assert kv.prune(layer).left == 6
+    np.testing.assert_array_equal(array(layer.kernel.mask).sum(axis=1), [3, 0, 0, 3])
+
+
+class TestTrainableScale:
+    def test_it_is_learned_to_be_the_root_mean_square(self):
+        """With nothing but the KL, and the posterior held fixed, the best scale is sqrt(mean(loc² + variance))."""
+        layer = dense(kernel_prior=priors.Normal(1.0, trainable=True))
+        weight = layer.kernel
+        best = np.sqrt(np.mean(array(weight.loc) ** 2 + np.exp(array(weight.log_variance))))
+        weight.loc.trainable = False
+        model = keras.Sequential([keras.Input((4,)), layer])
+        model.compile(keras.optimizers.Adam(0.05), lambda y, prediction: 0.0 * keras.ops.sum(prediction))
+        keep = array(weight.log_variance)
+        for _ in range(200):
+            model.train_on_batch(np.ones((1, 4)), np.ones((1, 3)))
+            weight.log_variance.assign(keep)
+        np.testing.assert_allclose(np.exp(array(weight.prior_parameters["log_scale"])), best, rtol=1e-2)
+
+    def test_each_weight_has_its_own_and_it_is_saved(self, tmp_path):
+        prior = priors.Normal(0.5, trainable=True)
+        model = keras.Sequential(
+            [keras.Input((4,)), *(kv.VariationalDense(4, kernel_prior=prior, kl_weight=0.1) for _ in range(2))]
+        )
+        scales = [layer.kernel.prior_parameters["log_scale"] for layer in model.layers]
+        assert scales[0] is not scales[1]
+        scales[0].assign(-3.0)
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_allclose(
+            [array(layer.kernel.prior_parameters["log_scale"]) for layer in again.layers], [-3.0, np.log(0.5)]
+        )
+        np.testing.assert_allclose(array(kv.kl_divergence(again)), array(kv.kl_divergence(model)), rtol=1e-6)
+
+    def test_a_fixed_scale_is_no_variable(self):
+        assert dense(kernel_prior="normal").kernel.prior_parameters == {}
 
 
 def test_a_prior_of_ones_own(tmp_path):
@@ -108,7 +191,20 @@ class TestTFP:
         with pytest.raises(ValueError, match="over scalars"):
             priors.get(tfd.MultivariateNormalDiag([0.0, 0.0]))
 
-    @pytest.mark.parametrize("prior", ["log_uniform", "ard", "normal", priors.Normal(0.2), "tfp"])
+    @pytest.mark.parametrize(
+        "prior",
+        [
+            "log_uniform",
+            priors.LogUniform("exact"),
+            "ard",
+            priors.ARD(group_axis=0),
+            "normal",
+            priors.Normal(0.2),
+            priors.Normal(0.2, trainable=True),
+            "tfp",
+        ],
+        ids=str,
+    )
     def test_kl_of_the_distributions_is_the_weights(self, prior):
         from tensorflow_probability import distributions as tfd
 
@@ -117,6 +213,14 @@ class TestTFP:
         divergence = tfd.kl_divergence(kv.tfp.posterior(weight), kv.tfp.prior(weight))
         assert divergence.shape == ()
         np.testing.assert_allclose(divergence, weight.kl(), rtol=1e-5)
+
+    def test_scale_mixture_has_the_density_of_its_distribution(self):
+        """No KL is registered for a mixture: our quadrature against that of `Distribution`, where both are smooth."""
+        prior = priors.ScaleMixture(0.5, 1.0, 0.5)
+        distribution = prior.distribution(LOC, LOG_VARIANCE)
+        expected = priors.Distribution(distribution).kl(LOC, LOG_VARIANCE)
+        np.testing.assert_allclose(prior.kl(LOC, LOG_VARIANCE), expected, atol=1e-3)
+        assert kv.tfp.prior(dense(kernel_prior=prior).kernel).event_shape == (4, 3)
 
     def test_posterior_is_the_one_that_is_sampled(self):
         weight = dense().kernel

@@ -6,15 +6,26 @@ In what follows alpha = exp(log_variance) / loc², the noise-to-signal ratio of 
 
 import math
 
+import numpy as np
 from keras import ops
+
+from keras_vdrop.functional.sparsity import other_axes
 
 # KL ≈ K1·(1 − sigmoid(K2 + 1.5·log alpha)) + ½·log(1 + 1/alpha). The slope 1.5 was chosen so that
 # the sigmoid needs no logarithm; K1 and K2 were then fitted to the exact KL (tests/functional).
 _K1 = 0.63015
 _EXP_MINUS_K2 = math.exp(-1.87257)
 
-# Kingma, Salimans, Welling (2015), equation 14.
+# Exact KL ≈ ½·log(1 + t) + t²·P(t)/Q(t) with t = 1/alpha, fitted to values and slopes of the exact KL by least squares;
+# ascending powers. All are positive, so Q has no root, and P/Q·t² rises to (Euler's gamma + log 2) / 2.
+_P = (0.16637515, 0.026408258, 0.002882208, 0.00019013932, 0.00002089298)
+_Q = (1.0, 1.0831559, 0.30479855, 0.051567974, 0.0050930282, 0.00035124801, 0.000032892934)
+
+# Kingma, Salimans, Welling (2015), equation 14, and the constant that it leaves out.
 _CUBIC = (1.16145124, -1.50204118, 0.58629921)
+_CUBIC_OFFSET = 0.5 * (np.euler_gamma + math.log(2.0))
+
+_LEGENDRE_NODES, _LEGENDRE_WEIGHTS = np.polynomial.legendre.leggauss(32)
 
 
 def _signal_to_noise(loc, log_variance):
@@ -49,34 +60,13 @@ def log_uniform(loc, log_variance):
     return _K1 - _K1 / (1.0 + cube) + 0.5 * ops.log1p(s * s)
 
 
-def log_uniform_cubic(log_alpha):
-    """KL to the log-uniform prior as a cubic in alpha, for alpha ≤ 1.
+def log_uniform_exact(loc, log_variance):
+    """KL to the log-uniform prior, to the precision of float32, where `log_uniform` is within 0.0051 nats.
 
-    KL ≈ −(½·log alpha + c1·alpha + c2·alpha² + c3·alpha³)
+    KL = 2·∫₀ˣ D(s) ds, so that dKL/d log alpha = −x·D(x), with x = 1/sqrt(2·alpha) and D Dawson's function
 
-    Larger alpha are clipped to 1, past which the polynomial diverges. It differs from `log_uniform` by
-    a constant of about 0.635 nats, and from that by at most 0.041.
-
-    Args:
-        log_alpha: Tensor, log(variance / loc²).
-
-    Returns:
-        Tensor of the same shape, in nats, up to that constant.
-
-    Reference:
-        Variational Dropout and the Local Reparameterization Trick, Kingma, Salimans, Welling, 2015,
-        https://arxiv.org/abs/1506.02557
-    """
-    log_alpha = ops.minimum(log_alpha, 0.0)
-    alpha = ops.exp(log_alpha)
-    c1, c2, c3 = _CUBIC
-    return -(0.5 * log_alpha + alpha * (c1 + alpha * (c2 + alpha * c3)))
-
-
-def ard(loc, log_variance):
-    """KL to a zero-mean normal prior whose variance is fitted to each weight (empirical Bayes).
-
-    KL = ½·log(1 + 1/alpha), the minimum over s² of KL(q ‖ N(0, s²)), reached at s² = loc² + variance.
+    By a rational approximation: within 4e-6 nats of the exact value and within 1.1e-5 of its slope, on every backend
+    and under XLA, at about twice the cost of `log_uniform`.
 
     Args:
         loc: Tensor, the posterior mean.
@@ -86,10 +76,80 @@ def ard(loc, log_variance):
         Tensor of the same shape, in nats.
 
     Reference:
+        Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
+        https://arxiv.org/abs/1701.05369; the integral: Variational Gaussian Dropout is not Bayesian, Hron, Matthews,
+        Ghahramani, 2017, https://arxiv.org/abs/1711.02989
+    """
+    s = _signal_to_noise(loc, log_variance)
+    t = ops.square(ops.minimum(s, 1e9))
+    # Both polynomials over (1 + t)⁶, so that neither they nor the square of Q in the gradient overflow.
+    w = 1.0 / (1.0 + t)
+    z = t * w
+    return ops.square(z) * _homogeneous(_P, z, w) / _homogeneous(_Q, z, w) + 0.5 * ops.log1p(s * s)
+
+
+def _homogeneous(coefficients, z, w):
+    """Σ coefficients[i]·zⁱ·wⁿ⁻ⁱ, of degree n, by Horner's rule."""
+    total, power = coefficients[-1], 1.0
+    for coefficient in reversed(coefficients[:-1]):
+        power = power * w
+        total = total * z + coefficient * power
+    return total
+
+
+def log_uniform_cubic(log_alpha):
+    """KL to the log-uniform prior as a cubic in alpha, for alpha ≤ 1.
+
+    KL ≈ c0 − (½·log alpha + c1·alpha + c2·alpha² + c3·alpha³)
+
+    Larger alpha are clipped to 1, past which the polynomial diverges. With c0 = (γ + log 2) / 2 = 0.6352, which the
+    paper leaves open, it is within 0.041 nats of the exact value.
+
+    Args:
+        log_alpha: Tensor, log(variance / loc²).
+
+    Returns:
+        Tensor of the same shape, in nats.
+
+    Reference:
+        Variational Dropout and the Local Reparameterization Trick, Kingma, Salimans, Welling, 2015,
+        https://arxiv.org/abs/1506.02557
+    """
+    log_alpha = ops.minimum(log_alpha, 0.0)
+    alpha = ops.exp(log_alpha)
+    c1, c2, c3 = _CUBIC
+    return _CUBIC_OFFSET - (0.5 * log_alpha + alpha * (c1 + alpha * (c2 + alpha * c3)))
+
+
+def ard(loc, log_variance, group_axis=None):
+    """KL to a zero-mean normal prior whose variance is fitted to each weight, or to each group (empirical Bayes).
+
+    KL = ½·log(1 + 1/alpha), the minimum over s² of KL(q ‖ N(0, s²)), reached at s² = loc² + variance.
+    Of a group of n weights: Σ ½·(log s² − log_variance) with one s² = Σ (loc² + variance) / n.
+
+    Args:
+        loc: Tensor, the posterior mean.
+        log_variance: Tensor of the same shape, the logarithm of the posterior variance.
+        group_axis: Int for one group for each index along that axis, or None for every weight by itself.
+
+    Returns:
+        Tensor of the same shape, in nats; only the sum over a group is the group's KL.
+
+    Reference:
         Variational Dropout via Empirical Bayes, Kharitonov, Molchanov, Vetrov, 2018,
         https://arxiv.org/abs/1811.00596
     """
-    return 0.5 * ops.log1p(ops.square(_signal_to_noise(loc, log_variance)))
+    if group_axis is None:
+        return 0.5 * ops.log1p(ops.square(_signal_to_noise(loc, log_variance)))
+    return 0.5 * (ops.log(ard_variance(loc, log_variance, group_axis)) - log_variance)
+
+
+def ard_variance(loc, log_variance, group_axis=None):
+    """The variance s² that the ARD prior takes: loc² + variance, or its mean over the group (of size 1 elsewhere)."""
+    second_moment = ops.square(loc) + ops.exp(log_variance)
+    if group_axis is None:
+        return second_moment
+    return ops.mean(second_moment, axis=other_axes(loc, group_axis), keepdims=True)
 
 
 def normal(loc, log_variance, scale=1.0):
@@ -112,3 +172,42 @@ def normal(loc, log_variance, scale=1.0):
     scale = ops.cast(scale, log_variance.dtype)
     log_ratio = log_variance - 2.0 * ops.log(scale)
     return 0.5 * (ops.exp(log_ratio) + ops.square(loc / scale) - 1.0 - log_ratio)
+
+
+def scale_mixture(loc, log_variance, probability, scale, narrow_scale):
+    """KL to the mixture of two zero-mean normals, p(w) = π·N(0, σ1²) + (1 − π)·N(0, σ2²) with σ1 > σ2.
+
+    KL = KL(q ‖ N(0, σ1²)) − log π − E_q[softplus(c − k·w²)],
+    c = log((1 − π)·σ1 / (π·σ2)),  k = ½·(1/σ2² − 1/σ1²)
+
+    The expectation is an integral over the stretch where neither factor vanishes, by Gauss–Legendre quadrature: no
+    Monte Carlo noise, and no logarithm of 0 far out. Within 1e-3 nats of the exact value.
+
+    Args:
+        loc: Tensor, the posterior mean.
+        log_variance: Tensor of the same shape, the logarithm of the posterior variance.
+        probability: Float in (0, 1), π.
+        scale, narrow_scale: Floats > 0, the standard deviations σ1 > σ2.
+
+    Returns:
+        Tensor of the same shape, in nats.
+
+    Reference:
+        Weight Uncertainty in Neural Networks, Blundell et al., 2015, https://arxiv.org/abs/1505.05424
+    """
+    c = math.log((1.0 - probability) * scale / (probability * narrow_scale))
+    k = 0.5 * (narrow_scale**-2 - scale**-2)
+    deviation = ops.exp(0.5 * log_variance)
+    # Where the integrand is below e^−16 of its greatest value; beyond 6 deviations q is.
+    reach = math.sqrt((max(c, 0.0) + 16.0) / k)
+    low = ops.stop_gradient(ops.clip(loc - 6.0 * deviation, -reach, reach))
+    high = ops.stop_gradient(ops.clip(loc + 6.0 * deviation, -reach, reach))
+    half, middle = 0.5 * (high - low), 0.5 * (high + low)
+    density = half / (math.sqrt(2.0 * math.pi) * deviation)
+
+    def term(node, weight):
+        w = middle + float(node) * half
+        return float(weight) * ops.softplus(c - k * ops.square(w)) * ops.exp(-0.5 * ops.square((w - loc) / deviation))
+
+    expectation = density * sum(term(*pair) for pair in zip(_LEGENDRE_NODES, _LEGENDRE_WEIGHTS))
+    return normal(loc, log_variance, scale) - math.log(probability) - expectation

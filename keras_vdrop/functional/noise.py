@@ -62,12 +62,32 @@ def rademacher(shape, seed, dtype="float32"):
     return ops.where(negative, ops.cast(-1, dtype), ops.cast(1, dtype))
 
 
-def bernoulli(shape, probability, seed, dtype="float32"):
-    """Independent draws of 1 with the given probability, else 0. Other arguments as for `normal`."""
+def uniform(shape, seed, dtype="float32"):
+    """Independent draws of U[0, 1). Arguments as for `normal`."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        uniform = tf.random.stateless_uniform(shape, _philox_seed(seed), alg="philox")
-    else:
-        uniform = keras.random.uniform(shape, seed=seed)
-    return ops.cast(uniform < probability, dtype)
+        return tf.random.stateless_uniform(shape, _philox_seed(seed), dtype=dtype, alg="philox")
+    return keras.random.uniform(shape, dtype=dtype, seed=seed)
+
+
+def bernoulli(shape, probability, seed, dtype="float32"):
+    """Independent draws of 1 with the given probability, else 0. Other arguments as for `normal`."""
+    return ops.cast(uniform(shape, seed) < probability, dtype)
+
+
+def concrete(shape, logit, temperature, seed):
+    """Independent draws of a relaxed Bernoulli variable, σ((logit + logit u) / temperature) with u ~ U(0, 1): in
+    float32.
+
+    Args:
+        shape: As for `normal`.
+        logit: Tensor, the logit of the probability of 1, through which gradients flow.
+        temperature: Float > 0; towards 0 the draws are 0 or 1.
+        seed: As for `normal`.
+
+    Reference:
+        The Concrete Distribution, Maddison, Mnih, Teh, 2017, https://arxiv.org/abs/1611.00712
+    """
+    u = ops.clip(uniform(shape, seed), 1e-7, 1.0 - 1e-7)
+    return ops.sigmoid((logit + ops.log(u) - ops.log1p(-u)) / temperature)

@@ -1,7 +1,35 @@
-"""The layers: each is a Keras layer whose weights are distributions."""
+"""The layers: each is a Keras layer whose weights, or inputs, are random."""
 
-from keras_vdrop.layers.convolutional import VariationalConv2D
-from keras_vdrop.layers.dense import VariationalDense
+from keras_vdrop.layers.attention import VariationalMultiHeadAttention
+from keras_vdrop.layers.convolutional import (
+    VariationalConv1D,
+    VariationalConv1DTranspose,
+    VariationalConv2D,
+    VariationalConv2DTranspose,
+    VariationalConv3D,
+    VariationalDepthwiseConv2D,
+    VariationalSeparableConv2D,
+)
+from keras_vdrop.layers.dense import VariationalDense, VariationalEinsumDense
+from keras_vdrop.layers.dropout import ConcreteDropout, MonteCarloDropout, VariationalGaussianDropout
+from keras_vdrop.layers.embedding import VariationalEmbedding
 from keras_vdrop.layers.recurrent import VariationalLSTM, VariationalLSTMCell
 
-__all__ = ["VariationalConv2D", "VariationalDense", "VariationalLSTM", "VariationalLSTMCell"]
+__all__ = [
+    "ConcreteDropout",
+    "MonteCarloDropout",
+    "VariationalConv1D",
+    "VariationalConv1DTranspose",
+    "VariationalConv2D",
+    "VariationalConv2DTranspose",
+    "VariationalConv3D",
+    "VariationalDense",
+    "VariationalDepthwiseConv2D",
+    "VariationalEinsumDense",
+    "VariationalEmbedding",
+    "VariationalGaussianDropout",
+    "VariationalLSTM",
+    "VariationalLSTMCell",
+    "VariationalMultiHeadAttention",
+    "VariationalSeparableConv2D",
+]

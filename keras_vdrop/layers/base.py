@@ -1,12 +1,14 @@
 """What all variational layers share, as mixins to Keras's own layers.
 
-A variational layer is `class VariationalX(VariationalLayer, keras.layers.X)`. Keras's layer brings its arguments, their
+A variational layer is `class VariationalX(AffineLayer, keras.layers.X)`. Keras's layer brings its arguments, their
 checks, its shapes and its `build`; `VariationalLayer.add_weight` answers that `build` with a `VariationalWeight`
-wherever a prior is given, and the layer's `call` applies it.
+wherever a prior is given, and the layer's `call` applies it. Below that, `StochasticLayer` is whatever draws noise
+and has a KL to weigh.
 """
 
 import contextvars
 import functools
+import inspect
 import math
 import numbers
 import warnings
@@ -34,124 +36,102 @@ _LARGEST_LOG_VARIANCE = 80
 _SEED_STATE = "seed_generator_state"
 
 
-class VariationalLayer(keras.layers.Layer):
-    """Mixin that makes a Keras layer's weights variational.
+def _keras_arguments(cls):
+    """The arguments of the Keras layer that a class extends, by name, without its `**kwargs`."""
+    keras_layer = next(base for base in cls.__mro__ if not issubclass(base, StochasticLayer))
+    parameters = _signature_of(keras_layer.__init__).parameters
+    return {name: parameter for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+
+
+def bind(cls, args, kwargs):
+    """Positional arguments of the Keras layer by name, as Python would bind them."""
+    names = list(_keras_arguments(cls))
+    if len(args) > len(names):
+        raise TypeError(f"{cls.__name__} takes {len(names)} positional arguments. Received: {len(args)}")
+    named = dict(zip(names, args))
+    if twice := set(named) & set(kwargs):
+        raise TypeError(f"{cls.__name__} got multiple values for {sorted(twice)}.")
+    return {**named, **kwargs}
+
+
+def _composed_signature(cls):
+    """The Keras layer's arguments and, by keyword, the variational ones: what `help` and editors show."""
+    theirs = _keras_arguments(cls)
+    ours = _signature_of(VariationalLayer.__init__).parameters.values()
+    keywords = [p for p in ours if p.kind is p.KEYWORD_ONLY and p.name not in theirs]
+    return inspect.Signature([*theirs.values(), *keywords, *(p for p in ours if p.kind is p.VAR_KEYWORD)])
+
+
+def _signature_of(method):
+    """Its signature without `self`."""
+    signature = inspect.signature(method)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class StochasticLayer(keras.layers.Layer):
+    """Mixin for a layer that draws noise in training and under `sampling()`, and weighs the KL of what it draws from.
 
     Args:
-        kernel_prior: Prior of every weight but the bias: "log_uniform", "ard", "normal", a `priors.Prior`,
-            a TFP distribution, or None for a plain weight.
-        bias_prior: The same for the bias.
-        estimator: One of `functional.estimators.ESTIMATORS`: how noise enters the output.
         kl_weight: Float ≥ 0, the factor of the KL in the loss: 1 / (number of training examples) where the data loss
             is a mean over examples. Leave None where the `ELBO` callback sets it.
-        initial_log_variance: Float, where log_variance starts.
-        threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up.
         seed: Int for the same noise in every run, or None.
         **kwargs: The arguments of the Keras layer.
     """
 
-    def __init__(
-        self,
-        *,
-        kernel_prior="log_uniform",
-        bias_prior=None,
-        estimator="local_reparameterization",
-        kl_weight=None,
-        initial_log_variance=-10.0,
-        threshold=3.0,
-        seed=None,
-        **kwargs,
-    ):
-        if estimator not in self._estimators():
-            raise ValueError(f"`estimator` must be one of {self._estimators()}. Received: estimator={estimator!r}")
+    def __init__(self, *, kl_weight=None, seed=None, **kwargs):
         if kl_weight is not None:
-            _check_kl_weight(kl_weight)
-        check_finite("initial_log_variance", initial_log_variance)
-        if abs(initial_log_variance) > _LARGEST_LOG_VARIANCE:
-            raise ValueError(
-                f"`initial_log_variance` is the log of a variance, usually from −10 to 0, and within "
-                f"±{_LARGEST_LOG_VARIANCE}. Received: initial_log_variance={initial_log_variance!r}"
-            )
-        check_finite("threshold", threshold)
+            check_non_negative("kl_weight", kl_weight)
         if seed is not None and not isinstance(seed, int):
             raise ValueError(f"`seed` must be an int or None. Received: seed={seed!r}")
-        kernel_prior, bias_prior = priors.get(kernel_prior), priors.get(bias_prior)
         super().__init__(**kwargs)
-        self.kernel_prior = kernel_prior
-        self.bias_prior = bias_prior
-        self.estimator = estimator
-        self.initial_log_variance = float(initial_log_variance)
-        self.threshold = float(threshold)
+        if hasattr(self, "seed_generator"):
+            del self.seed_generator  # Keras makes one by the unhashed seed; `build` makes ours
         self.seed = seed
         self._initial_kl_weight = None if kl_weight is None else float(kl_weight)
         self._kl_weight = None
-        self._variational_size = 0
-
-    @classmethod
-    def _estimators(cls):
-        return tuple(estimators.ESTIMATORS)
-
-    def _channel_axis(self):
-        """The axis of the channels in inputs and outputs."""
-        return 1 if getattr(self, "data_format", None) == "channels_first" else -1
-
-    # Weights
+        self._free_bits = None
+        self._posterior_size = 0
 
     def build(self, input_shape):
-        if input_shape[self._channel_axis()] is None:
-            raise ValueError(
-                f"The last dimension of the inputs to {self.name!r} must be known to build its weights (with "
-                f"channels_first, the second). Received: input_shape={tuple(input_shape)}; give it in `keras.Input`."
-            )
         super().build(input_shape)
+        self._build_noise()
+
+    def _build_noise(self):
+        """Make the source of noise and, where there is a posterior, the weight of its KL."""
         # `Bidirectional` makes two layers of one config; their noise must differ nonetheless.
         backward = any(part.startswith("backward_") for part in (self.path or self.name).split("/"))
         self.seed_generator = seed_generator(self.seed, "backward" if backward else "forward")
-        if self._variational_size:
-            self._kl_weight = super().add_weight(
-                name="kl_weight",
-                shape=(),
-                initializer=keras.initializers.Constant(self._default_kl_weight()),
-                dtype="float32",
-                trainable=False,
-                autocast=False,
-            )
+        if self._posterior_size:
+            self._kl_weight = self._add_scalar("kl_weight", self._default_kl_weight())
+            self._free_bits = self._add_scalar("free_bits", 0.0)
             if self._initial_kl_weight is None:
                 _unset.add(self)
 
-    def add_weight(self, shape=None, initializer=None, dtype=None, trainable=True, name=None, **arguments):
-        """As in Keras; but a trainable weight with a prior becomes a `VariationalWeight`."""
-        prior = self.bias_prior if name is not None and "bias" in name else self.kernel_prior
-        arguments["initializer"] = initializer
-        if prior is None or not trainable:
-            return super().add_weight(shape=shape, dtype=dtype, trainable=trainable, name=name, **arguments)
-        self._variational_size += math.prod(shape)
-        return VariationalWeight(
+    def _add_scalar(self, name, value):
+        """A variable that a callback may change while a compiled function runs."""
+        return keras.layers.Layer.add_weight(
             self,
-            super().add_weight,
-            name,
-            shape,
-            prior=prior,
-            estimator=self.estimator,
-            initial_log_variance=self.initial_log_variance,
-            **arguments,
+            name=name,
+            shape=(),
+            initializer=keras.initializers.Constant(value),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
         )
 
     # Noise
 
     def _noisy(self, training):
-        """Whether this call draws its weights."""
+        """Whether this call draws."""
         if training and self in _unset:
             _unset.clear()  # one warning speaks for all layers there are
             warnings.warn(_UNSET_MESSAGE, stacklevel=2)
         return bool(training) or is_sampling()
 
-    def _apply(self, weight, linear, x, noisy):
-        """`linear(x, weight)` for a plain or a variational weight."""
-        if not isinstance(weight, VariationalWeight):
-            return linear(x, ops.cast(weight, x.dtype))
-        seed = self._replayed_seeds.get() or self.seed_generator
-        return weight.apply(linear, x, noisy=noisy, seed=seed, channel_axis=self._channel_axis())
+    @property
+    def _seeds(self):
+        """Where the next seed comes from."""
+        return self._replayed_seeds.get() or self.seed_generator
 
     _replayed_seeds = contextvars.ContextVar("replayed_seeds", default=None)
 
@@ -180,7 +160,7 @@ class VariationalLayer(keras.layers.Layer):
 
     @kl_weight.setter
     def kl_weight(self, value):
-        _check_kl_weight(value)
+        check_non_negative("kl_weight", value)
         if self._kl_weight is None:
             self._initial_kl_weight = float(value)
         else:
@@ -188,26 +168,32 @@ class VariationalLayer(keras.layers.Layer):
             _unset.discard(self)
 
     def _default_kl_weight(self):
-        return 1.0 / self._variational_size if self._initial_kl_weight is None else self._initial_kl_weight
+        return 1.0 / self._posterior_size if self._initial_kl_weight is None else self._initial_kl_weight
 
-    def weighted_kl(self, weight):
-        """The term that one of the layer's variational weights adds to the loss."""
-        kl = weight.kl()
-        return ops.cast(self._kl_weight, kl.dtype) * kl
+    @property
+    def free_bits(self):
+        """The KL that costs nothing, in nats for each number of a posterior, on average over it."""
+        return self._free_bits
+
+    @free_bits.setter
+    def free_bits(self, value):
+        check_non_negative("free_bits", value)
+        if self._free_bits is None:
+            raise ValueError(
+                f"The layer {self.name!r} has not been built: it has no KL yet. Received: free_bits={value!r}"
+            )
+        self._free_bits.assign(value)
+
+    def weighted_kl(self, posterior):
+        """The term that one of the layer's posteriors adds to the loss: kl_weight·max(KL, free_bits·size)."""
+        kl = posterior.kl()
+        free = ops.cast(self._free_bits, kl.dtype) * posterior.size
+        return ops.cast(self._kl_weight, kl.dtype) * ops.maximum(kl, free)
 
     # Saving
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "kernel_prior": priors.serialize(self.kernel_prior),
-            "bias_prior": priors.serialize(self.bias_prior),
-            "estimator": self.estimator,
-            "kl_weight": self._initial_kl_weight,
-            "initial_log_variance": self.initial_log_variance,
-            "threshold": self.threshold,
-            "seed": self.seed,
-        }
+        return {**super().get_config(), "kl_weight": self._initial_kl_weight, "seed": self.seed}
 
     def save_own_variables(self, store):
         # Keras's Dense and Conv save only what they know of: a kernel and a bias.
@@ -222,6 +208,125 @@ class VariationalLayer(keras.layers.Layer):
             self.seed_generator.state.assign(store[_SEED_STATE])
         if self in _unset and not math.isclose(float(self._kl_weight), self._default_kl_weight(), rel_tol=1e-6):
             _unset.discard(self)  # `ELBO` had set it when the weights were saved
+
+
+class VariationalLayer(StochasticLayer):
+    """Mixin that makes a Keras layer's weights variational.
+
+    A subclass without a constructor of its own takes the arguments of its Keras layer, in their order, and these.
+
+    Args:
+        *args: The arguments of the Keras layer.
+        kernel_prior: Prior of every weight but the bias: "log_uniform", "ard", "normal", "scale_mixture", a
+            `priors.Prior`, a TFP distribution, or None for a plain weight.
+        bias_prior: The same for the bias.
+        estimator: One of `functional.estimators.ESTIMATORS`: how noise enters the output.
+        kl_weight: As for `StochasticLayer`.
+        initial_log_variance: Float, where log_variance starts.
+        threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up.
+        seed: As for `StochasticLayer`.
+        **kwargs: The arguments of the Keras layer.
+    """
+
+    def __init__(
+        self,
+        *args,
+        kernel_prior="log_uniform",
+        bias_prior=None,
+        estimator="local_reparameterization",
+        kl_weight=None,
+        initial_log_variance=-10.0,
+        threshold=3.0,
+        seed=None,
+        **kwargs,
+    ):
+        kwargs = bind(type(self), args, kwargs)
+        seed = kwargs.pop("seed", seed)
+        if estimator not in self._estimators():
+            raise ValueError(f"`estimator` must be one of {self._estimators()}. Received: estimator={estimator!r}")
+        check_log_variance("initial_log_variance", initial_log_variance)
+        check_finite("threshold", threshold)
+        kernel_prior, bias_prior = priors.get(kernel_prior), priors.get(bias_prior)
+        super().__init__(kl_weight=kl_weight, seed=seed, **kwargs)
+        self.kernel_prior = kernel_prior
+        self.bias_prior = bias_prior
+        self.estimator = estimator
+        self.initial_log_variance = float(initial_log_variance)
+        self.threshold = float(threshold)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # A constructor that takes whatever comes passes it on to ours.
+        passes_on = inspect.getfullargspec(cls.__init__).varargs
+        cls.__signature__ = _composed_signature(cls) if passes_on else _signature_of(cls.__init__)
+
+    @classmethod
+    def _estimators(cls):
+        return tuple(estimators.ESTIMATORS)
+
+    def _channel_axis(self):
+        """The axis of the channels in inputs and outputs."""
+        return 1 if getattr(self, "data_format", None) == "channels_first" else -1
+
+    def _sign_axes(self):
+        """Of inputs and of outputs, the axis of the batch and those that they share with the kernel."""
+        return (0, self._channel_axis()), (0, self._channel_axis())
+
+    # Weights
+
+    def build(self, input_shape):
+        for axis in self._sign_axes()[0][1:]:
+            if input_shape[axis] is None:
+                raise ValueError(
+                    f"Dimension {axis} of the inputs to {self.name!r} must be known to build its weights. "
+                    f"Received: input_shape={tuple(input_shape)}; give it in `keras.Input`."
+                )
+        super().build(input_shape)
+
+    def add_weight(self, shape=None, initializer=None, dtype=None, trainable=True, name=None, **arguments):
+        """As in Keras; but a trainable weight with a prior becomes a `VariationalWeight`."""
+        if shape is not None and None in shape:
+            raise ValueError(
+                f"The weight {name!r} of {self.name!r} needs a size that is not known. Received: shape={tuple(shape)}; "
+                "give all sizes in `keras.Input` or in `output_shape`."
+            )
+        is_bias = name is not None and "bias" in name
+        prior = self.bias_prior if is_bias else self.kernel_prior
+        arguments["initializer"] = initializer
+        if prior is None or not trainable:
+            return super().add_weight(shape=shape, dtype=dtype, trainable=trainable, name=name, **arguments)
+        weight = VariationalWeight(
+            self,
+            super().add_weight,
+            name,
+            shape,
+            prior=prior,
+            estimator=self.estimator,
+            initial_log_variance=self.initial_log_variance,
+            prunable=not is_bias,
+            **arguments,
+        )
+        self._posterior_size += weight.size
+        return weight
+
+    def _apply(self, weight, linear, x, noisy, sign_axes=None):
+        """`linear(x, weight)` for a plain or a variational weight."""
+        if not isinstance(weight, VariationalWeight):
+            return linear(x, ops.cast(weight, self.compute_dtype))
+        sign_axes = sign_axes or self._sign_axes()
+        return weight.apply(linear, x, noisy=noisy, seed=self._seeds, sign_axes=sign_axes, dtype=self.compute_dtype)
+
+    # Saving
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "kernel_prior": priors.serialize(self.kernel_prior),
+            "bias_prior": priors.serialize(self.bias_prior),
+            "estimator": self.estimator,
+            "initial_log_variance": self.initial_log_variance,
+            "threshold": self.threshold,
+        }
 
     # What Keras's layers do to a plain kernel
 
@@ -239,21 +344,29 @@ class AffineLayer(VariationalLayer):
         """The layer's operation, linear in the input and in the kernel."""
         raise NotImplementedError
 
+    def transform(self, x, noisy):
+        """All of the layer but bias and activation; by default one `linear` with one kernel."""
+        return self._apply(self.kernel, self.linear, x, noisy)
+
     def call(self, inputs, training=False):
         noisy = self._noisy(training)
-        x = self._apply(self.kernel, self.linear, inputs, noisy)
+        x = self.transform(inputs, noisy)
         if self.bias is not None:
             x = x + self._broadcast_bias(x, noisy)
         return x if self.activation is None else self.activation(x)
 
     def _broadcast_bias(self, x, noisy):
         """The bias, shaped to be added to `x`: the weight of an input that is always one."""
-        shape = [1] * len(x.shape)
-        shape[self._channel_axis()] = -1
+        rank = len(x.shape)
+        shape = [1] * (rank - len(self.bias.shape)) + list(self.bias.shape)
+        if self._channel_axis() == 1:
+            shape = [1, -1] + [1] * (rank - 2)
         if not isinstance(self.bias, VariationalWeight):
             return ops.reshape(ops.cast(self.bias, x.dtype), shape)
-        ones = ops.ones((ops.shape(x)[0], *[1] * (len(shape) - 1)), x.dtype)
-        return self._apply(self.bias, lambda one, bias: one * ops.reshape(bias, shape), ones, noisy)
+        ones = ops.ones((ops.shape(x)[0], *[1] * (rank - 1)), x.dtype)
+        every_axis = tuple(range(rank))
+        add = lambda one, bias: one * ops.reshape(bias, shape)  # noqa: E731
+        return self._apply(self.bias, add, ones, noisy, sign_axes=(every_axis, every_axis))
 
 
 class _ReplayedSeeds(keras.random.SeedGenerator):
@@ -283,9 +396,25 @@ def check_finite(name, value):
         raise ValueError(f"`{name}` must be a finite number. Received: {name}={value!r}")
 
 
-def _check_kl_weight(value):
-    check_finite("kl_weight", value)
+def check_non_negative(name, value):
+    """Raise a `ValueError` unless `value` is a finite number ≥ 0."""
+    check_finite(name, value)
     if value < 0:
+        raise ValueError(f"`{name}` must be ≥ 0. Received: {name}={value!r}")
+
+
+def check_rate(name, value):
+    """Raise a `ValueError` unless `value` is a probability in [0, 1)."""
+    check_finite(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"`{name}` must be a rate in [0, 1). Received: {name}={value!r}")
+
+
+def check_log_variance(name, value):
+    """Raise a `ValueError` unless `value` is a number whose exponential float32 can hold."""
+    check_finite(name, value)
+    if abs(value) > _LARGEST_LOG_VARIANCE:
         raise ValueError(
-            f"`kl_weight` must be ≥ 0, usually 1 / (number of training examples). Received: kl_weight={value!r}"
+            f"`{name}` is the log of a variance, usually from −10 to 0, and within ±{_LARGEST_LOG_VARIANCE}. "
+            f"Received: {name}={value!r}"
         )

@@ -1,12 +1,86 @@
-"""Convolution layers."""
+"""Convolution layers. All of them are linear maps of a patch; with local reparameterisation a kernel is drawn anew at
+every location, with the other estimators it is not."""
 
 import keras
+from keras import ops
 
-from keras_vdrop.layers.base import AffineLayer, check_positive_int
+from keras_vdrop.layers.base import AffineLayer, bind, check_positive_int
+
+
+class ConvolutionLayer(AffineLayer):
+    """Mixin to a Keras layer whose operation is `convolution_op`."""
+
+    def __init__(self, *args, **kwargs):
+        arguments = bind(type(self), args, kwargs)
+        if "filters" in arguments:
+            check_positive_int("filters", arguments["filters"])
+        super().__init__(**arguments)
+
+    def linear(self, x, kernel):
+        return self.convolution_op(x, kernel)
+
+
+class TransposedConvolutionLayer(ConvolutionLayer):
+    """Mixin to a Keras layer whose operation is the gradient of a convolution."""
+
+    def linear(self, x, kernel):
+        return ops.conv_transpose(
+            x,
+            kernel,
+            strides=list(self.strides),
+            padding=self.padding,
+            output_padding=self.output_padding,
+            dilation_rate=self.dilation_rate,
+            data_format=self.data_format,
+        )
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
-class VariationalConv2D(AffineLayer, keras.layers.Conv2D):
+class VariationalConv1D(ConvolutionLayer, keras.layers.Conv1D):
+    """y = activation(x ∗ W + b), W ~ N(loc, exp(log_variance)): `keras.layers.Conv1D` with a distribution for a kernel.
+
+    In training (and within `sampling()`) W is drawn as in `VariationalConv2D`; otherwise W = loc, and 0 where pruned.
+
+    Args:
+        filters: Positive int, U.
+        kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
+            bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
+            bias_constraint: As in `keras.layers.Conv1D`; those of the kernel act on its mean.
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+            `VariationalDense`.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Input shape:
+        (B, T, D), or (B, D, T) with `data_format="channels_first"`.
+
+    Output shape:
+        (B, new T, U), or (B, U, new T).
+
+    Raises:
+        ValueError: For a value that is out of range, groups that do not divide the channels, or inputs whose channels
+            are unknown.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.VariationalConv1D(8, 3, padding="causal", kl_weight=1 / 1000)
+        >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 5, 8)
+        True
+
+    Reference:
+        Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
+        https://arxiv.org/abs/1701.05369
+    """
+
+    def linear(self, x, kernel):
+        if self.padding != "causal":
+            return super().linear(x, kernel)
+        time = (self.dilation_rate[0] * (self.kernel_size[0] - 1), 0)
+        x = ops.pad(x, ((0, 0), (0, 0), time) if self.data_format == "channels_first" else ((0, 0), time, (0, 0)))
+        return ops.conv(x, kernel, list(self.strides), "valid", self.data_format, self.dilation_rate)
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalConv2D(ConvolutionLayer, keras.layers.Conv2D):
     """y = activation(x ∗ W + b), W ~ N(loc, exp(log_variance)): `keras.layers.Conv2D` with a distribution for a kernel.
 
     In training (and within `sampling()`) the convolution is drawn, by default by local reparameterisation:
@@ -30,8 +104,8 @@ class VariationalConv2D(AffineLayer, keras.layers.Conv2D):
         (B, new height, new width, U), or (B, U, new height, new width).
 
     Raises:
-        ValueError: For a value that is out of range, groups that do not divide the channels, or inputs whose
-            channels are unknown.
+        ValueError: For a value that is out of range, groups that do not divide the channels, or inputs whose channels
+            are unknown.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -44,61 +118,201 @@ class VariationalConv2D(AffineLayer, keras.layers.Conv2D):
         https://arxiv.org/abs/1701.05369
     """
 
-    def __init__(
-        self,
-        filters,
-        kernel_size,
-        strides=(1, 1),
-        padding="valid",
-        data_format=None,
-        dilation_rate=(1, 1),
-        groups=1,
-        activation=None,
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        *,
-        kernel_prior="log_uniform",
-        bias_prior=None,
-        estimator="local_reparameterization",
-        kl_weight=None,
-        initial_log_variance=-10.0,
-        threshold=3.0,
-        seed=None,
-        **kwargs,
-    ):
-        check_positive_int("filters", filters)
-        super().__init__(
-            filters=filters,
-            kernel_size=kernel_size,
-            strides=strides,
-            padding=padding,
-            data_format=data_format,
-            dilation_rate=dilation_rate,
-            groups=groups,
-            activation=activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            bias_initializer=bias_initializer,
-            kernel_regularizer=kernel_regularizer,
-            bias_regularizer=bias_regularizer,
-            activity_regularizer=activity_regularizer,
-            kernel_constraint=kernel_constraint,
-            bias_constraint=bias_constraint,
-            kernel_prior=kernel_prior,
-            bias_prior=bias_prior,
-            estimator=estimator,
-            kl_weight=kl_weight,
-            initial_log_variance=initial_log_variance,
-            threshold=threshold,
-            seed=seed,
-            **kwargs,
-        )
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalConv3D(ConvolutionLayer, keras.layers.Conv3D):
+    """y = activation(x ∗ W + b), W ~ N(loc, exp(log_variance)): `keras.layers.Conv3D` with a distribution for a kernel.
+
+    In training (and within `sampling()`) W is drawn as in `VariationalConv2D`; otherwise W = loc, and 0 where pruned.
+
+    Args:
+        filters: Positive int, U.
+        kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
+            bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
+            bias_constraint: As in `keras.layers.Conv3D`; those of the kernel act on its mean.
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+            `VariationalDense`.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Input shape:
+        (B, depth, height, width, D), or with D second and `data_format="channels_first"`.
+
+    Output shape:
+        (B, new depth, new height, new width, U), or with U second.
+
+    Raises:
+        ValueError: For a value that is out of range, groups that do not divide the channels, or inputs whose channels
+            are unknown.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.VariationalConv3D(8, 3, kl_weight=1 / 1000)
+        >>> layer(keras.ops.ones((2, 5, 5, 5, 1))).shape == (2, 3, 3, 3, 8)
+        True
+
+    Reference:
+        Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
+        https://arxiv.org/abs/1701.05369
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalConv1DTranspose(TransposedConvolutionLayer, keras.layers.Conv1DTranspose):
+    """y = activation(Wᵀx + b), W ~ N(loc, exp(log_variance)): `keras.layers.Conv1DTranspose` with a random kernel.
+
+    In training (and within `sampling()`) W is drawn as in `VariationalConv2D`; otherwise W = loc, and 0 where pruned.
+
+    Args:
+        filters: Positive int, U.
+        kernel_size, strides, padding, output_padding, data_format, dilation_rate, activation, use_bias,
+            kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer,
+            kernel_constraint, bias_constraint: As in `keras.layers.Conv1DTranspose`; those of the kernel act on its
+            mean.
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+            `VariationalDense`.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Input shape:
+        (B, T, D), or (B, D, T) with `data_format="channels_first"`.
+
+    Output shape:
+        (B, new T, U), or (B, U, new T).
+
+    Raises:
+        ValueError: For a value that is out of range, or inputs whose channels are unknown.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.VariationalConv1DTranspose(8, 2, strides=2, kl_weight=1 / 1000)
+        >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 10, 8)
+        True
+
+    Reference:
+        Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
+        https://arxiv.org/abs/1701.05369
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalConv2DTranspose(TransposedConvolutionLayer, keras.layers.Conv2DTranspose):
+    """y = activation(Wᵀx + b), W ~ N(loc, exp(log_variance)): `keras.layers.Conv2DTranspose` with a random kernel.
+
+    In training (and within `sampling()`) W is drawn as in `VariationalConv2D`; otherwise W = loc, and 0 where pruned.
+
+    Args:
+        filters: Positive int, U.
+        kernel_size, strides, padding, output_padding, data_format, dilation_rate, activation, use_bias,
+            kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer,
+            kernel_constraint, bias_constraint: As in `keras.layers.Conv2DTranspose`; those of the kernel act on its
+            mean.
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+            `VariationalDense`.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Input shape:
+        (B, height, width, D), or (B, D, height, width) with `data_format="channels_first"`.
+
+    Output shape:
+        (B, new height, new width, U), or (B, U, new height, new width).
+
+    Raises:
+        ValueError: For a value that is out of range, or inputs whose channels are unknown.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.VariationalConv2DTranspose(8, 2, strides=2, kl_weight=1 / 1000)
+        >>> layer(keras.ops.ones((2, 5, 5, 4))).shape == (2, 10, 10, 8)
+        True
+
+    Reference:
+        Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
+        https://arxiv.org/abs/1701.05369
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalDepthwiseConv2D(AffineLayer, keras.layers.DepthwiseConv2D):
+    """y_c = activation(x_c ∗ W_c + b_c), W ~ N(loc, exp(log_variance)): `keras.layers.DepthwiseConv2D`, random.
+
+    In training (and within `sampling()`) W is drawn as in `VariationalConv2D`; otherwise W = loc, and 0 where pruned.
+
+    Args:
+        kernel_size, strides, padding, depth_multiplier, data_format, dilation_rate, activation, use_bias,
+            depthwise_initializer, bias_initializer, depthwise_regularizer, bias_regularizer, activity_regularizer,
+            depthwise_constraint, bias_constraint: As in `keras.layers.DepthwiseConv2D`; those of the kernel act on its
+            mean.
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+            `VariationalDense`.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Input shape:
+        (B, height, width, D), or (B, D, height, width) with `data_format="channels_first"`.
+
+    Output shape:
+        (B, new height, new width, D·depth_multiplier), or with the channels second.
+
+    Raises:
+        ValueError: For a value that is out of range, or inputs whose channels are unknown.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.VariationalDepthwiseConv2D(3, depth_multiplier=2, kl_weight=1 / 1000)
+        >>> layer(keras.ops.ones((2, 5, 5, 4))).shape == (2, 3, 3, 8)
+        True
+
+    Reference:
+        Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
+        https://arxiv.org/abs/1701.05369
+    """
 
     def linear(self, x, kernel):
-        return self.convolution_op(x, kernel)
+        return ops.depthwise_conv(x, kernel, self.strides, self.padding, self.data_format, self.dilation_rate)
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D):
+    """y = activation((x ∗ W)·V + b), W and V ~ N(loc, exp(log_variance)): `keras.layers.SeparableConv2D` with two
+    random kernels.
+
+    A depthwise convolution and then a product at every location, each drawn in training (and within `sampling()`) as in
+    `VariationalConv2D`: `layer.depthwise_kernel` and `layer.pointwise_kernel`.
+
+    Args:
+        filters: Positive int, U.
+        kernel_size, strides, padding, data_format, dilation_rate, depth_multiplier, activation, use_bias,
+            depthwise_initializer, pointwise_initializer, bias_initializer, depthwise_regularizer,
+            pointwise_regularizer, bias_regularizer, activity_regularizer, depthwise_constraint, pointwise_constraint,
+            bias_constraint: As in `keras.layers.SeparableConv2D`; those of the kernel act on its mean.
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+            `VariationalDense`.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Input shape:
+        (B, height, width, D), or (B, D, height, width) with `data_format="channels_first"`.
+
+    Output shape:
+        (B, new height, new width, U), or (B, U, new height, new width).
+
+    Raises:
+        ValueError: For a value that is out of range, or inputs whose channels are unknown.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.VariationalSeparableConv2D(8, 3, kl_weight=1 / 1000)
+        >>> layer(keras.ops.ones((2, 5, 5, 4))).shape == (2, 3, 3, 8)
+        True
+
+    Reference:
+        Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
+        https://arxiv.org/abs/1701.05369
+    """
+
+    def transform(self, x, noisy):
+        x = self._apply(self.depthwise_kernel, self._depthwise, x, noisy)
+        return self._apply(self.pointwise_kernel, self._pointwise, x, noisy)
+
+    def _depthwise(self, x, kernel):
+        return ops.depthwise_conv(x, kernel, self.strides, self.padding, self.data_format, self.dilation_rate)
+
+    def _pointwise(self, x, kernel):
+        return ops.conv(x, kernel, 1, "valid", self.data_format)

@@ -1,5 +1,7 @@
 """Dense layers."""
 
+import re
+
 import keras
 from keras import ops
 
@@ -51,48 +53,63 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
         https://arxiv.org/abs/1701.05369
     """
 
-    def __init__(
-        self,
-        units,
-        activation=None,
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        *,
-        kernel_prior="log_uniform",
-        bias_prior=None,
-        estimator="local_reparameterization",
-        kl_weight=None,
-        initial_log_variance=-10.0,
-        threshold=3.0,
-        seed=None,
-        **kwargs,
-    ):
-        super().__init__(
-            units=units,
-            activation=activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            bias_initializer=bias_initializer,
-            kernel_regularizer=kernel_regularizer,
-            bias_regularizer=bias_regularizer,
-            activity_regularizer=activity_regularizer,
-            kernel_constraint=kernel_constraint,
-            bias_constraint=bias_constraint,
-            kernel_prior=kernel_prior,
-            bias_prior=bias_prior,
-            estimator=estimator,
-            kl_weight=kl_weight,
-            initial_log_variance=initial_log_variance,
-            threshold=threshold,
-            seed=seed,
-            **kwargs,
-        )
-
     def linear(self, x, kernel):
         return ops.matmul(x, kernel)
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
+    """y = activation(einsum(equation, x, W) + b), W ~ N(loc, exp(log_variance)): `keras.layers.EinsumDense`.
+
+    In training (and within `sampling()`) the product is drawn, by default by local reparameterisation:
+    einsum(x, loc) + sqrt(einsum(x², exp(log_variance)))·ε. Otherwise W = loc, and 0 where pruned.
+
+    Args:
+        equation, output_shape, activation, bias_axes, kernel_initializer, bias_initializer, kernel_regularizer,
+            bias_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.EinsumDense`; those of the kernel
+            act on its mean.
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+            `VariationalDense`.
+        **kwargs: `name`, `dtype`, `trainable`, `activity_regularizer`.
+
+    Input shape:
+        (B, ...), the first operand of the equation.
+
+    Output shape:
+        (B, ...), its result.
+
+    Raises:
+        ValueError: For a value that is out of range, an equation that does not fit the inputs, or an axis of unknown
+            size that the kernel shares with them.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.VariationalEinsumDense("btd,dhk->bthk", (None, 2, 3), bias_axes="hk", kl_weight=1e-3)
+        >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 5, 2, 3)
+        True
+
+    Reference:
+        Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
+        https://arxiv.org/abs/1701.05369
+    """
+
+    def linear(self, x, kernel):
+        return ops.einsum(self.equation, x, kernel)
+
+    def _sign_axes(self):
+        operands = re.fullmatch(r"([a-zA-Z.]+),([a-zA-Z]+)->([a-zA-Z.]+)", self.equation.replace("...", "."))
+        if operands is None:
+            raise ValueError(
+                '`equation` must be an einsum of two operands, such as "ab,bc->ac". Received: '
+                f"equation={self.equation!r}"
+            )
+        inputs, kernel, outputs = operands.groups()
+        batch = max(outputs.find(inputs[0]), 0)
+        return (0, *_positions(inputs, kernel)), (batch, *_positions(outputs, kernel))
+
+
+def _positions(operand, letters):
+    """The axes of an operand of an einsum that are named in `letters`; from the end, past an ellipsis (here a dot)."""
+    ellipsis = operand.find(".")
+    past = [index - len(operand) if -1 < ellipsis < index else index for index in range(len(operand))]
+    return [past[index] for index, letter in enumerate(operand) if letter != "." and letter in letters]

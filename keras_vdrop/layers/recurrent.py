@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_vdrop.functional import noise
-from keras_vdrop.layers.base import VariationalLayer, check_positive_int
+from keras_vdrop.layers.base import VariationalLayer, check_positive_int, check_rate
 from keras_vdrop.posterior import VariationalWeight
 
 
@@ -21,13 +21,9 @@ class RecurrentCell(VariationalLayer):
 
     def __init__(self, **kwargs):
         for name in ("dropout", "recurrent_dropout"):
-            rate = kwargs[name]
-            if not 0.0 <= rate < 1.0:
-                raise ValueError(f"`{name}` must be a rate in [0, 1). Received: {name}={rate!r}")
+            check_rate(name, kwargs[name])
         check_positive_int("units", kwargs["units"])
         super().__init__(**kwargs)
-        # Keras makes one by the unhashed seed; `build` makes ours.
-        del self.seed_generator
 
     def get_dropout_mask(self, step_input):
         """Draw everything that meets the inputs: the mask, the kernel and the bias."""

@@ -1,5 +1,6 @@
 """A layer's config is plain data from which an equal layer is made."""
 
+import inspect
 import json
 
 
@@ -12,8 +13,16 @@ def test_config_round_trip(case):
 
 def test_config_names_every_argument(case):
     layer = case.make()
-    cell = getattr(layer, "cell", layer)
-    expected = {**case.keras, **case.ours, "kl_weight": 0.01}
-    config = {**layer.get_config(), **cell.get_config()}
-    assert set(expected) <= set(config)
-    assert {"kernel_prior", "bias_prior", "estimator", "initial_log_variance", "threshold", "seed"} <= set(config)
+    inner = getattr(layer, "layer", None) or getattr(layer, "cell", layer)
+    config = {**layer.get_config(), **inner.get_config()}
+    assert {*case.keras, *case.ours, *case.own_arguments} <= set(config)
+
+
+def test_signature_names_every_argument(case):
+    """What `help` and editors show: Keras's arguments in their order, then ours."""
+    names = list(inspect.signature(case.cls).parameters)
+    theirs = ["layer"] if case.is_wrapper else list(inspect.signature(case.twin).parameters)
+    theirs = [name for name in theirs if name not in ("kwargs", "use_cudnn")]
+    if issubclass(case.cls, case.twin) or case.is_wrapper:
+        assert names[: len(theirs)] == theirs
+    assert set(case.own_arguments) <= set(names)

@@ -8,20 +8,18 @@ from tests.cases import array, randomize
 
 
 def draws(case, seed, calls=2):
-    layer = case.make(seed=seed)
-    layer(case.inputs())
+    layer = case.built(seed=seed)
     randomize(layer)
-    return [array(layer(case.inputs(), training=True)) for _ in range(calls)]
+    return [array(case.call(layer, case.inputs(), training=True)) for _ in range(calls)]
 
 
 def test_prediction_is_deterministic(case):
-    layer, x = case.make(), case.inputs()
-    layer(x)
+    layer, x = case.built(), case.inputs()
     randomize(layer)
-    one, other = array(layer(x)), array(layer(x, training=False))
+    one, other = array(case.call(layer, x)), array(case.call(layer, x, training=False))
     np.testing.assert_array_equal(one, other)
-    layer(x, training=True)
-    np.testing.assert_array_equal(one, array(layer(x)))
+    case.call(layer, x, training=True)
+    np.testing.assert_array_equal(one, array(case.call(layer, x)))
 
 
 def test_same_seed_same_output_and_other_seed_other_output(case):
@@ -48,11 +46,10 @@ def test_global_seed_decides_where_none_is_given(case):
 
 
 def test_sampling_scope_draws_without_training(case):
-    layer, x = case.make(), case.inputs()
-    layer(x)
+    layer, x = case.built(), case.inputs()
     randomize(layer)
-    mean = array(layer(x))
+    mean = array(case.call(layer, x))
     with kv.sampling():
-        one, other = array(layer(x)), array(layer(x, training=False))
+        one, other = array(case.call(layer, x)), array(case.call(layer, x, training=False))
     assert not np.array_equal(one, other) and not np.array_equal(one, mean)
-    np.testing.assert_array_equal(array(layer(x)), mean)
+    np.testing.assert_array_equal(array(case.call(layer, x)), mean)

@@ -3,6 +3,7 @@
 import keras
 
 import keras_vdrop as kv
+from keras_vdrop.posterior import posteriors
 from tests.cases import CASES
 
 
@@ -19,3 +20,8 @@ def test_every_public_layer_has_a_public_docstring():
     for case in CASES:
         for part in ("Args:", "Input shape:", "Output shape:", "Raises:", "Example:", "Reference:"):
             assert part in case.cls.__doc__, f"{case.cls.__name__} lacks {part}"
+
+
+def test_every_case_has_the_kl_that_it_says():
+    for case in CASES:
+        assert bool(posteriors(case.built())) == case.has_kl, case

@@ -1,5 +1,6 @@
 """A saved model loads: in a fresh process, from weights alone, by `custom_objects` alone, cloned, exported."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from keras_vdrop import prune
+from keras_vdrop.posterior import posteriors as all_posteriors
 from tests.cases import CASES, array, posteriors, randomize
 
 LOAD_ALL = """
@@ -20,14 +22,20 @@ for path in pathlib.Path(sys.argv[1]).glob("*.keras"):
 """
 
 
+def scramble(model):
+    """Give a model weights that a new one does not have, some of them pruned."""
+    randomize(model)
+    if posteriors(model):
+        prune(model, threshold=0.0)
+
+
 @pytest.fixture(scope="session")
 def loaded_elsewhere(tmp_path_factory):
     """The predictions of every case's model, here and after loading it in another process."""
     folder, here = tmp_path_factory.mktemp("saved"), {}
     for case in CASES:
         model = case.model()
-        randomize(model)
-        prune(model, threshold=0.0)
+        scramble(model)
         np.save(folder / f"{case}.x.npy", case.inputs())
         here[case.name] = model.predict(case.inputs(), verbose=0)
         model.save(folder / f"{case}.keras")
@@ -43,8 +51,7 @@ def test_loads_in_a_fresh_process(case, loaded_elsewhere):
 
 def test_weights_file(case, tmp_path):
     model, other = case.model(), case.model()
-    randomize(model)
-    prune(model, threshold=0.0)
+    scramble(model)
     model.save_weights(tmp_path / "model.weights.h5")
     other.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(model.predict(case.inputs(), verbose=0), other.predict(case.inputs(), verbose=0))
@@ -55,8 +62,7 @@ def test_weights_file(case, tmp_path):
 def test_loads_by_custom_objects_alone(case, tmp_path):
     """A class that was never registered: `custom_objects` is all that a loader has."""
     subclass = type("Unregistered", (case.cls,), {})
-    layer = type(case)(**{**vars(case), "cls": subclass}).make(kernel_prior="ard")
-    model = keras.Sequential([keras.Input(case.shape[1:]), layer])
+    model = dataclasses.replace(case.with_prior("ard"), cls=subclass).model()
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras", custom_objects={"Unregistered": subclass})
     np.testing.assert_array_equal(model.predict(case.inputs(), verbose=0), again.predict(case.inputs(), verbose=0))
@@ -74,7 +80,7 @@ def test_resumed_run_continues_its_noise(case, tmp_path):
 
 
 def test_clone_model(case):
-    model = case.model(kernel_prior="ard")
+    model = case.with_prior("ard").model()
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
     np.testing.assert_array_equal(model.predict(case.inputs(), verbose=0), clone.predict(case.inputs(), verbose=0))
@@ -85,13 +91,13 @@ def test_clone_model(case):
 
 def test_kl_weight_that_elbo_set_survives(case, tmp_path, recwarn):
     model = case.model(kl_weight=None)
-    for weight in posteriors(model):
-        weight.owner.kl_weight = 0.125
+    for posterior in all_posteriors(model):
+        posterior.owner.kl_weight = 0.125
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
     again(case.inputs(), training=True)
     assert not any("not the ELBO" in str(warning.message) for warning in recwarn)
-    assert all(float(weight.owner.kl_weight) == 0.125 for weight in posteriors(again))
+    assert all(float(posterior.owner.kl_weight) == 0.125 for posterior in all_posteriors(again))
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="SavedModel is TensorFlow's")

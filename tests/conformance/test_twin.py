@@ -3,43 +3,64 @@
 import numpy as np
 import pytest
 
-from keras_vdrop.posterior import VariationalWeight
-from tests.cases import array, posteriors
+from tests.cases import CASES, array, posteriors, rates
+
+# What a rate leaves of the input is drawn, not learned: it has no variance that could vanish.
+QUIETABLE = [case for case in CASES if case.has_kl]
 
 
 def copy_weights(layer, twin):
-    """Give the twin the posterior means, weight by weight."""
-    ours, theirs = getattr(layer, "cell", layer), getattr(twin, "cell", twin)
-    for name in ("kernel", "recurrent_kernel", "bias"):
-        weight = getattr(ours, name, None)
-        if weight is not None:
-            value = weight.loc if isinstance(weight, VariationalWeight) else weight
-            getattr(theirs, name).assign(np.random.default_rng(1).normal(size=value.shape))
-            value.assign(array(getattr(theirs, name)))
+    """Give both the same random means, weight by weight."""
+    own = (".loc", "_loc", "bias", "kernel", "embeddings")
+    ours = [variable for variable in layer.weights if variable.name.endswith(own)]
+    for variable, theirs in zip(ours, twin.weights, strict=True):
+        theirs.assign(np.random.default_rng(1).normal(size=theirs.shape))
+        variable.assign(array(theirs))
+
+
+def set_noise(layer, log_variance):
+    for weight in posteriors(layer):
+        weight.log_variance.assign(np.full(weight.log_variance.shape, log_variance))
+    for posterior in rates(layer):
+        posterior.owner.rate_logit.assign(log_variance)
+
+
+def both(case):
+    layer, twin = case.built(), case.make_twin()
+    case.call(twin, case.inputs())
+    if twin.weights:
+        copy_weights(layer, twin)
+    return layer, twin
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_equals_keras_twin_as_variance_vanishes(case, training):
-    layer, twin, x = case.make(), case.make_twin(), case.inputs()
-    layer(x), twin(x)
-    copy_weights(layer, twin)
-    for weight in posteriors(layer):
-        weight.log_variance.assign(np.full(weight.shape, -45.0))
-    np.testing.assert_allclose(array(layer(x, training=training)), array(twin(x)), rtol=2e-5, atol=2e-5)
+@pytest.mark.parametrize("subject", QUIETABLE, ids=str)
+def test_equals_keras_twin_as_variance_vanishes(subject, training):
+    layer, twin = both(subject)
+    x = subject.inputs()
+    expected = array(subject.call(twin, x))
+    set_noise(layer, -45.0)
+    np.testing.assert_allclose(array(subject.call(layer, x, training=training)), expected, rtol=2e-5, atol=2e-5)
     # ... and with variance it is not, so that the line above says something
-    for weight in posteriors(layer):
-        weight.log_variance.assign(np.full(weight.shape, 0.0))
-    assert np.allclose(array(layer(x, training=training)), array(twin(x)), rtol=2e-5, atol=2e-5) == (not training)
+    set_noise(layer, 0.0)
+    output = array(subject.call(layer, x, training=training))
+    assert np.allclose(output, expected, rtol=2e-5, atol=2e-5) == (not training)
 
 
-def test_mask_zeroes_weights_and_their_noise(case):
-    layer, twin, x = case.make(), case.make_twin(), case.inputs()
-    layer(x), twin(x)
-    copy_weights(layer, twin)
+def test_equals_keras_twin_in_prediction(case):
+    layer, twin = both(case)
+    x = case.inputs()
+    np.testing.assert_allclose(array(case.call(layer, x)), array(case.call(twin, x)), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("subject", [case for case in CASES if case.is_kernel], ids=str)
+def test_mask_zeroes_weights_and_their_noise(subject):
+    layer, twin = both(subject)
+    x = subject.inputs()
     for weight in posteriors(layer):
         weight.mask.assign(np.zeros(weight.shape, bool))
-    for name in ("kernel", "recurrent_kernel", "bias"):
-        ours, theirs = (getattr(getattr(one, "cell", one), name, None) for one in (layer, twin))
-        if isinstance(ours, VariationalWeight):
-            theirs.assign(np.zeros(ours.shape))
-    np.testing.assert_allclose(array(layer(x, training=True)), array(twin(x)), atol=1e-6)
+    pruned = {weight.name for weight in posteriors(layer)}
+    for variable in twin.weights:
+        if variable.name in pruned:
+            variable.assign(np.zeros(variable.shape))
+    np.testing.assert_allclose(array(subject.call(layer, x, training=True)), array(subject.call(twin, x)), atol=1e-6)

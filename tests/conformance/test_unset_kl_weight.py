@@ -4,43 +4,51 @@ import warnings
 
 import keras
 import numpy as np
+import pytest
 
 import keras_vdrop as kv
-from tests.cases import array, posteriors
+from keras_vdrop.posterior import posteriors
+from tests.cases import CASES, array
+
+SUBJECTS = pytest.mark.parametrize("subject", [case for case in CASES if case.has_kl], ids=str)
 
 
 def fit(model, case, **arguments):
     model.compile("sgd", "mse")
     x = case.inputs()
-    y = np.ones(model.compute_output_shape(x.shape), "float32")
+    y = np.ones((len(x), *model.output_shape[1:]), "float32")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.fit(x, y, verbose=0, **arguments)
     return [str(w.message) for w in caught if "not the ELBO" in str(w.message)]
 
 
-def test_unset_weight_warns_once_and_says_what_to_write(case):
-    both = keras.Sequential([keras.Input(case.shape[1:]), keras.layers.Identity(), case.make(kl_weight=None)])
-    (message,) = fit(both, case, epochs=2)
+@SUBJECTS
+def test_unset_weight_warns_once_and_says_what_to_write(subject):
+    both = keras.Sequential([subject.input(), keras.layers.Identity(), subject.model(kl_weight=None)])
+    (message,) = fit(both, subject, epochs=2)
     assert "keras_vdrop.ELBO(num_examples=" in message and "kl_weight=1 / len(" in message
-    assert not fit(both, case)
+    assert not fit(both, subject)
     # a model made later is told again
-    assert len(fit(case.model(kl_weight=None), case)) == 1
+    assert len(fit(subject.model(kl_weight=None), subject)) == 1
 
 
-def test_unset_weight_averages_over_the_layers_weights(case):
-    layer = case.make(kl_weight=None)
-    layer(case.inputs())
-    weights = posteriors(layer)
-    expected = sum(float(w.kl()) for w in weights) / sum(np.prod(w.shape) for w in weights)
+@SUBJECTS
+def test_unset_weight_averages_over_the_layers_weights(subject):
+    layer = subject.built(kl_weight=None)
+    of_layer = {}
+    for posterior in posteriors(layer):
+        of_layer.setdefault(id(posterior.owner), []).append(posterior)
+    expected = sum(sum(float(p.kl()) for p in own) / sum(p.size for p in own) for own in of_layer.values())
     np.testing.assert_allclose(sum(float(array(loss)) for loss in layer.losses), expected, rtol=1e-5)
 
 
-def test_no_warning_where_it_is_set(case):
-    assert not fit(case.model(kl_weight=0.1), case)
-    assert not fit(case.model(kl_weight=0.0), case)
-    assert not fit(case.model(kl_weight=None), case, callbacks=[kv.ELBO(10)])
-    layer = case.make(kl_weight=None)
-    model = keras.Sequential([keras.Input(case.shape[1:]), layer])
+@SUBJECTS
+def test_no_warning_where_it_is_set(subject):
+    assert not fit(subject.model(kl_weight=0.1), subject)
+    assert not fit(subject.model(kl_weight=0.0), subject)
+    assert not fit(subject.model(kl_weight=None), subject, callbacks=[kv.ELBO(10)])
+    layer = subject.make(kl_weight=None)
+    model = subject.model(layer)
     getattr(layer, "cell", layer).kl_weight = 0.1
-    assert not fit(model, case)
+    assert not fit(model, subject)

@@ -55,14 +55,46 @@ def exact_far(minus_log_alpha):
     return 0.5 * minus_log_alpha + 0.5 * (np.log(2) + np.euler_gamma)
 
 
-def test_cubic_is_a_constant_away_for_alpha_up_to_one():
+@pytest.mark.parametrize("loc", LOC)
+def test_exact_log_uniform_is_exact(loc):
+    exact = np.array([exact_log_uniform(a) for a in LOG_ALPHA])
+    np.testing.assert_allclose(array(kl.log_uniform_exact(*grid(loc=loc))), exact, atol=4e-6 + 3e-7 * exact.max())
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="differentiated by TensorFlow")
+@pytest.mark.parametrize("jit", [False, True])
+def test_slope_of_exact_log_uniform_is_dawsons(jit):
+    """dKL/d log alpha = −x·D(x) with x = 1/sqrt(2·alpha); also compiled, where TensorFlow has no Dawson function."""
+    import tensorflow as tf
+
+    loc, log_variance = (tf.constant(value) for value in grid())
+
+    @tf.function(jit_compile=jit)
+    def slope():
+        with tf.GradientTape() as tape:
+            tape.watch(log_variance)
+            value = ops.sum(kl.log_uniform_exact(loc, log_variance))
+        return tape.gradient(value, log_variance)
+
+    x = np.sqrt(0.5 * np.exp(-LOG_ALPHA))
+    np.testing.assert_allclose(slope(), -x * special.dawsn(x), atol=1.2e-5)
+
+
+def test_exact_log_uniform_stays_finite_far_out():
+    loc, log_variance = np.array([0.0, 1e-30, 1.0, 30.0], "float32"), np.array([-10.0, 0.0, -70.0, -70.0], "float32")
+    values = array(kl.log_uniform_exact(loc, log_variance))
+    expected = [0.0, 0.0, exact_far(70.0), exact_far(70.0 + 2 * np.log(30.0))]
+    np.testing.assert_allclose(values, expected, atol=2e-5)
+
+
+def test_cubic_is_within_its_stated_error_for_alpha_up_to_one():
     log_alpha = LOG_ALPHA[LOG_ALPHA <= 0]
-    offset = array(kl.log_uniform_cubic(log_alpha.astype("float32"))) - [exact_log_uniform(a) for a in log_alpha]
-    assert np.abs(offset + 0.6352).max() < 0.041
+    error = array(kl.log_uniform_cubic(log_alpha.astype("float32"))) - [exact_log_uniform(a) for a in log_alpha]
+    assert np.abs(error).max() < 0.041
 
 
 def test_cubic_is_clipped_above_alpha_one():
-    at_one = -(1.16145124 - 1.50204118 + 0.58629921)
+    at_one = 0.5 * (np.euler_gamma + np.log(2)) - (1.16145124 - 1.50204118 + 0.58629921)
     np.testing.assert_allclose(array(kl.log_uniform_cubic(np.array([0.0, 2.0], "float32"))), at_one, rtol=1e-5)
 
 
@@ -76,6 +108,56 @@ def test_ard_is_the_least_normal_kl():
 
         least = minimize_scalar(of_scale, bounds=(-6, 3), method="bounded", options={"xatol": 1e-4}).fun
         np.testing.assert_allclose(array(kl.ard(loc, log_variance)), least, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("group_axis", [0, 1, -1])
+def test_ard_of_groups_is_the_least_normal_kl_of_each(group_axis):
+    from scipy.optimize import minimize_scalar
+
+    rng = np.random.default_rng(0)
+    loc, log_variance = rng.normal(size=(3, 4)).astype("float32"), rng.uniform(-4, 1, (3, 4)).astype("float32")
+    others = 1 - group_axis % 2
+    ours = array(kl.ard(loc, log_variance, group_axis)).sum(axis=others)
+    for index, total in enumerate(ours):
+        group = [np.take(value, index, axis=group_axis) for value in (loc, log_variance)]
+
+        def of_scale(log_scale, group=group):
+            return float(array(kl.normal(*group, np.exp(log_scale))).sum())
+
+        least = minimize_scalar(of_scale, bounds=(-6, 3), method="bounded", options={"xatol": 1e-4}).fun
+        np.testing.assert_allclose(total, least, rtol=1e-4)
+
+
+def test_ard_with_groups_of_one_is_ard():
+    loc, log_variance = grid()
+    np.testing.assert_allclose(array(kl.ard(loc, log_variance, 0)), array(kl.ard(loc, log_variance)), atol=2e-5)
+
+
+MIXTURES = [(0.5, 1.0, 0.0025), (0.25, 1.0, 0.0005), (0.75, 0.5, 0.1), (0.5, 1.0, 0.9), (0.1, 2.0, 0.01)]
+
+
+@pytest.mark.parametrize("probability, wide, narrow", MIXTURES)
+def test_scale_mixture_against_quadrature(probability, wide, narrow):
+    from scipy.stats import norm
+
+    for loc, log_variance in [(0.0, -14.0), (0.001, -10.0), (0.02, -7.0), (0.1, -4.0), (-3.0, -1.0), (1.0, 1.0)]:
+        sd = np.exp(0.5 * log_variance)
+
+        def integrand(x, loc=loc, sd=sd):
+            parts = np.log(probability) + norm.logpdf(x, 0, wide), np.log1p(-probability) + norm.logpdf(x, 0, narrow)
+            return norm.pdf(x, loc, sd) * (norm.logpdf(x, loc, sd) - np.logaddexp(*parts))
+
+        ends = loc - 9 * sd, loc + 9 * sd
+        breaks = np.unique(np.clip([0, loc, *(s * k * narrow for s in (-1, 1) for k in (1, 3, 6))], *ends))
+        pieces = zip([ends[0], *breaks], [*breaks, ends[1]])
+        exact = sum(integrate.quad(integrand, low, high, limit=200)[0] for low, high in pieces)
+        ours = kl.scale_mixture(np.float32(loc), np.float32(log_variance), probability, wide, narrow)
+        np.testing.assert_allclose(array(ours), exact, atol=1e-4, rtol=1e-5)
+
+
+def test_scale_mixture_is_finite_far_from_the_peak():
+    values = array(kl.scale_mixture(np.float32([30.0, 0.0]), np.float32([-20.0, -40.0]), 0.5, 1.0, 0.0025))
+    assert np.isfinite(values).all()
 
 
 def test_ard_never_exceeds_log_uniform():
@@ -107,8 +189,16 @@ def test_normal_against_tfp():
     np.testing.assert_allclose(array(kl.normal(loc, log_variance, 0.7)), expected, rtol=1e-5, atol=1e-6)
 
 
+def grouped(loc, log_variance):
+    return kl.ard(ops.reshape(loc, (2, 2)), ops.reshape(log_variance, (2, 2)), 0)
+
+
+def mixture(loc, log_variance):
+    return kl.scale_mixture(loc, log_variance, 0.5, 1.0, 0.1)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="differentiated by TensorFlow")
-@pytest.mark.parametrize("function", [kl.log_uniform, kl.ard, kl.normal])
+@pytest.mark.parametrize("function", [kl.log_uniform, kl.log_uniform_exact, kl.ard, kl.normal, grouped, mixture])
 def test_gradients_are_finite_at_zero_and_true_elsewhere(function):
     import tensorflow as tf
 
@@ -120,9 +210,9 @@ def test_gradients_are_finite_at_zero_and_true_elsewhere(function):
     by_loc, by_log_variance = tape.gradient(value, [loc, log_variance])
     assert np.isfinite(by_loc).all() and np.isfinite(by_log_variance).all()
     h = 1e-6
-    np.testing.assert_allclose(
-        by_loc[2:], (function(loc + h, log_variance) - function(loc - h, log_variance))[2:] / (2 * h), rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        by_log_variance, (function(loc, log_variance + h) - function(loc, log_variance - h)) / (2 * h), atol=1e-8
-    )
+    for index, step in enumerate(np.eye(4) * h):
+        ahead, behind = (ops.sum(function(loc + sign * step, log_variance)) for sign in (1, -1))
+        if abs(loc[index]) > 1e-3:
+            np.testing.assert_allclose(by_loc[index], (ahead - behind) / (2 * h), rtol=1e-6)
+        ahead, behind = (ops.sum(function(loc, log_variance + sign * step)) for sign in (1, -1))
+        np.testing.assert_allclose(by_log_variance[index], (ahead - behind) / (2 * h), atol=1e-8, rtol=1e-6)

@@ -100,3 +100,21 @@ assert len(draws) == 2 and (draws[0].numpy() != draws[1].numpy()).all(), draws
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_concrete_is_bernoulli_as_the_temperature_falls():
+    logit = np.float32(np.log(0.2 / 0.8))
+    hard = array(noise.concrete((100_000,), logit, 1e-3, keras.random.SeedGenerator(0)))
+    assert abs((hard > 0.5).mean() - 0.2) < 5 * np.sqrt(0.2 * 0.8 / hard.size)
+    assert ((hard > 0.01) & (hard < 0.99)).mean() < 0.01
+    soft = array(noise.concrete((100_000,), logit, 0.5, keras.random.SeedGenerator(0)))
+    # P(σ((logit + L) / t) > ½) = P(L > −logit), whatever the temperature
+    assert abs((soft > 0.5).mean() - 0.2) < 5 * np.sqrt(0.2 * 0.8 / soft.size)
+    assert np.isfinite(soft).all() and soft.min() >= 0 and soft.max() <= 1
+
+
+def test_uniform():
+    draws = array(noise.uniform((100_000,), keras.random.SeedGenerator(0)))
+    assert draws.min() >= 0 and draws.max() < 1
+    assert abs(draws.mean() - 0.5) < 5 / np.sqrt(12 * draws.size)
+    assert abs(draws.var() - 1 / 12) < 5 * np.sqrt(1 / 180 / draws.size)

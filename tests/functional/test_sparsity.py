@@ -1,6 +1,7 @@
 """log alpha, masks and counts."""
 
 import numpy as np
+import pytest
 
 from keras_vdrop.functional import sparsity
 from tests.cases import array
@@ -22,3 +23,15 @@ def test_keep_mask_and_count():
     mask = sparsity.keep_mask(loc, log_variance, 3.0)
     assert array(mask).tolist() == [1, 1, 0, 0]
     assert sparsity.count(mask) == 2
+
+
+def test_groups_are_kept_or_dropped_as_a_whole():
+    loc = np.array([[1.0, 0.1], [0.01, 0.02]], "float32")
+    log_variance = np.log(np.array([[0.1, 0.1], [1.0, 1.0]], "float32"))
+    expected = np.log(np.array([0.2 / 1.01, 2.0 / 5e-4]))
+    by_row = array(sparsity.log_alpha(loc, log_variance, group_axis=0))
+    np.testing.assert_allclose(by_row, np.repeat(expected[:, None], 2, axis=1), rtol=1e-5)
+    kept = array(sparsity.keep_mask(loc, log_variance, 3.0, group_axis=0))
+    np.testing.assert_array_equal(kept, [[1, 1], [0, 0]])
+    with pytest.raises(ValueError, match="group_axis=2"):
+        sparsity.log_alpha(loc, log_variance, group_axis=2)

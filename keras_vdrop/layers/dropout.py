@@ -1,0 +1,353 @@
+"""Noise on activations: Gaussian of learned strength, Bernoulli of learned rate, Bernoulli that prediction can draw."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_vdrop import priors
+from keras_vdrop.functional import noise
+from keras_vdrop.layers.base import StochasticLayer, check_finite, check_rate
+from keras_vdrop.posterior import KLPenalty, Posterior, VariationalWeight
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalGaussianDropout(StochasticLayer):
+    """y = x·s, s ~ N(1, alpha) for every entry of x, with alpha = rate / (1 − rate) learned: multiplicative noise.
+
+    It is the posterior of a scale for each unit, s ~ N(1, alpha), whose KL to the log-uniform prior is in
+    `layer.losses`: the noise grows as far as the data let it. A unit whose log alpha passes the threshold carries
+    nothing: `prune` sets it to 0, and `sparsity` counts it. Without noise (in prediction, unless sampled) y = x.
+
+    Args:
+        rate: Float in (0, 1), where the noise starts: alpha = rate / (1 − rate).
+        alpha: "unit" for one learned for each unit, "layer" for one for all (its KL is counted for each unit, and
+            nothing is pruned), "fixed" for `keras.layers.GaussianDropout`, without a KL, that can be sampled.
+        prior: "log_uniform", "ard", or a `priors.Prior`. `priors.LogUniform("cubic")` is the original: alpha is kept
+            at or below 1, where its KL, a cubic, holds; so nothing is pruned.
+        axis: Int, the axis of the units in the input.
+        kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
+        threshold: Float, the log alpha above which `sparsity` and `prune` give a unit up.
+        seed: Int for the same noise in every run, or None.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Input shape:
+        (B, ...), of known size along `axis`.
+
+    Output shape:
+        That of the input.
+
+    Raises:
+        ValueError: For a value that is out of range, or an unknown number of units.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.VariationalGaussianDropout(0.2, kl_weight=1 / 1000)
+        >>> layer(keras.ops.ones((2, 5))).shape == (2, 5)
+        True
+        >>> round(float(keras.ops.exp(layer.scale.log_alpha()[0])), 3)
+        0.25
+
+    Reference:
+        Variational Dropout and the Local Reparameterization Trick, Kingma, Salimans, Welling, 2015,
+        https://arxiv.org/abs/1506.02557
+    """
+
+    def __init__(
+        self,
+        rate=0.5,
+        alpha="unit",
+        prior="log_uniform",
+        axis=-1,
+        kl_weight=None,
+        threshold=3.0,
+        seed=None,
+        **kwargs,
+    ):
+        check_rate("rate", rate)
+        if rate == 0.0:
+            raise ValueError("`rate` must be > 0: noise that is not there cannot grow. Received: rate=0.0")
+        if alpha not in ("unit", "layer", "fixed"):
+            raise ValueError(f'`alpha` must be "unit", "layer" or "fixed". Received: alpha={alpha!r}')
+        if not isinstance(axis, int) or axis == 0:
+            raise ValueError(f"`axis` must be an int other than 0, the batch. Received: axis={axis!r}")
+        check_finite("threshold", threshold)
+        prior = priors.get(prior)
+        if prior is None:
+            raise ValueError('`prior` is needed for the noise to grow; for noise that does not, write alpha="fixed".')
+        super().__init__(kl_weight=kl_weight, seed=seed, **kwargs)
+        self.rate = float(rate)
+        self.alpha = alpha
+        self.prior = prior
+        self.axis = axis
+        self.threshold = float(threshold)
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        units = input_shape[self.axis]
+        if units is None:
+            raise ValueError(
+                f"Dimension {self.axis} of the inputs to {self.name!r}, the units, must be known. Received: "
+                f"input_shape={tuple(input_shape)}; give it in `keras.Input`."
+            )
+        if self.alpha != "fixed":
+            capped = isinstance(self.prior, priors.LogUniform) and self.prior.form == "cubic"
+            self._posterior_size = units
+            self.scale = VariationalWeight(
+                self,
+                self.add_weight,
+                "scale",
+                (units,),
+                prior=self.prior,
+                estimator="local_reparameterization",
+                initial_log_variance=min(self._initial_log_alpha, 0.0) if capped else self._initial_log_alpha,
+                initializer="ones",
+                learn_loc=False,
+                prunable=self.alpha == "unit",
+                log_variance_shape=None if self.alpha == "unit" else (1,),
+                log_variance_constraint=AtMostZero() if capped else None,
+            )
+        super().build(input_shape)
+
+    @property
+    def _initial_log_alpha(self):
+        return math.log(self.rate / (1.0 - self.rate))
+
+    def call(self, inputs, training=False):
+        noisy = self._noisy(training)
+        if self.alpha == "fixed":
+            return self._fixed(inputs) if noisy else inputs
+        axes = (tuple(range(len(inputs.shape))),) * 2
+        dtype = self.compute_dtype
+        return self.scale.apply(self._multiply, inputs, noisy=noisy, seed=self._seeds, sign_axes=axes, dtype=dtype)
+
+    def _multiply(self, x, scale):
+        shape = [1] * len(x.shape)
+        shape[self.axis] = -1
+        return x * ops.reshape(scale, shape)
+
+    def _fixed(self, x):
+        epsilon = noise.normal(ops.shape(x), self._seeds)
+        return x * ops.cast(1.0 + math.exp(0.5 * self._initial_log_alpha) * epsilon, x.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "rate": self.rate,
+            "alpha": self.alpha,
+            "prior": priors.serialize(self.prior),
+            "axis": self.axis,
+            "threshold": self.threshold,
+        }
+
+
+class AtMostZero(keras.constraints.Constraint):
+    """Projects a log alpha to alpha ≤ 1."""
+
+    def __call__(self, w):
+        return ops.minimum(w, 0.0)
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
+    """y = layer(x·z / (1 − p)), z ~ Bernoulli(1 − p) relaxed, with the rate p learned: Dropout that finds its rate.
+
+    z = 1 − σ((logit p + logit u) / temperature), u ~ U(0, 1);
+    KL = ‖W‖² / (2·prior_scale²·(1 − p)) + D·(log 2 − H(p)), W the wrapped layer's kernel and H the entropy of a coin
+
+    The first term is the wrapped kernel's weight decay, which a greater rate makes dearer; the second draws the
+    rate to ½. Both are in nats, in `layer.losses`, and weighted by `kl_weight`, 1 / (number of training examples), as
+    every KL here: so the fewer data, the greater the rate. Without noise (in prediction, unless sampled) y = layer(x).
+
+    Args:
+        layer: A Keras layer with a plain `kernel`, such as Dense, Conv2D or EinsumDense.
+        initial_rate: Float in (0, 1), where p starts.
+        temperature: Float > 0 of the relaxation; towards 0, z is 0 or 1.
+        prior_scale: Float > 0, the standard deviation of the prior of a weight (the paper's 1 / l).
+        spatial: Whether whole channels are dropped, the same at every place, as suits a convolution.
+        kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
+        seed: Int for the same noise in every run, or None.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Input shape:
+        That of the wrapped layer.
+
+    Output shape:
+        That of the wrapped layer.
+
+    Raises:
+        ValueError: For a value that is out of range, a layer without a kernel, or one whose kernel has a prior already.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.ConcreteDropout(keras.layers.Dense(3), kl_weight=1 / 1000)
+        >>> layer(keras.ops.ones((2, 5))).shape == (2, 3)
+        True
+        >>> round(float(layer.rate), 3)
+        0.1
+
+    Reference:
+        Concrete Dropout, Gal, Hron, Kendall, 2017, https://arxiv.org/abs/1705.07832
+    """
+
+    def __init__(
+        self,
+        layer,
+        initial_rate=0.1,
+        temperature=0.1,
+        prior_scale=1.0,
+        spatial=False,
+        kl_weight=None,
+        seed=None,
+        **kwargs,
+    ):
+        check_rate("initial_rate", initial_rate)
+        if initial_rate == 0.0:
+            raise ValueError("`initial_rate` must be > 0, or its logit is infinite. Received: initial_rate=0.0")
+        for name, value in (("temperature", temperature), ("prior_scale", prior_scale)):
+            check_finite(name, value)
+            if value <= 0:
+                raise ValueError(f"`{name}` must be > 0. Received: {name}={value!r}")
+        super().__init__(layer=layer, kl_weight=kl_weight, seed=seed, **kwargs)
+        self.initial_rate = float(initial_rate)
+        self.temperature = float(temperature)
+        self.prior_scale = float(prior_scale)
+        self.spatial = bool(spatial)
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        channels = input_shape[self._channel_axis()]
+        if channels is None:
+            raise ValueError(
+                f"The channels of the inputs to {self.name!r} must be known. Received: "
+                f"input_shape={tuple(input_shape)}; give them in `keras.Input`."
+            )
+        keras.layers.Wrapper.build(self, input_shape)
+        kernel = getattr(self.layer, "kernel", None)
+        if not isinstance(kernel, keras.Variable):
+            raise ValueError(
+                "ConcreteDropout wraps a layer with a plain `kernel`, whose weight decay is part of its KL. Received: "
+                f"layer={self.layer.name!r} of type {type(self.layer).__name__}, with kernel={kernel!r}"
+            )
+        posterior = BernoulliRate(self, kernel, channels)
+        self.rate_logit = self.add_weight(
+            name="rate_logit",
+            shape=(),
+            initializer=keras.initializers.Constant(math.log(self.initial_rate / (1.0 - self.initial_rate))),
+            regularizer=KLPenalty(posterior),
+            dtype="float32",
+            autocast=False,
+        )
+        self._posterior_size = posterior.size
+        self._build_noise()
+
+    def _channel_axis(self):
+        return 1 if getattr(self.layer, "data_format", None) == "channels_first" else -1
+
+    @property
+    def rate(self):
+        """p, the probability that an input is dropped, as learned so far."""
+        return ops.sigmoid(ops.convert_to_tensor(self.rate_logit))
+
+    def call(self, inputs, training=False):
+        return self.layer(self._drop(inputs) if self._noisy(training) else inputs)
+
+    def _drop(self, x):
+        shape = ops.shape(x)
+        if self.spatial:
+            kept = (0, self._channel_axis() % len(shape))
+            shape = tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
+        dropped = noise.concrete(shape, ops.convert_to_tensor(self.rate_logit), self.temperature, self._seeds)
+        return x * ops.cast((1.0 - dropped) / (1.0 - self.rate), x.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return self.layer.compute_output_shape(input_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "initial_rate": self.initial_rate,
+            "temperature": self.temperature,
+            "prior_scale": self.prior_scale,
+            "spatial": self.spatial,
+        }
+
+
+class BernoulliRate(Posterior):
+    """The posterior of a kernel whose input channels are dropped: W times one coin for each channel."""
+
+    def __init__(self, owner, kernel, channels):
+        super().__init__(owner, channels)
+        self.kernel = kernel
+
+    def kl(self):
+        rate = self.owner.rate
+        logit = ops.convert_to_tensor(self.owner.rate_logit)
+        # Both logarithms straight from the logit: finite at every rate.
+        entropy = rate * ops.softplus(-logit) + (1.0 - rate) * ops.softplus(logit)
+        squares = ops.sum(ops.square(ops.cast(ops.convert_to_tensor(self.kernel), "float32")))
+        decay = squares * (1.0 + ops.exp(logit)) / (2.0 * self.owner.prior_scale**2)
+        return decay + self.size * (math.log(2.0) - entropy)
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
+    """y = x·z / (1 − rate), z ~ Bernoulli(1 − rate): `keras.layers.Dropout` that is also active under `sampling()`.
+
+    In a model that `MonteCarlo` wraps it drops at prediction, as in MC dropout, while BatchNormalization and Keras's
+    own Dropout stay in inference mode. Without noise y = x.
+
+    Args:
+        rate: Float in [0, 1], the probability that an input is dropped.
+        noise_shape: As in `keras.layers.Dropout`: the shape of the mask, broadcast to the input; None along an axis
+            stands for the input's size.
+        seed: Int for the same noise in every run, or None.
+        per_example: Whether every example has a mask of its own; if not, one mask serves a whole call, so that what
+            is drawn is one network for all examples.
+        **kwargs: `name`, `dtype`.
+
+    Input shape:
+        (B, ...).
+
+    Output shape:
+        That of the input.
+
+    Raises:
+        ValueError: For a value that is out of range.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.MonteCarloDropout(0.5, seed=0)
+        >>> x = keras.ops.ones((2, 8))
+        >>> bool(keras.ops.all(layer(x) == x))
+        True
+        >>> with kv.sampling():
+        ...     bool(keras.ops.all(layer(x) == x))
+        False
+
+    Reference:
+        Dropout as a Bayesian Approximation, Gal, Ghahramani, 2016, https://arxiv.org/abs/1506.02142
+    """
+
+    def __init__(self, rate, noise_shape=None, seed=None, per_example=True, **kwargs):
+        super().__init__(rate=rate, noise_shape=noise_shape, seed=seed, **kwargs)
+        self.per_example = bool(per_example)
+
+    def call(self, inputs, training=False):
+        if self.rate == 0.0 or not self._noisy(training):
+            return inputs
+        shape = list(ops.shape(inputs))
+        for axis, size in enumerate(self.noise_shape or ()):
+            shape[axis] = shape[axis] if size is None else size
+        if not self.per_example:
+            shape[0] = 1
+        keep = noise.bernoulli(tuple(shape), 1.0 - self.rate, self._seeds, inputs.dtype)
+        return inputs * (keep / (1.0 - self.rate)) if self.rate < 1.0 else ops.zeros_like(inputs)
+
+    def get_config(self):
+        config = {**super().get_config(), "per_example": self.per_example}
+        del config["kl_weight"]  # it has no KL
+        return config

@@ -1,0 +1,76 @@
+"""Embedding layers."""
+
+import keras
+from keras import ops
+
+from keras_vdrop.layers.base import VariationalLayer, bind
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
+    """y = E[x], E ~ N(loc, exp(log_variance)): `keras.layers.Embedding` with a distribution for a table.
+
+    In training (and within `sampling()`) rows are drawn: by default a row of its own for each word that is looked up;
+    by "reparameterization" one table for the whole batch; by "flipout" one table, with signs for each example.
+    Otherwise E = loc, and 0 where pruned. The KL is that of the whole table, once, however many words a batch looks up.
+
+    Args:
+        input_dim: Positive int, V, the size of the vocabulary.
+        output_dim: Positive int, U.
+        embeddings_initializer, embeddings_regularizer, embeddings_constraint: As in `keras.layers.Embedding`; they act
+            on the table's mean.
+        mask_zero: As in `keras.layers.Embedding`: whether 0 is padding, to be masked.
+        weights: Optional array (V, U), the mean to start from.
+        kernel_prior: The prior of the table; `priors.ARD(group_axis=0)` for one that drops words.
+        estimator, kl_weight, initial_log_variance, threshold, seed: As in `VariationalDense`.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Input shape:
+        (B, ...), indices in [0, V). One out of range gives what `keras.layers.Embedding` gives on the backend: an
+        error or NaN.
+
+    Output shape:
+        (B, ..., U).
+
+    Raises:
+        ValueError: For a value that is out of range.
+
+    Example:
+        >>> import keras, keras_vdrop as kv, numpy as np
+        >>> layer = kv.VariationalEmbedding(100, 8, mask_zero=True, kl_weight=1 / 1000)
+        >>> layer(np.array([[3, 1, 4], [1, 5, 0]])).shape == (2, 3, 8)
+        True
+
+    Reference:
+        Bayesian Compression for Natural Language Processing, Chirkova, Lobacheva, Vetrov, 2018,
+        https://arxiv.org/abs/1810.10927
+    """
+
+    def __init__(self, *args, **kwargs):
+        # Keras's constructor would build at once, before ours is through.
+        arguments = bind(type(self), args, kwargs)
+        weights = arguments.pop("weights", None)
+        super().__init__(**arguments)
+        if weights is not None:
+            self.build()
+            table = weights[0] if isinstance(weights, list) and len(weights) == 1 else weights
+            (self.embeddings if self.kernel_prior is None else self.embeddings.loc).assign(table)
+
+    def build(self, input_shape=None):
+        if not self.built:
+            super().build(input_shape)
+
+    def call(self, inputs, training=False):
+        taken = keras.backend.standardize_dtype(inputs.dtype) in ("int32", "int64")
+        indices = inputs if taken else ops.cast(inputs, "int32")
+        return self._apply(self.embeddings, _look_up, indices, self._noisy(training))
+
+    def compute_output_spec(self, inputs, training=False):
+        return super().compute_output_spec(inputs)
+
+    def _sign_axes(self):
+        return (0,), (0, -1)
+
+
+def _look_up(indices, table):
+    return ops.take(table, indices, axis=0)
