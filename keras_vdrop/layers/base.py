@@ -126,26 +126,28 @@ class StochasticLayer(keras.layers.Layer):
         if training and self in _unset:
             _unset.clear()  # one warning speaks for all layers there are
             warnings.warn(_UNSET_MESSAGE, stacklevel=2)
-        return bool(training) or is_sampling()
+        replay = self._replay.get()
+        return bool(training) or is_sampling() if replay is None else replay.noisy
 
     @property
     def _seeds(self):
         """Where the next seed comes from."""
-        return self._replayed_seeds.get() or self.seed_generator
+        return self._replay.get() or self.seed_generator
 
-    _replayed_seeds = contextvars.ContextVar("replayed_seeds", default=None)
+    _replay = contextvars.ContextVar("replay", default=None)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """As in Keras (within `keras.RematScope`), but so that the second computation draws the noise of the first."""
-        state = self.seed_generator.next()
+        # Keras tells the layers within this one of `training` at the first computation only.
+        state, noisy = self.seed_generator.next(), self._noisy(kwargs.get("training"))
 
         @functools.wraps(layer_call)
         def call(*args):
-            token = self._replayed_seeds.set(_ReplayedSeeds(state))
+            token = self._replay.set(_Replay(state, noisy))
             try:
                 return layer_call(*args, **kwargs)
             finally:
-                self._replayed_seeds.reset(token)
+                self._replay.reset(token)
 
         # TensorFlow takes no keywords here, and Keras passes `training` as one.
         rematerialized = super().rematerialized_call(call, *args)
@@ -369,12 +371,13 @@ class AffineLayer(VariationalLayer):
         return self._apply(self.bias, add, ones, noisy, sign_axes=(every_axis, every_axis))
 
 
-class _ReplayedSeeds(keras.random.SeedGenerator):
-    """The seeds that follow from one state: the same ones however often they are asked for anew."""
+class _Replay(keras.random.SeedGenerator):
+    """A computation that can be done again: whether it draws, and the seeds that follow from one state."""
 
-    def __init__(self, state):
+    def __init__(self, state, noisy):
         # No variable, so not Keras's own constructor.
         self._state = state
+        self.noisy = noisy
         self._draws = 0
 
     def next(self, ordered=True):
