@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_vdrop.functional import uncertainty
 from keras_vdrop.layers.base import check_positive_int
-from keras_vdrop.sampling import generator_states, sampling, seed_generator
+from keras_vdrop.sampling import FixedSeeds, generator_states, sampling, seed_generator
 
 _LIKELIHOODS = (None, "categorical", "bernoulli", "normal")
 _OUTPUTS = ("statistics", "samples")
@@ -31,6 +31,8 @@ class MonteCarlo(keras.Model):
         from_logits: Whether the outputs of a categorical or bernoulli model are logits.
         output: "statistics", or "samples" for the outputs themselves, (B, S, ...).
         seed: Int for the same draws in every run, or None.
+        consistent: Whether a draw serves all rows, in all batches and calls, instead of each its own: S functions
+            drawn from the posterior, with one mask for the whole prediction.
         **kwargs: `name`, `dtype`.
 
     Raises:
@@ -48,7 +50,15 @@ class MonteCarlo(keras.Model):
     """
 
     def __init__(
-        self, model, num_samples=32, likelihood=None, from_logits=True, output="statistics", seed=None, **kwargs
+        self,
+        model,
+        num_samples=32,
+        likelihood=None,
+        from_logits=True,
+        output="statistics",
+        seed=None,
+        consistent=False,
+        **kwargs,
     ):
         check_positive_int("num_samples", num_samples)
         for name, value, choices in (("likelihood", likelihood, _LIKELIHOODS), ("output", output, _OUTPUTS)):
@@ -69,6 +79,7 @@ class MonteCarlo(keras.Model):
         self.likelihood = likelihood
         self.from_logits = from_logits
         self.output_kind = output
+        self.consistent = bool(consistent)
         self.built = True
 
     def build(self, input_shape):
@@ -88,12 +99,13 @@ class MonteCarlo(keras.Model):
                 else ops.convert_to_tensor(variable)
                 for variable in self.model.non_trainable_variables
             ]
-            with sampling():
+            with sampling(self.consistent):
                 outputs, _ = self.model.stateless_call(trainable, others, inputs, training=False)
             return outputs
 
         shape = (self.num_samples, len(states))
-        return ops.map(draw, keras.random.randint(shape, 0, 2**31 - 1, seed=self.seed_generator))
+        seeds = FixedSeeds(self.seed_generator.state) if self.consistent else self.seed_generator
+        return ops.map(draw, keras.random.randint(shape, 0, 2**31 - 1, seed=seeds))
 
     def call(self, inputs):
         samples = self.samples(inputs)
@@ -118,6 +130,7 @@ class MonteCarlo(keras.Model):
             "from_logits": self.from_logits,
             "output": self.output_kind,
             "seed": self.seed,
+            "consistent": self.consistent,
         }
 
     @classmethod

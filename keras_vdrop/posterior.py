@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_vdrop.functional import estimators, sparsity
+from keras_vdrop.sampling import is_consistent
 
 
 class Posterior:
@@ -161,7 +162,8 @@ class VariationalWeight(Posterior):
         Args:
             linear: Callable `(x, w) -> output`, linear in both.
             x: Tensor, the batch on its first axis; where it is of an integer type, `linear` is a lookup.
-            noisy: Bool. Where a draw is held (see `hold`), that draw is used; else the estimator's.
+            noisy: Bool. Where a draw is held (see `hold`), that draw is used; else one for all examples under
+                `sampling(consistent=True)`; else the estimator's.
             seed: A `keras.random.SeedGenerator`.
             sign_axes: As for `functional.estimators.flipout`.
             dtype: Of the output.
@@ -173,7 +175,8 @@ class VariationalWeight(Posterior):
             return linear(x, ops.cast(self.mean(), dtype))
         if self._held is not None:
             return linear(x, ops.cast(self._held, dtype))
-        return self._estimate(linear, x, self.mean(), self._noise_log_variance(), seed, sign_axes, dtype)
+        estimate = estimators.reparameterization if is_consistent() else self._estimate
+        return estimate(linear, x, self.mean(), self._noise_log_variance(), seed, sign_axes, dtype)
 
     def hold(self, seed):
         """Draw the weight now and use that draw in every `apply` until `release`: a recurrent layer's sequence."""

@@ -4,20 +4,26 @@ import contextlib
 import contextvars
 
 import keras
+from keras import ops
 
 from keras_vdrop.functional import noise
 
-_active = contextvars.ContextVar("keras_vdrop_sampling", default=False)
+# None outside of `sampling()`, else its argument.
+_consistent = contextvars.ContextVar("keras_vdrop_sampling", default=None)
 
 _GENERATOR_NAME = "variational_noise"
 
 
 @contextlib.contextmanager
-def sampling():
+def sampling(consistent=False):
     """Within the scope, variational layers draw their weights although `training` is False.
 
     Everything else (BatchNormalization, Keras's own Dropout) stays in inference mode. A function that was compiled
     outside the scope does not notice it: use `MonteCarlo` for `predict`.
+
+    Args:
+        consistent: Whether one draw of the weights and masks serves all examples of a call, whatever the layers'
+            estimators: what is computed is then one function, drawn from the posterior.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -29,16 +35,41 @@ def sampling():
         ...     bool(layer(x) == layer(x))
         False
     """
-    token = _active.set(True)
+    token = _consistent.set(bool(consistent))
     try:
         yield
     finally:
-        _active.reset(token)
+        _consistent.reset(token)
 
 
 def is_sampling():
     """True within a `sampling()` scope."""
-    return _active.get()
+    return _consistent.get() is not None
+
+
+def is_consistent():
+    """True within a `sampling(consistent=True)` scope."""
+    return bool(_consistent.get())
+
+
+def mask_shape(shape):
+    """The shape of a mask for inputs of that shape: one for each example, or one for all of them."""
+    return (1, *shape[1:]) if is_consistent() else tuple(shape)
+
+
+class FixedSeeds(keras.random.SeedGenerator):
+    """The seeds that follow from one state: the same ones however often they are asked for anew."""
+
+    def __init__(self, state):
+        # No variable, so not Keras's own constructor.
+        self._state = state
+        self._draws = 0
+
+    def next(self, ordered=True):
+        # Far from the states of other calls, which count up by one.
+        offset = ops.convert_to_tensor([0, self._draws << 24], dtype=self._state.dtype)
+        self._draws += 1
+        return self._state + offset
 
 
 def seed_generator(seed, *salt):

@@ -53,6 +53,27 @@ def test_batches_and_calls_draw_anew():
     assert len(np.unique(np.concatenate([one, other])[..., 0])) == 16
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_consistent_draws_are_one_function_for_all_rows(case):
+    model = case.model()
+    randomize(model)
+    x = np.repeat(case.inputs()[:1], 5, axis=0)
+    sampler = kv.MonteCarlo(model, 6, output="samples", consistent=True)
+    draws = sampler.predict(x, batch_size=2, verbose=0)
+    np.testing.assert_allclose(draws, np.repeat(draws[:1], 5, axis=0), rtol=1e-4, atol=1e-5)
+    assert np.ptp(draws, axis=1).max() > 1e-3
+    np.testing.assert_allclose(sampler.predict(x, batch_size=3, verbose=0), draws, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["local_reparameterization", "flipout", "reparameterization"])
+def test_consistent_draws_have_the_moments_of_the_posterior(estimator):
+    model = network(estimator=estimator)
+    draws = np.swapaxes(samples(model, X, 4000, consistent=True), 0, 1)
+    kernel = model.layers[0].kernel
+    assert_mean(draws, X @ array(kernel.loc))
+    assert_variance(draws, X**2 @ np.exp(array(kernel.log_variance)))
+
+
 def test_seed():
     model = network()
     one, other = samples(model, X, 3, seed=1), samples(model, X, 3, seed=1)

@@ -20,7 +20,7 @@ from keras import ops
 from keras_vdrop import priors
 from keras_vdrop.functional import estimators
 from keras_vdrop.posterior import VariationalWeight
-from keras_vdrop.sampling import is_sampling, seed_generator
+from keras_vdrop.sampling import FixedSeeds, is_sampling, seed_generator
 
 # Built layers whose `kl_weight` nobody has set, and of which nobody has been told.
 _unset = weakref.WeakSet()
@@ -371,20 +371,12 @@ class AffineLayer(VariationalLayer):
         return self._apply(self.bias, add, ones, noisy, sign_axes=(every_axis, every_axis))
 
 
-class _Replay(keras.random.SeedGenerator):
-    """A computation that can be done again: whether it draws, and the seeds that follow from one state."""
+class _Replay(FixedSeeds):
+    """A computation that can be done again: its seeds, and whether it draws."""
 
     def __init__(self, state, noisy):
-        # No variable, so not Keras's own constructor.
-        self._state = state
+        super().__init__(state)
         self.noisy = noisy
-        self._draws = 0
-
-    def next(self, ordered=True):
-        # Far from the states of other calls, which count up by one.
-        offset = ops.convert_to_tensor([0, self._draws << 24], dtype=self._state.dtype)
-        self._draws += 1
-        return self._state + offset
 
 
 def check_positive_int(name, value):

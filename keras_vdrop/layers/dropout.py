@@ -9,6 +9,7 @@ from keras_vdrop import priors
 from keras_vdrop.functional import noise
 from keras_vdrop.layers.base import StochasticLayer, check_finite, check_rate
 from keras_vdrop.posterior import KLPenalty, Posterior, VariationalWeight
+from keras_vdrop.sampling import mask_shape
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -127,7 +128,7 @@ class VariationalGaussianDropout(StochasticLayer):
         return x * ops.reshape(scale, shape)
 
     def _fixed(self, x):
-        epsilon = noise.normal(ops.shape(x), self._seeds)
+        epsilon = noise.normal(mask_shape(ops.shape(x)), self._seeds)
         return x * ops.cast(1.0 + math.exp(0.5 * self._initial_log_alpha) * epsilon, x.dtype)
 
     def compute_output_shape(self, input_shape):
@@ -260,7 +261,7 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
         if self.spatial:
             kept = (0, self._channel_axis() % len(shape))
             shape = tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
-        dropped = noise.concrete(shape, ops.convert_to_tensor(self.rate_logit), self.temperature, self._seeds)
+        dropped = noise.concrete(mask_shape(shape), ops.convert_to_tensor(self.rate_logit), self.temperature, self._seeds)
         return x * ops.cast((1.0 - dropped) / (1.0 - self.rate), x.dtype)
 
     def compute_output_shape(self, input_shape):
@@ -306,7 +307,7 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
             stands for the input's size.
         seed: Int for the same noise in every run, or None.
         per_example: Whether every example has a mask of its own; if not, one mask serves a whole call, so that what
-            is drawn is one network for all examples.
+            is drawn is one network for all examples; one for a whole prediction is `MonteCarlo(consistent=True)`.
         **kwargs: `name`, `dtype`.
 
     Input shape:
@@ -344,7 +345,7 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
             shape[axis] = shape[axis] if size is None else size
         if not self.per_example:
             shape[0] = 1
-        keep = noise.bernoulli(tuple(shape), 1.0 - self.rate, self._seeds, inputs.dtype)
+        keep = noise.bernoulli(mask_shape(shape), 1.0 - self.rate, self._seeds, inputs.dtype)
         return inputs * (keep / (1.0 - self.rate)) if self.rate < 1.0 else ops.zeros_like(inputs)
 
     def get_config(self):

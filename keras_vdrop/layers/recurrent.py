@@ -6,6 +6,7 @@ from keras import ops
 from keras_vdrop.functional import noise
 from keras_vdrop.layers.base import VariationalLayer, check_positive_int, check_rate
 from keras_vdrop.posterior import VariationalWeight
+from keras_vdrop.sampling import mask_shape
 
 
 class RecurrentCell(VariationalLayer):
@@ -63,7 +64,7 @@ class RecurrentCell(VariationalLayer):
         """Bernoulli(1 − rate) / (1 − rate) for every example and channel, the same for all gates; None at rate 0."""
         if rate == 0.0:
             return None
-        keep = noise.bernoulli(ops.shape(like), 1.0 - rate, self.seed_generator)
+        keep = noise.bernoulli(mask_shape(ops.shape(like)), 1.0 - rate, self.seed_generator)
         return ops.cast(keep / (1.0 - rate), self.compute_dtype)
 
     def _preactivation(self, inputs, state, training):
