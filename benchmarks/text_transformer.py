@@ -115,9 +115,7 @@ def run(seed, data, size, options):
 
     keras.utils.set_random_seed(seed)
     ours = variational(size)
-    elbo = kv.ELBO(
-        len(data["train"][0]), start_epoch=1, warmup_epochs=options.warmup, temperature=options.temperature
-    )
+    elbo = kv.ELBO(len(data["train"][0]), start_epoch=1, warmup_epochs=options.warmup, temperature=options.temperature)
     compile_for(ours, data, options.rate, options.epochs)
     pruned_at = options.epochs - options.tuning
     fit(ours, data, epochs=pruned_at, callbacks=[elbo])

@@ -261,7 +261,8 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
         if self.spatial:
             kept = (0, self._channel_axis() % len(shape))
             shape = tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
-        dropped = noise.concrete(mask_shape(shape), ops.convert_to_tensor(self.rate_logit), self.temperature, self._seeds)
+        logit = ops.convert_to_tensor(self.rate_logit)
+        dropped = noise.concrete(mask_shape(shape), logit, self.temperature, self._seeds)
         return x * ops.cast((1.0 - dropped) / (1.0 - self.rate), x.dtype)
 
     def compute_output_shape(self, input_shape):
