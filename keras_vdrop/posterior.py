@@ -88,7 +88,6 @@ class VariationalWeight(Posterior):
         self.prior = prior
         self.prunable = prunable
         self._estimate = estimators.ESTIMATORS[estimator]
-        self._held = None
         dtype = "float64" if owner.variable_dtype == "float64" else "float32"
         self.loc = add_weight(
             name=f"{name}_loc",
@@ -136,12 +135,12 @@ class VariationalWeight(Posterior):
         With a prior over groups it is that of the weight's group.
         """
         loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
-        return sparsity.log_alpha(loc, log_variance, self.prior.group_axis)
+        return sparsity.log_alpha(loc, log_variance, **self.prior.groups)
 
     def keep_mask(self, threshold):
         """True where the weight is neither pruned already nor would be at this threshold on log alpha."""
         loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
-        return self._left(sparsity.keep_mask(loc, log_variance, threshold, self.prior.group_axis), False)
+        return self._left(sparsity.keep_mask(loc, log_variance, threshold, **self.prior.groups), False)
 
     def prune(self, threshold):
         """Set to 0, now and through further training, every weight whose log alpha is above the threshold."""
@@ -162,8 +161,7 @@ class VariationalWeight(Posterior):
         Args:
             linear: Callable `(x, w) -> output`, linear in both.
             x: Tensor, the batch on its first axis; where it is of an integer type, `linear` is a lookup.
-            noisy: Bool. Where a draw is held (see `hold`), that draw is used; else one for all examples under
-                `sampling(consistent=True)`; else the estimator's.
+            noisy: Bool. The noise is the estimator's, or under `sampling(consistent=True)` one draw for all examples.
             seed: A `keras.random.SeedGenerator`.
             sign_axes: As for `functional.estimators.flipout`.
             dtype: Of the output.
@@ -173,18 +171,12 @@ class VariationalWeight(Posterior):
         """
         if not noisy:
             return linear(x, ops.cast(self.mean(), dtype))
-        if self._held is not None:
-            return linear(x, ops.cast(self._held, dtype))
         estimate = estimators.reparameterization if is_consistent() else self._estimate
         return estimate(linear, x, self.mean(), self._noise_log_variance(), seed, sign_axes, dtype)
 
-    def hold(self, seed):
-        """Draw the weight now and use that draw in every `apply` until `release`: a recurrent layer's sequence."""
-        self._held = estimators.reparameterize(self.mean(), self._noise_log_variance(), seed)
-
-    def release(self):
-        """Forget the draw of `hold`."""
-        self._held = None
+    def perturbation(self, seed):
+        """A draw of what noise adds to the mean; 0 where pruned."""
+        return estimators.perturbation(self._noise_log_variance(), seed)
 
 
 class _LogVariancePenalty(keras.regularizers.Regularizer):

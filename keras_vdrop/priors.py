@@ -2,6 +2,7 @@
 
 import math
 import sys
+import typing
 
 import keras
 import numpy as np
@@ -18,10 +19,10 @@ class Prior:
     makes its variables in `add_weights` and is given them by name in `kl`.
 
     Attributes:
-        group_axis: Int where weights live and die together, one group for each index along that axis; else None.
+        groups: Where weights live and die together, which: as keywords of `functional.sparsity.log_alpha`.
     """
 
-    group_axis = None
+    groups: typing.ClassVar = {}
 
     def add_weights(self, add_weight, name):
         """Make what the prior learns: a dict of variables, by the names that `kl` and `distribution` call them.
@@ -103,24 +104,31 @@ class ARD(Prior):
         group_axis: Int for one s² for each index along that axis of the weight: groups that live and die together, so
             that shapes can shrink. −1 groups what enters an output unit, a filter or a gate; −2, what leaves an input
             unit or channel; 0 in an embedding, a word. None for an s² for every weight.
+        blocks: Positive int: the axis is that many blocks side by side, and a group is an index within all of them. In
+            a recurrent kernel with `group_axis=-1`, 1 groups what enters a gate of a unit, and the number of gates (4
+            in an LSTM, 3 in a GRU) what enters a unit by any gate.
     """
 
-    def __init__(self, group_axis=None):
+    def __init__(self, group_axis=None, blocks=1):
         if group_axis is not None and (not isinstance(group_axis, int) or isinstance(group_axis, bool)):
             raise ValueError(f"`group_axis` must be an int or None. Received: group_axis={group_axis!r}")
-        self.group_axis = group_axis
+        if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+            raise ValueError(f"`blocks` must be a positive int. Received: blocks={blocks!r}")
+        if group_axis is None and blocks != 1:
+            raise ValueError(f"`blocks` are of the group axis. Received: group_axis=None, blocks={blocks}")
+        self.groups = {"group_axis": group_axis, "blocks": blocks}
 
     def kl(self, loc, log_variance):
-        return kl.ard(loc, log_variance, self.group_axis)
+        return kl.ard(loc, log_variance, **self.groups)
 
     def distribution(self, loc, log_variance):
         from tensorflow_probability import distributions as tfd
 
-        variance = ops.broadcast_to(kl.ard_variance(loc, log_variance, self.group_axis), loc.shape)
+        variance = kl.ard_variance(loc, log_variance, **self.groups)
         return tfd.Normal(ops.zeros_like(loc), ops.sqrt(variance))
 
     def get_config(self):
-        return {"group_axis": self.group_axis}
+        return dict(self.groups)
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")

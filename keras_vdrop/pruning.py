@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from keras_vdrop.functional import sparsity as counting
+from keras import ops
+
 from keras_vdrop.layers.base import check_finite
 from keras_vdrop.posterior import prunable_weights
 
@@ -16,11 +17,14 @@ class LayerSparsity:
         name: Of the layer, with the names of the models and wrappers around it.
         weights: How many weights it has, biases not counted.
         left: How many of them are not pruned, nor would be at the report's threshold.
+        structure: Dict from what the weights make up to (left, all): of an embedding "words" with anything left, of a
+            recurrent layer "units" and gates that still depend on the inputs or the state.
     """
 
     name: str
     weights: int
     left: int
+    structure: dict = dataclasses.field(default_factory=dict)
 
     @property
     def ratio(self):
@@ -62,6 +66,9 @@ class Sparsity:
             lines.append(
                 f"{row.name:<{width}}  {row.weights:>11,}  {row.left:>11,}  {percent:>7.2f}  {row.ratio:>8.1f}x"
             )
+            if row.structure:
+                parts = (f"{name} {left:,} of {count:,}" for name, (left, count) in row.structure.items())
+                lines.append("  " + ", ".join(parts))
         rule = "-" * len(lines[0])
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
@@ -80,13 +87,23 @@ def sparsity(model, threshold=None):
     Raises:
         ValueError: For a threshold that is not finite, or a model without a variational weight.
     """
-    rows = {}
+    kept, owners = {}, {}
     for weight in _prunable(model, threshold):
-        keep = weight.keep_mask(_threshold(weight, threshold))
         name = _row_name(model, weight)
-        weights, left = rows.get(name, (0, 0))
-        rows[name] = (weights + math.prod(weight.shape), left + counting.count(keep))
-    return Sparsity(tuple(LayerSparsity(name, *counts) for name, counts in rows.items()))
+        owners[name] = weight.owner
+        keep = weight.keep_mask(_threshold(weight, threshold))
+        kept.setdefault(name, {})[weight.name] = ops.convert_to_numpy(keep)
+    return Sparsity(
+        tuple(
+            LayerSparsity(
+                name,
+                sum(mask.size for mask in masks.values()),
+                sum(int(mask.sum()) for mask in masks.values()),
+                owners[name].structure(masks),
+            )
+            for name, masks in kept.items()
+        )
+    )
 
 
 def prune(model, threshold=None):

@@ -98,7 +98,7 @@ class Case:
     @property
     def is_cell(self):
         """Whether it is one step of an RNN."""
-        return self.name.split("_")[1:2] == ["cell"]
+        return self.name.endswith("_cell")
 
     @property
     def is_rnn(self):
@@ -128,8 +128,6 @@ def case(name, cls, shape, keras_arguments, ours=None, **more):
     return Case(name, cls, more.pop("twin", twin), shape, keras_arguments, ours or {}, **more)
 
 
-LSTM_CELL = (kv.VariationalLSTMCell, layers.LSTMCell)
-LSTM = (kv.VariationalLSTM, layers.LSTM)
 GAUSSIAN = (kv.VariationalGaussianDropout, layers.Identity)
 CONCRETE = kv.ConcreteDropout
 FLIPOUT, ONE_DRAW = {"estimator": "flipout"}, {"estimator": "reparameterization"}
@@ -202,14 +200,30 @@ CASES = [
         {"num_heads": 2, "key_dim": 3, "output_shape": 5},
         {"bias_prior": "normal", **FLIPOUT},
     ),
-    Case("lstm_cell", *LSTM_CELL, (3, 4, 5), {"units": 3}),
-    Case("lstm", *LSTM, (3, 4, 5), {"units": 3, "return_sequences": True}, {"bias_prior": "normal"}),
-    Case(
+    case("lstm_cell", kv.VariationalLSTMCell, (3, 4, 5), {"units": 3}),
+    case("lstm", kv.VariationalLSTM, (3, 4, 5), dict(units=3, return_sequences=True), {"bias_prior": "normal"}),
+    case(
         "lstm_unrolled",
-        *LSTM,
+        kv.VariationalLSTM,
         (3, 4, 5),
         {"units": 3, "unroll": True, "go_backwards": True, "use_bias": False},
-        {"kernel_prior": "ard"},
+        {"kernel_prior": "ard", **FLIPOUT},
+    ),
+    case("gru_cell", kv.VariationalGRUCell, (3, 4, 5), {"units": 3, "reset_after": False}, {"bias_prior": "ard"}),
+    case(
+        "gru",
+        kv.VariationalGRU,
+        (3, 4, 5),
+        {"units": 3, "return_sequences": True},
+        {"bias_prior": "normal", "tied_masks": False, **FLIPOUT},
+    ),
+    case("simple_rnn_cell", kv.VariationalSimpleRNNCell, (3, 4, 5), {"units": 3}, FLIPOUT),
+    case(
+        "simple_rnn",
+        kv.VariationalSimpleRNN,
+        (3, 4, 5),
+        {"units": 3, "activation": "relu"},
+        {"kernel_prior": kv.priors.ARD(group_axis=-1)},
     ),
     Case("gaussian_dropout", *GAUSSIAN, (4, 3, 5), {}, {"rate": 0.3}),
     Case("gaussian_dropout_layer", *GAUSSIAN, (4, 5, 3), {}, {"alpha": "layer", "axis": 1, "prior": "ard"}),

@@ -56,6 +56,9 @@ def test_rows_are_layers(model):
 
 def test_prints_an_aligned_table(model):
     lines = str(kv.sparsity(model)).splitlines()
+    (structure,) = (line for line in lines if line.startswith("  "))
+    assert structure.startswith("  units ")
+    lines.remove(structure)
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split() == ["layer", "weights", "left", "left", "%", "ratio"]
     assert lines[-1].startswith("total")
@@ -111,3 +114,44 @@ def test_a_model_without_variational_weights_is_refused(function):
         function(model)
     with pytest.raises(ValueError, match="not been built"):
         function(keras.Sequential([kv.VariationalDense(1)]))
+
+
+@pytest.mark.parametrize("cls, gates", [(kv.VariationalLSTM, 4), (kv.VariationalGRU, 3), (kv.VariationalSimpleRNN, 1)])
+def test_units_and_gates_of_a_recurrent_layer(cls, gates):
+    layer = cls(5, kl_weight=0.1)
+    layer.build((None, 4, 3))
+    randomize(layer, log_variance=(-9.0, -8.0))
+    keep = np.ones((gates, 5), bool)
+    keep[:, 0] = False  # a unit that depends on nothing
+    keep[-1, 1] = False  # one gate of another
+    for name, mask in (
+        ("kernel", np.zeros((3, gates * 5), bool)),
+        ("recurrent_kernel", np.tile(keep.reshape(-1), (5, 1))),
+    ):
+        getattr(layer.cell, name).mask.assign(mask)
+    (row,) = kv.sparsity(layer, threshold=50.0).layers
+    assert row.structure["units"] == (4 if gates > 1 else 3, 5)
+    assert list(row.structure.values())[1:] == [(4, 5)] * (gates - 1) + [(3, 5)] * (gates > 1)
+    assert "units 4 of 5, " in str(kv.sparsity(layer, 50.0)) or gates == 1
+
+
+def test_one_group_a_unit_prunes_units():
+    layer = kv.VariationalLSTM(5, kernel_prior=kv.priors.ARD(group_axis=-1, blocks=4), kl_weight=0.1)
+    layer.build((None, 4, 3))
+    noisy = np.tile([4.0, -9, 4, -9, -9], 4)
+    for weight in posteriors(layer):
+        weight.loc.assign(np.ones(weight.shape))
+        weight.log_variance.assign(np.broadcast_to(noisy, weight.shape))
+    (row,) = kv.prune(layer).layers
+    assert row.structure == {
+        "units": (3, 5),
+        **{f"{gate} gate": (3, 5) for gate in ("input", "forget", "cell", "output")},
+    }
+
+
+def test_words_of_an_embedding():
+    layer = kv.VariationalEmbedding(6, 3, kl_weight=0.1)
+    layer.build()
+    layer.embeddings.mask.assign(np.eye(6, 3, dtype=bool))
+    (row,) = kv.sparsity(layer, 1e3).layers
+    assert row.structure == {"words": (3, 6)}

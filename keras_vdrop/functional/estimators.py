@@ -29,10 +29,11 @@ _BATCH_AND_CHANNELS = ((0, -1), (0, -1))
 
 def reparameterize(loc, log_variance, seed):
     """One draw w = loc + exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and type of `loc`."""
-    return loc + _perturbation(log_variance, seed)
+    return loc + perturbation(log_variance, seed)
 
 
-def _perturbation(log_variance, seed):
+def perturbation(log_variance, seed):
+    """One draw exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and type of `log_variance`."""
     return ops.exp(0.5 * log_variance) * noise.normal(ops.shape(log_variance), seed, log_variance.dtype)
 
 
@@ -92,7 +93,7 @@ def flipout(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, d
     """
     dtype = dtype or x.dtype
     mean = linear(x, ops.cast(loc, dtype))
-    delta = ops.cast(_perturbation(log_variance, seed), dtype)
+    delta = ops.cast(perturbation(log_variance, seed), dtype)
     # A lookup meets one row of the weight at a time: the output's signs alone make it independent.
     signed = x if _is_lookup(x) else x * _signs(x, seed, sign_axes[0])
     return mean + linear(signed, delta) * _signs(mean, seed, sign_axes[1])

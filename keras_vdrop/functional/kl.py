@@ -9,7 +9,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_vdrop.functional.sparsity import other_axes
+from keras_vdrop.functional.sparsity import over_groups
 
 # KL ≈ K1·(1 − sigmoid(K2 + 1.5·log alpha)) + ½·log(1 + 1/alpha). The slope 1.5 was chosen so that
 # the sigmoid needs no logarithm; K1 and K2 were then fitted to the exact KL (tests/functional).
@@ -121,7 +121,7 @@ def log_uniform_cubic(log_alpha):
     return _CUBIC_OFFSET - (0.5 * log_alpha + alpha * (c1 + alpha * (c2 + alpha * c3)))
 
 
-def ard(loc, log_variance, group_axis=None):
+def ard(loc, log_variance, group_axis=None, blocks=1):
     """KL to a zero-mean normal prior whose variance is fitted to each weight, or to each group (empirical Bayes).
 
     KL = ½·log(1 + 1/alpha), the minimum over s² of KL(q ‖ N(0, s²)), reached at s² = loc² + variance.
@@ -130,7 +130,7 @@ def ard(loc, log_variance, group_axis=None):
     Args:
         loc: Tensor, the posterior mean.
         log_variance: Tensor of the same shape, the logarithm of the posterior variance.
-        group_axis: Int for one group for each index along that axis, or None for every weight by itself.
+        group_axis, blocks: As for `functional.sparsity.log_alpha`; None for every weight by itself.
 
     Returns:
         Tensor of the same shape, in nats; only the sum over a group is the group's KL.
@@ -141,15 +141,15 @@ def ard(loc, log_variance, group_axis=None):
     """
     if group_axis is None:
         return 0.5 * ops.log1p(ops.square(_signal_to_noise(loc, log_variance)))
-    return 0.5 * (ops.log(ard_variance(loc, log_variance, group_axis)) - log_variance)
+    return 0.5 * (ops.log(ard_variance(loc, log_variance, group_axis, blocks)) - log_variance)
 
 
-def ard_variance(loc, log_variance, group_axis=None):
-    """The variance s² that the ARD prior takes: loc² + variance, or its mean over the group (of size 1 elsewhere)."""
+def ard_variance(loc, log_variance, group_axis=None, blocks=1):
+    """The variance s² that the ARD prior takes: loc² + variance, or its mean over the group."""
     second_moment = ops.square(loc) + ops.exp(log_variance)
     if group_axis is None:
         return second_moment
-    return ops.mean(second_moment, axis=other_axes(loc, group_axis), keepdims=True)
+    return over_groups(ops.mean, second_moment, group_axis, blocks)
 
 
 def normal(loc, log_variance, scale=1.0):

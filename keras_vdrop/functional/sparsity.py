@@ -1,4 +1,4 @@
-"""Which weights carry signal: log alpha, masks and counts."""
+"""Which weights carry signal: log alpha and masks."""
 
 from keras import ops
 
@@ -6,7 +6,7 @@ from keras import ops
 _SMALLEST_SQUARE = 1e-37
 
 
-def log_alpha(loc, log_variance, group_axis=None):
+def log_alpha(loc, log_variance, group_axis=None, blocks=1):
     """log alpha = log_variance − log(loc²), the log of the noise-to-signal ratio; large means dispensable.
 
     Of a group of weights it is log(Σ variance / Σ loc²).
@@ -15,30 +15,34 @@ def log_alpha(loc, log_variance, group_axis=None):
         loc: Tensor, the posterior mean.
         log_variance: Tensor of the same shape, the logarithm of the posterior variance.
         group_axis: Int for one group for each index along that axis, or None for every weight by itself.
+        blocks: Positive int: the axis is that many blocks side by side, as are the gates of a recurrent kernel, and a
+            group is an index within all of them.
 
     Returns:
         Tensor of the same shape, not clipped; where `loc` is 0, large and finite.
     """
     square = ops.square(loc)
     if group_axis is not None:
-        axes = other_axes(loc, group_axis)
-        group_variance = ops.logsumexp(log_variance, axis=axes, keepdims=True)
-        log_variance = ops.broadcast_to(group_variance, ops.shape(loc))
-        square = ops.sum(square, axis=axes, keepdims=True)
+        log_variance = over_groups(ops.logsumexp, log_variance, group_axis, blocks)
+        square = over_groups(ops.sum, square, group_axis, blocks)
     return log_variance - ops.log(ops.maximum(square, _SMALLEST_SQUARE))
 
 
-def other_axes(tensor, axis):
-    """All axes of a tensor but one, as a tuple."""
-    rank = len(tensor.shape)
-    if not -rank <= axis < rank:
-        raise ValueError(
-            f"A weight of shape {tuple(tensor.shape)} has no axis {axis} for groups. Received: group_axis={axis}"
-        )
-    return tuple(other for other in range(rank) if other != axis % rank)
+def over_groups(reduce, tensor, group_axis, blocks=1):
+    """`reduce(tensor, axis, keepdims)` over each group, in the place of each of its members."""
+    shape, rank = tuple(tensor.shape), len(tensor.shape)
+    if not -rank <= group_axis < rank:
+        raise ValueError(f"A weight of shape {shape} has no axis {group_axis}. Received: group_axis={group_axis}")
+    axis = group_axis % rank
+    if shape[axis] % blocks:
+        raise ValueError(f"Axis {group_axis} of a weight of shape {shape} is not {blocks} blocks. Received: {blocks=}")
+    split = (*shape[:axis], blocks, shape[axis] // blocks, *shape[axis + 1 :])
+    others = tuple(other for other in range(rank + 1) if other != axis + 1)
+    reduced = reduce(ops.reshape(tensor, split), axis=others, keepdims=True)
+    return ops.reshape(ops.broadcast_to(reduced, split), shape)
 
 
-def keep_mask(loc, log_variance, threshold=3.0, group_axis=None):
+def keep_mask(loc, log_variance, threshold=3.0, group_axis=None, blocks=1):
     """True where log alpha ≤ threshold and `loc` is not 0: the weights that are worth keeping.
 
     At the customary threshold of 3 a dropped weight is at least 95 % noise: alpha ≥ 20.
@@ -47,14 +51,9 @@ def keep_mask(loc, log_variance, threshold=3.0, group_axis=None):
         loc: Tensor, the posterior mean.
         log_variance: Tensor of the same shape, the logarithm of the posterior variance.
         threshold: Float, in units of log alpha.
-        group_axis: As for `log_alpha`: a group is kept or dropped as a whole.
+        group_axis, blocks: As for `log_alpha`: a group is kept or dropped as a whole.
 
     Returns:
         Boolean tensor of the same shape.
     """
-    return ops.logical_and(ops.not_equal(loc, 0.0), log_alpha(loc, log_variance, group_axis) <= threshold)
-
-
-def count(mask):
-    """The number of True entries of a mask, as an int."""
-    return int(ops.sum(ops.cast(mask, "int32")))
+    return ops.logical_and(ops.not_equal(loc, 0.0), log_alpha(loc, log_variance, group_axis, blocks) <= threshold)

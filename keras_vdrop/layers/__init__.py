@@ -13,7 +13,14 @@ from keras_vdrop.layers.convolutional import (
 from keras_vdrop.layers.dense import VariationalDense, VariationalEinsumDense
 from keras_vdrop.layers.dropout import ConcreteDropout, MonteCarloDropout, VariationalGaussianDropout
 from keras_vdrop.layers.embedding import VariationalEmbedding
-from keras_vdrop.layers.recurrent import VariationalLSTM, VariationalLSTMCell
+from keras_vdrop.layers.recurrent import (
+    VariationalGRU,
+    VariationalGRUCell,
+    VariationalLSTM,
+    VariationalLSTMCell,
+    VariationalSimpleRNN,
+    VariationalSimpleRNNCell,
+)
 
 __all__ = [
     "ConcreteDropout",
@@ -27,9 +34,13 @@ __all__ = [
     "VariationalDepthwiseConv2D",
     "VariationalEinsumDense",
     "VariationalEmbedding",
+    "VariationalGRU",
+    "VariationalGRUCell",
     "VariationalGaussianDropout",
     "VariationalLSTM",
     "VariationalLSTMCell",
     "VariationalMultiHeadAttention",
     "VariationalSeparableConv2D",
+    "VariationalSimpleRNN",
+    "VariationalSimpleRNNCell",
 ]

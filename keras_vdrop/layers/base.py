@@ -36,36 +36,63 @@ _LARGEST_LOG_VARIANCE = 80
 _SEED_STATE = "seed_generator_state"
 
 
-def _keras_arguments(cls):
-    """The arguments of the Keras layer that a class extends, by name, without its `**kwargs`."""
-    keras_layer = next(base for base in cls.__mro__ if not issubclass(base, StochasticLayer))
-    parameters = _signature_of(keras_layer.__init__).parameters
-    return {name: parameter for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
-
-
-def bind(cls, args, kwargs):
-    """Positional arguments of the Keras layer by name, as Python would bind them."""
-    names = list(_keras_arguments(cls))
-    if len(args) > len(names):
-        raise TypeError(f"{cls.__name__} takes {len(names)} positional arguments. Received: {len(args)}")
-    named = dict(zip(names, args))
-    if twice := set(named) & set(kwargs):
-        raise TypeError(f"{cls.__name__} got multiple values for {sorted(twice)}.")
-    return {**named, **kwargs}
-
-
-def _composed_signature(cls):
-    """The Keras layer's arguments and, by keyword, the variational ones: what `help` and editors show."""
-    theirs = _keras_arguments(cls)
-    ours = _signature_of(VariationalLayer.__init__).parameters.values()
-    keywords = [p for p in ours if p.kind is p.KEYWORD_ONLY and p.name not in theirs]
-    return inspect.Signature([*theirs.values(), *keywords, *(p for p in ours if p.kind is p.VAR_KEYWORD)])
-
-
 def _signature_of(method):
     """Its signature without `self`."""
     signature = inspect.signature(method)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _arguments(method, *kinds):
+    """The arguments of a method that are of some kinds, by name."""
+    parameters = _signature_of(method).parameters
+    return {name: parameter for name, parameter in parameters.items() if parameter.kind in kinds}
+
+
+class DropIn:
+    """Mixin for `class VariationalX(..., keras.layers.X)` that takes X's arguments, in X's order, and by keyword ours.
+
+    A constructor `(*args, ..., **kwargs)` turns them into keywords by `_bind`. The signature that `help` and editors
+    show is composed: Keras's arguments, then the keywords of our constructors.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # A constructor that takes whatever comes passes it on to ours.
+        passes_on = inspect.getfullargspec(cls.__init__).varargs
+        cls.__signature__ = cls._composed_signature() if passes_on else _signature_of(cls.__init__)
+
+    @classmethod
+    def _keras_arguments(cls):
+        """The arguments of the Keras layer, by name, without its `**kwargs`."""
+        keras_layer = next(base for base in cls.__mro__ if not issubclass(base, (DropIn, StochasticLayer)))
+        kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        return _arguments(keras_layer.__init__, *kinds)
+
+    @classmethod
+    def _own_arguments(cls):
+        """The keywords of our constructors, by name."""
+        own = {}
+        for base in reversed(cls.__mro__):
+            if issubclass(base, DropIn) and "__init__" in vars(base):
+                own.update(_arguments(base.__init__, inspect.Parameter.KEYWORD_ONLY))
+        return own
+
+    @classmethod
+    def _composed_signature(cls):
+        theirs = cls._keras_arguments()
+        own = [parameter for name, parameter in cls._own_arguments().items() if name not in theirs]
+        return inspect.Signature([*theirs.values(), *own, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
+
+    @classmethod
+    def _bind(cls, args, kwargs):
+        """Positional arguments of the Keras layer by name, as Python would bind them, and the others."""
+        names = list(cls._keras_arguments())
+        if len(args) > len(names):
+            raise TypeError(f"{cls.__name__} takes {len(names)} positional arguments. Received: {len(args)}")
+        named = dict(zip(names, args))
+        if twice := set(named) & set(kwargs):
+            raise TypeError(f"{cls.__name__} got multiple values for {sorted(twice)}.")
+        return {**named, **kwargs}
 
 
 class StochasticLayer(keras.layers.Layer):
@@ -192,6 +219,17 @@ class StochasticLayer(keras.layers.Layer):
         free = ops.cast(self._free_bits, kl.dtype) * posterior.size
         return ops.cast(self._kl_weight, kl.dtype) * ops.maximum(kl, free)
 
+    def structure(self, kept):
+        """What the layer's weights make up, of which `sparsity` is to tell how much is left.
+
+        Args:
+            kept: Dict from the names of the layer's weights to NumPy arrays, True where a weight is left.
+
+        Returns:
+            Dict from a name to (left, all).
+        """
+        return {}
+
     # Saving
 
     def get_config(self):
@@ -212,7 +250,7 @@ class StochasticLayer(keras.layers.Layer):
             _unset.discard(self)  # `ELBO` had set it when the weights were saved
 
 
-class VariationalLayer(StochasticLayer):
+class VariationalLayer(DropIn, StochasticLayer):
     """Mixin that makes a Keras layer's weights variational.
 
     A subclass without a constructor of its own takes the arguments of its Keras layer, in their order, and these.
@@ -242,7 +280,7 @@ class VariationalLayer(StochasticLayer):
         seed=None,
         **kwargs,
     ):
-        kwargs = bind(type(self), args, kwargs)
+        kwargs = self._bind(args, kwargs)
         seed = kwargs.pop("seed", seed)
         if estimator not in self._estimators():
             raise ValueError(f"`estimator` must be one of {self._estimators()}. Received: estimator={estimator!r}")
@@ -255,12 +293,6 @@ class VariationalLayer(StochasticLayer):
         self.estimator = estimator
         self.initial_log_variance = float(initial_log_variance)
         self.threshold = float(threshold)
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        # A constructor that takes whatever comes passes it on to ours.
-        passes_on = inspect.getfullargspec(cls.__init__).varargs
-        cls.__signature__ = _composed_signature(cls) if passes_on else _signature_of(cls.__init__)
 
     @classmethod
     def _estimators(cls):

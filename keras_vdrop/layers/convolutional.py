@@ -4,14 +4,14 @@ every location, with the other estimators it is not."""
 import keras
 from keras import ops
 
-from keras_vdrop.layers.base import AffineLayer, bind, check_positive_int
+from keras_vdrop.layers.base import AffineLayer, check_positive_int
 
 
 class ConvolutionLayer(AffineLayer):
     """Mixin to a Keras layer whose operation is `convolution_op`."""
 
     def __init__(self, *args, **kwargs):
-        arguments = bind(type(self), args, kwargs)
+        arguments = self._bind(args, kwargs)
         if "filters" in arguments:
             check_positive_int("filters", arguments["filters"])
         super().__init__(**arguments)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_vdrop.layers.base import VariationalLayer, bind
+from keras_vdrop.layers.base import VariationalLayer
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -48,7 +48,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
 
     def __init__(self, *args, **kwargs):
         # Keras's constructor would build at once, before ours is through.
-        arguments = bind(type(self), args, kwargs)
+        arguments = self._bind(args, kwargs)
         weights = arguments.pop("weights", None)
         super().__init__(**arguments)
         if weights is not None:
@@ -67,6 +67,9 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
 
     def compute_output_spec(self, inputs, training=False):
         return super().compute_output_spec(inputs)
+
+    def structure(self, kept):
+        return {"words": (int(kept["embeddings"].any(axis=1).sum()), self.input_dim)}
 
     def _sign_axes(self):
         return (0,), (0, -1)

@@ -1,88 +1,215 @@
-"""Recurrent layers: weights and masks drawn once a sequence and held over its time steps."""
+"""Recurrent layers: weights and masks drawn once a sequence and held over its time steps.
+
+A cell is `class VariationalXCell(RecurrentCell, keras.layers.XCell)` with the equations of one step, and a layer is
+`class VariationalX(RecurrentLayer, keras.layers.X)` with the cell that it runs.
+"""
+
+import inspect
 
 import keras
 from keras import ops
 
 from keras_vdrop.functional import noise
-from keras_vdrop.layers.base import VariationalLayer, check_positive_int, check_rate
+from keras_vdrop.layers.base import DropIn, VariationalLayer, check_positive_int, check_rate
 from keras_vdrop.posterior import VariationalWeight
-from keras_vdrop.sampling import mask_shape
+from keras_vdrop.sampling import is_consistent, mask_shape
+
+
+class Product:
+    """x ↦ x·W + b for the gates of a cell, which lie side by side, with the same W, b and masks at every step.
+
+    Args:
+        units: How many columns a gate has.
+        matrix: W, (N, gates·units).
+        bias: b, (gates·units,) or one for each example, or None.
+        flips: None, or flipout's Δ, (N, gates·units), with its signs of x and of the output: x·W + ((x∘r)·Δ)∘s.
+        masks: What x is multiplied by: None, or one tensor for all gates, or one for each.
+    """
+
+    def __init__(self, units, matrix, bias=None, flips=None, masks=(None,)):
+        self.units = units
+        self.gates = matrix.shape[-1] // units
+        self.matrix = matrix
+        self.bias = bias
+        self.flips = flips
+        self.masks = masks
+
+    def __call__(self, x, first=0, last=None):
+        """Of the gates from `first` to before `last`, side by side."""
+        last = self.gates if last is None else last
+        if len(self.masks) > 1:
+            every = [self._cut_product(x * self.masks[gate], gate, gate + 1) for gate in range(first, last)]
+            return ops.concatenate(every, axis=-1)
+        (mask,) = self.masks
+        return self._cut_product(x if mask is None else x * mask, first, last)
+
+    def _cut_product(self, x, first, last):
+        def cut(tensor):
+            whole = (first, last) == (0, self.gates)
+            return tensor if whole else tensor[..., first * self.units : last * self.units]
+
+        y = ops.matmul(x, cut(self.matrix))
+        if self.flips is not None:
+            delta, of_input, of_output = self.flips
+            y = y + ops.matmul(x * of_input, cut(delta)) * cut(of_output)
+        return y if self.bias is None else y + cut(self.bias)
 
 
 class RecurrentCell(VariationalLayer):
     """Mixin to a Keras cell: draws before the first time step, releases after the last.
 
     `keras.layers.RNN` calls the four hooks of Keras's dropout cells around its loop, which is where noise can be drawn
-    once for all steps on every backend. They do not say whether it is training; the draw is ignored where it is not.
+    once for all steps on every backend. They do not say whether it is training, so that both products are made ready:
+    without noise, and with it. Graphs drop the one that is not used.
+
+    Args:
+        *args: The arguments of the Keras cell; `dropout` and `recurrent_dropout` in [0, 1).
+        estimator: "reparameterization", one draw of the weights for the batch, or "flipout", signs for each example.
+        output_dropout: Rate in [0, 1) at which channels of the output are dropped; the state keeps them.
+        weight_dropout: Rate in [0, 1) at which single recurrent weights are dropped.
+        tied_masks: Whether all gates share the masks of the inputs and of the state.
+        **kwargs: As for `VariationalLayer`.
     """
+
+    def __init__(
+        self,
+        *args,
+        estimator="reparameterization",
+        output_dropout=0.0,
+        weight_dropout=0.0,
+        tied_masks=True,
+        **kwargs,
+    ):
+        kwargs = self._bind(args, kwargs)
+        rates = {"output_dropout": output_dropout, "weight_dropout": weight_dropout}
+        for name in ("dropout", "recurrent_dropout", *rates):
+            check_rate(name, {**rates, **kwargs}.get(name, 0.0))
+        if "units" in kwargs:
+            check_positive_int("units", kwargs["units"])
+        super().__init__(estimator=estimator, **kwargs)
+        self.output_dropout = float(output_dropout)
+        self.weight_dropout = float(weight_dropout)
+        self.tied_masks = bool(tied_masks)
 
     @classmethod
     def _estimators(cls):
-        return ("reparameterization",)
+        return ("reparameterization", "flipout")
 
-    def __init__(self, **kwargs):
-        for name in ("dropout", "recurrent_dropout"):
-            check_rate(name, kwargs[name])
-        check_positive_int("units", kwargs["units"])
-        super().__init__(**kwargs)
+    # What is drawn, and when
+
+    _of_inputs = None
+    _of_state = None
+    _output_mask = None
 
     def get_dropout_mask(self, step_input):
-        """Draw everything that meets the inputs: the mask, the kernel and the bias."""
-        self._hold(self.kernel, self.bias)
-        self._dropout_mask = self._draw_mask(step_input, self.dropout)
-        return self._dropout_mask
+        """Draw all that meets the inputs; `keras.layers.RNN` calls this before the first step."""
+        self._of_inputs = [self._input_product(step_input, noisy) for noisy in (False, True)]
 
     def get_recurrent_dropout_mask(self, step_input):
-        """Draw everything that meets the state: its mask and the recurrent kernel."""
-        self._hold(self.recurrent_kernel)
-        self._recurrent_dropout_mask = self._draw_mask(step_input, self.recurrent_dropout)
-        return self._recurrent_dropout_mask
+        """Draw all that meets the state, and the mask of the output."""
+        self._of_state = [self._state_product(step_input, noisy) for noisy in (False, True)]
+        self._output_mask = self._draw_mask(step_input, self.output_dropout)
 
     def reset_dropout_mask(self):
-        self._release(self.kernel, self.bias)
-        self._dropout_mask = None
+        self._of_inputs = None
 
     def reset_recurrent_dropout_mask(self):
-        self._release(self.recurrent_kernel)
-        self._recurrent_dropout_mask = None
+        self._of_state = self._output_mask = None
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """A step is not worth computing twice, and must not draw."""
         return layer_call
 
-    def _hold(self, *weights):
-        for weight in weights:
-            if isinstance(weight, VariationalWeight):
-                weight.hold(self.seed_generator)
+    def _input_product(self, like, noisy):
+        if not noisy:
+            return self._quiet_product(self.kernel, 0)
+        return self._noisy_product(self.kernel, 0, like, self.dropout)
 
-    def _release(self, *weights):
-        for weight in weights:
-            if isinstance(weight, VariationalWeight):
-                weight.release()
+    def _state_product(self, like, noisy):
+        if not noisy:
+            return self._quiet_product(self.recurrent_kernel, 1)
+        return self._noisy_product(self.recurrent_kernel, 1, like, self.recurrent_dropout, self.weight_dropout)
+
+    def _quiet_product(self, weight, bias_row):
+        return Product(self.units, self._mean(weight), self._bias_row(bias_row, self._mean))
+
+    def _noisy_product(self, weight, bias_row, like, rate, weight_rate=0.0):
+        """A draw; `like` is of the shape and type of what it will be applied to."""
+        matrix, flips, signs = self._mean(weight), None, None
+        if self.estimator == "flipout" and not is_consistent():
+            shape = ops.shape(like)[0], weight.shape[-1]
+            signs = noise.rademacher(shape, self.seed_generator, self.compute_dtype)
+        if isinstance(weight, VariationalWeight):
+            delta = self._perturbation(weight)
+            if signs is None:
+                matrix = matrix + delta
+            else:
+                flips = delta, noise.rademacher(ops.shape(like), self.seed_generator, self.compute_dtype), signs
+        if weight_rate:
+            keep = self._bernoulli(weight.shape, weight_rate)
+            matrix = matrix * keep
+            flips = flips and (flips[0] * keep, *flips[1:])
+        bias = self._bias_row(bias_row, self._mean)
+        if bias is not None and isinstance(self.bias, VariationalWeight):
+            delta = self._bias_row(bias_row, self._perturbation)
+            bias = bias + (delta if signs is None else delta * signs)
+        count = 1 if self.tied_masks or not rate else weight.shape[-1] // self.units
+        return Product(self.units, matrix, bias, flips, [self._draw_mask(like, rate) for _ in range(count)])
+
+    def _mean(self, weight):
+        return ops.cast(weight.mean() if isinstance(weight, VariationalWeight) else weight, self.compute_dtype)
+
+    def _perturbation(self, weight):
+        return ops.cast(weight.perturbation(self.seed_generator), self.compute_dtype)
+
+    def _bias_row(self, row, of):
+        """`of(bias)`, or its row where the bias has one for the inputs and one for the state."""
+        if self.bias is None:
+            return None
+        if len(self.bias.shape) == 2:
+            return of(self.bias)[row]
+        return of(self.bias) if row == 0 else None
 
     def _draw_mask(self, like, rate):
-        """Bernoulli(1 − rate) / (1 − rate) for every example and channel, the same for all gates; None at rate 0."""
-        if rate == 0.0:
-            return None
-        keep = noise.bernoulli(mask_shape(ops.shape(like)), 1.0 - rate, self.seed_generator)
-        return ops.cast(keep / (1.0 - rate), self.compute_dtype)
+        """A mask for every example and channel; None at rate 0."""
+        return self._bernoulli(mask_shape(ops.shape(like)), rate) if rate else None
 
-    def _preactivation(self, inputs, state, training):
-        """inputs·kernel + state·recurrent_kernel + bias, with the noise that is held."""
-        noisy = self._noisy(training)
-        x = self._apply(self.kernel, ops.matmul, self._masked(inputs, noisy, "_dropout_mask", self.dropout), noisy)
-        state = self._masked(state, noisy, "_recurrent_dropout_mask", self.recurrent_dropout)
-        x = x + self._apply(self.recurrent_kernel, ops.matmul, state, noisy)
-        if self.bias is not None:
-            x = x + self._apply(self.bias, lambda one, bias: one * bias, ops.ones((1, 1), x.dtype), noisy)
-        return x
+    def _bernoulli(self, shape, rate):
+        """Bernoulli(1 − rate) / (1 − rate)."""
+        return ops.cast(noise.bernoulli(shape, 1.0 - rate, self.seed_generator) / (1.0 - rate), self.compute_dtype)
 
-    def _masked(self, x, noisy, name, rate):
-        """`x` times the mask that is held; a cell called outside an RNN draws one for the step."""
-        if not noisy or rate == 0.0:
-            return x
-        mask = getattr(self, name, None)
-        return x * (self._draw_mask(x, rate) if mask is None else mask)
+    # What the equations of a step are written in
+
+    def _products(self, inputs, state, noisy):
+        """What is held for this sequence; a cell called outside of an RNN draws for the step."""
+        noisy = bool(noisy)
+        of_inputs = self._input_product(inputs, noisy) if self._of_inputs is None else self._of_inputs[noisy]
+        of_state = self._state_product(state, noisy) if self._of_state is None else self._of_state[noisy]
+        return of_inputs, of_state
+
+    def _output(self, h, noisy):
+        if not noisy or not self.output_dropout:
+            return h
+        return h * (self._draw_mask(h, self.output_dropout) if self._output_mask is None else self._output_mask)
+
+    # What is left after pruning
+
+    _gate_names = ()
+
+    def structure(self, kept):
+        """Of the hidden units and of each gate, how many still depend on the inputs or the state."""
+        columns = kept["kernel"].any(axis=0) | kept["recurrent_kernel"].any(axis=0)
+        gates = columns.reshape(-1, self.units)
+        alive = {"units": gates.any(axis=0), **{f"{name} gate": gate for name, gate in zip(self._gate_names, gates)}}
+        return {name: (int(each.sum()), self.units) for name, each in alive.items()}
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "output_dropout": self.output_dropout,
+            "weight_dropout": self.weight_dropout,
+            "tied_masks": self.tied_masks,
+        }
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -92,22 +219,22 @@ class VariationalLSTMCell(RecurrentCell, keras.layers.LSTMCell):
     i, f, o = σ(z_i), σ(z_f), σ(z_o);  c' = f·c + i·tanh(z_c);  h' = o·tanh(c')
     with z = x·W + h·R + b,  W ~ N(loc_W, exp(log_variance_W)),  R ~ N(loc_R, exp(log_variance_R))
 
-    In training (and within `sampling()`) W and R are drawn once for the batch before the first time step and are the
-    same at every step; the next call draws afresh. With `kernel_prior=None` and the two dropout rates it is the
-    "variational RNN" of Gal and Ghahramani: masks that stay the same over time.
+    In training (and within `sampling()`) W, R and every mask are drawn before the first time step and are the same at
+    every step; the next call draws afresh. With `kernel_prior=None` and dropout rates it is the "variational RNN" of
+    Gal and Ghahramani. In prediction there is no noise.
 
     Args:
-        units: Positive int, U.
-        activation, recurrent_activation, use_bias, kernel_initializer, recurrent_initializer, bias_initializer,
-            unit_forget_bias, kernel_regularizer, recurrent_regularizer, bias_regularizer, kernel_constraint,
-            recurrent_constraint, bias_constraint: As in `keras.layers.LSTMCell`.
-        dropout, recurrent_dropout: Rates in [0, 1) at which channels of the input and of the state are dropped, by
-            one mask an example for all time steps and gates.
-        seed: Int for the same noise in every run, or None.
+        *args: The arguments of `keras.layers.LSTMCell`, in their order: `units`, U, ..., `seed`.
+        dropout, recurrent_dropout: Rates in [0, 1) at which channels of the input and of the state are dropped.
+        output_dropout: Rate in [0, 1) at which channels of the output are dropped; the state keeps them.
+        weight_dropout: Rate in [0, 1) at which single recurrent weights are dropped (DropConnect).
+        tied_masks: Whether all gates share the masks of the inputs and of the state, or each has its own.
         kernel_prior: The prior of the kernel and of the recurrent kernel; else as in `VariationalDense`.
+        estimator: "reparameterization", one draw of the weights for the batch at the products of a plain LSTM; or
+            "flipout", with signs of its own for each example, held over time, at twice the products.
         bias_prior, kl_weight, initial_log_variance, threshold: As in `VariationalDense`.
-        estimator: "reparameterization".
-        **kwargs: `name`, `dtype`, `trainable`.
+        **kwargs: `name`, `dtype`, `trainable`; `implementation`, which has no effect: products are of all gates at once
+            wherever their masks are tied.
 
     Input shape:
         (B, D), and the states h and c, (B, U) each.
@@ -126,85 +253,153 @@ class VariationalLSTMCell(RecurrentCell, keras.layers.LSTMCell):
 
     Reference:
         Bayesian Sparsification of Recurrent Neural Networks, Lobacheva, Chirkova, Vetrov, 2017,
-        https://arxiv.org/abs/1708.00077; A Theoretically Grounded Application of Dropout in Recurrent Neural Networks,
-        Gal, Ghahramani, 2016, https://arxiv.org/abs/1512.05287
+        https://arxiv.org/abs/1708.00077; masks: A Theoretically Grounded Application of Dropout in Recurrent Neural
+        Networks, Gal, Ghahramani, 2016, https://arxiv.org/abs/1512.05287; dropped weights: Regularizing and Optimizing
+        LSTM Language Models, Merity, Keskar, Socher, 2018, https://arxiv.org/abs/1708.02182
     """
 
-    def __init__(
-        self,
-        units,
-        activation="tanh",
-        recurrent_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        unit_forget_bias=True,
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        seed=None,
-        *,
-        kernel_prior="log_uniform",
-        bias_prior=None,
-        estimator="reparameterization",
-        kl_weight=None,
-        initial_log_variance=-10.0,
-        threshold=3.0,
-        **kwargs,
-    ):
-        super().__init__(
-            units=units,
-            activation=activation,
-            recurrent_activation=recurrent_activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            recurrent_initializer=recurrent_initializer,
-            bias_initializer=bias_initializer,
-            unit_forget_bias=unit_forget_bias,
-            kernel_regularizer=kernel_regularizer,
-            recurrent_regularizer=recurrent_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            recurrent_constraint=recurrent_constraint,
-            bias_constraint=bias_constraint,
-            dropout=dropout,
-            recurrent_dropout=recurrent_dropout,
-            kernel_prior=kernel_prior,
-            bias_prior=bias_prior,
-            estimator=estimator,
-            kl_weight=kl_weight,
-            initial_log_variance=initial_log_variance,
-            threshold=threshold,
-            seed=seed,
-            **kwargs,
-        )
+    _gate_names = ("input", "forget", "cell", "output")
 
     def call(self, inputs, states, training=False):
+        noisy = self._noisy(training)
         h, c = states
-        i, f, z, o = ops.split(self._preactivation(inputs, h, training), 4, axis=-1)
+        of_inputs, of_state = self._products(inputs, h, noisy)
+        i, f, z, o = ops.split(of_inputs(inputs) + of_state(h), 4, axis=-1)
         c = self.recurrent_activation(f) * c + self.recurrent_activation(i) * self.activation(z)
         h = self.recurrent_activation(o) * self.activation(c)
-        return h, [h, c]
+        return self._output(h, noisy), [h, c]
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
-class VariationalLSTM(keras.layers.RNN):
+class VariationalGRUCell(RecurrentCell, keras.layers.GRUCell):
+    """One step of a GRU whose kernel and recurrent kernel are distributions, for `keras.layers.RNN`.
+
+    z, r = σ(x·W_z + h·R_z + b_z), σ(x·W_r + h·R_r + b_r);  h' = z·h + (1 − z)·tanh(x·W_h + r·(h·R_h) + b_h)
+
+    with `reset_after=False` tanh(x·W_h + (r·h)·R_h + b_h). W, R and masks are drawn as in `VariationalLSTMCell`.
+
+    Args:
+        *args: The arguments of `keras.layers.GRUCell`, in their order: `units`, U, ..., `reset_after`, `seed`.
+        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
+            initial_log_variance, threshold, **kwargs: As in `VariationalLSTMCell`.
+
+    Input shape:
+        (B, D), and the state h, (B, U).
+
+    Output shape:
+        (B, U), and the new state.
+
+    Raises:
+        ValueError: For a value that is out of range.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = keras.layers.RNN(kv.VariationalGRUCell(6, kl_weight=1 / 1000))
+        >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 6)
+        True
+
+    Reference:
+        Those of `VariationalLSTMCell`.
+    """
+
+    _gate_names = ("update", "reset", "candidate")
+
+    def call(self, inputs, states, training=False):
+        noisy = self._noisy(training)
+        (h,) = keras.tree.flatten(states)
+        of_inputs, of_state = self._products(inputs, h, noisy)
+        x_z, x_r, x_h = ops.split(of_inputs(inputs), 3, axis=-1)
+        if self.reset_after:
+            h_z, h_r, h_h = ops.split(of_state(h), 3, axis=-1)
+        else:
+            h_z, h_r = ops.split(of_state(h, last=2), 2, axis=-1)
+        z, r = self.recurrent_activation(x_z + h_z), self.recurrent_activation(x_r + h_r)
+        candidate = self.activation(x_h + (r * h_h if self.reset_after else of_state(r * h, first=2)))
+        h = z * h + (1 - z) * candidate
+        return self._output(h, noisy), keras.tree.pack_sequence_as(states, [h])
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalSimpleRNNCell(RecurrentCell, keras.layers.SimpleRNNCell):
+    """One step of a fully connected RNN whose kernel and recurrent kernel are distributions, for `keras.layers.RNN`.
+
+    h' = tanh(x·W + h·R + b), with W, R and masks drawn as in `VariationalLSTMCell`.
+
+    Args:
+        *args: The arguments of `keras.layers.SimpleRNNCell`, in their order: `units`, U, ..., `seed`.
+        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
+            initial_log_variance, threshold, **kwargs: As in `VariationalLSTMCell`.
+
+    Input shape:
+        (B, D), and the state h, (B, U).
+
+    Output shape:
+        (B, U), and the new state.
+
+    Raises:
+        ValueError: For a value that is out of range.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = keras.layers.RNN(kv.VariationalSimpleRNNCell(6, kl_weight=1 / 1000))
+        >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 6)
+        True
+
+    Reference:
+        Those of `VariationalLSTMCell`.
+    """
+
+    def call(self, inputs, states, training=False):
+        noisy = self._noisy(training)
+        (h,) = keras.tree.flatten(states)
+        of_inputs, of_state = self._products(inputs, h, noisy)
+        h = self.activation(of_inputs(inputs) + of_state(h))
+        return self._output(h, noisy), keras.tree.pack_sequence_as(states, [h])
+
+
+class RecurrentLayer(DropIn):
+    """Mixin to a Keras recurrent layer, which runs a cell of ours: that cell has all the noise.
+
+    Keras's constructor would make a cell of its own, so it is passed over.
+    """
+
+    _cell_class = None
+
+    def __init__(self, *args, **kwargs):
+        arguments = self._bind(args, kwargs)
+        names = {*inspect.signature(self._cell_class).parameters, "implementation"}
+        of_cell = {name: arguments.pop(name) for name in names & set(arguments)}
+        of_both = {name: arguments[name] for name in ("dtype", "trainable") if name in arguments}
+        if arguments.pop("use_cudnn", "auto") not in ("auto", False):
+            raise ValueError(
+                f'{type(self).__name__} has no cuDNN kernel. Received: use_cudnn=True; pass "auto" or False.'
+            )
+        cell = self._cell_class(**of_cell, **of_both, name="cell")
+        keras.layers.RNN.__init__(self, cell, **arguments)
+        self.use_cudnn = False
+        self.input_spec = keras.layers.InputSpec(ndim=3)
+
+    @classmethod
+    def _own_arguments(cls):
+        return {} if cls._cell_class is None else cls._cell_class._own_arguments()
+
+    def get_config(self):
+        ours = self.cell.get_config()
+        return {**super().get_config(), **{name: ours[name] for name in self._own_arguments()}}
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalLSTM(RecurrentLayer, keras.layers.LSTM):
     """An LSTM whose kernel and recurrent kernel are distributions: `keras.layers.LSTM` with noise held over time.
 
     The same as `keras.layers.RNN(VariationalLSTMCell(...))`, with the arguments of `keras.layers.LSTM`; the equations
     are the cell's.
 
     Args:
-        units, activation, ..., recurrent_dropout, seed: As in `VariationalLSTMCell`.
-        return_sequences, return_state, go_backwards, stateful, unroll: As in `keras.layers.LSTM`.
-        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold: As in `VariationalLSTMCell`.
-        **kwargs: `zero_output_for_mask`, `name`, `dtype`, `trainable`; `activity_regularizer` acts on the output.
+        *args: The arguments of `keras.layers.LSTM`, in their order: `units`, U, ..., `unroll`.
+        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
+            initial_log_variance, threshold: As in `VariationalLSTMCell`.
+        **kwargs: `zero_output_for_mask`, `implementation`, `name`, `dtype`, `trainable`.
 
     Input shape:
         (B, T, D); optionally `initial_state`, a list of two tensors (B, U), and `mask`, (B, T).
@@ -225,88 +420,74 @@ class VariationalLSTM(keras.layers.RNN):
         Those of `VariationalLSTMCell`.
     """
 
-    def __init__(
-        self,
-        units,
-        activation="tanh",
-        recurrent_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        unit_forget_bias=True,
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        seed=None,
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        stateful=False,
-        unroll=False,
-        *,
-        kernel_prior="log_uniform",
-        bias_prior=None,
-        estimator="reparameterization",
-        kl_weight=None,
-        initial_log_variance=-10.0,
-        threshold=3.0,
-        **kwargs,
-    ):
-        cell = VariationalLSTMCell(
-            units,
-            activation=activation,
-            recurrent_activation=recurrent_activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            recurrent_initializer=recurrent_initializer,
-            bias_initializer=bias_initializer,
-            unit_forget_bias=unit_forget_bias,
-            kernel_regularizer=kernel_regularizer,
-            recurrent_regularizer=recurrent_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            recurrent_constraint=recurrent_constraint,
-            bias_constraint=bias_constraint,
-            dropout=dropout,
-            recurrent_dropout=recurrent_dropout,
-            seed=seed,
-            kernel_prior=kernel_prior,
-            bias_prior=bias_prior,
-            estimator=estimator,
-            kl_weight=kl_weight,
-            initial_log_variance=initial_log_variance,
-            threshold=threshold,
-            name="cell",
-            dtype=kwargs.get("dtype"),
-            trainable=kwargs.get("trainable", True),
-        )
-        super().__init__(
-            cell,
-            return_sequences=return_sequences,
-            return_state=return_state,
-            go_backwards=go_backwards,
-            stateful=stateful,
-            unroll=unroll,
-            activity_regularizer=activity_regularizer,
-            **kwargs,
-        )
-        self.input_spec = keras.layers.InputSpec(ndim=3)
+    _cell_class = VariationalLSTMCell
 
-    def get_config(self):
-        config = super().get_config()
-        del config["cell"]
-        own = ("name", "dtype", "trainable")
-        cell = {name: value for name, value in self.cell.get_config().items() if name not in own}
-        activity = keras.regularizers.serialize(self.activity_regularizer)
-        return {**config, **cell, "activity_regularizer": activity}
 
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalGRU(RecurrentLayer, keras.layers.GRU):
+    """A GRU whose kernel and recurrent kernel are distributions: `keras.layers.GRU` with noise held over time.
+
+    The same as `keras.layers.RNN(VariationalGRUCell(...))`, with the arguments of `keras.layers.GRU`; the equations are
+    the cell's.
+
+    Args:
+        *args: The arguments of `keras.layers.GRU`, in their order: `units`, U, ..., `reset_after`.
+        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
+            initial_log_variance, threshold: As in `VariationalLSTMCell`.
+        **kwargs: As in `VariationalLSTM`.
+
+    Input shape:
+        (B, T, D); optionally `initial_state`, a tensor (B, U), and `mask`, (B, T).
+
+    Output shape:
+        (B, U), or (B, T, U) with `return_sequences`; with `return_state`, followed by a tensor (B, U).
+
+    Raises:
+        ValueError: As `VariationalLSTM`.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.VariationalGRU(6, kl_weight=1 / 1000)
+        >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 6)
+        True
+
+    Reference:
+        Those of `VariationalLSTMCell`.
+    """
+
+    _cell_class = VariationalGRUCell
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class VariationalSimpleRNN(RecurrentLayer, keras.layers.SimpleRNN):
+    """A fully connected RNN whose kernels are distributions: `keras.layers.SimpleRNN` with noise held over time.
+
+    The same as `keras.layers.RNN(VariationalSimpleRNNCell(...))`, with the arguments of `keras.layers.SimpleRNN`; the
+    equation is the cell's.
+
+    Args:
+        *args: The arguments of `keras.layers.SimpleRNN`, in their order: `units`, U, ..., `seed`.
+        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
+            initial_log_variance, threshold: As in `VariationalLSTMCell`.
+        **kwargs: As in `VariationalLSTM`.
+
+    Input shape:
+        (B, T, D); optionally `initial_state`, a tensor (B, U), and `mask`, (B, T).
+
+    Output shape:
+        (B, U), or (B, T, U) with `return_sequences`; with `return_state`, followed by a tensor (B, U).
+
+    Raises:
+        ValueError: As `VariationalLSTM`.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.VariationalSimpleRNN(6, kl_weight=1 / 1000)
+        >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 6)
+        True
+
+    Reference:
+        Those of `VariationalLSTMCell`.
+    """
+
+    _cell_class = VariationalSimpleRNNCell

@@ -128,6 +128,14 @@ def test_ard_of_groups_is_the_least_normal_kl_of_each(group_axis):
         np.testing.assert_allclose(total, least, rtol=1e-4)
 
 
+def test_ard_of_blocks_is_that_of_the_axis_taken_apart():
+    rng = np.random.default_rng(0)
+    loc, log_variance = rng.normal(size=(3, 8)).astype("float32"), rng.uniform(-4, 1, (3, 8)).astype("float32")
+    ours = array(kl.ard(loc, log_variance, group_axis=-1, blocks=4)).sum()
+    apart = (np.reshape(value, (12, 2)) for value in (loc, log_variance))
+    np.testing.assert_allclose(ours, array(kl.ard(*apart, group_axis=-1)).sum(), rtol=1e-5)
+
+
 def test_ard_with_groups_of_one_is_ard():
     loc, log_variance = grid()
     np.testing.assert_allclose(array(kl.ard(loc, log_variance, 0)), array(kl.ard(loc, log_variance)), atol=2e-5)
