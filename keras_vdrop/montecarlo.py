@@ -16,7 +16,8 @@ class MonteCarlo(keras.Model):
     """A model that predicts with S draws of another model's weights, E_q[p(y | x, w)] ≈ mean over w_1 ... w_S ~ q.
 
     The draws run one after the other inside one compiled graph, so memory is that of one. The wrapped model
-    stays as it is and deterministic, and everything in it that is not variational stays in inference mode.
+    stays as it is and deterministic, and everything in it that is not variational stays in inference mode. A stateful
+    RNN starts every draw from the state that it holds, and keeps it.
 
     Args:
         model: A built `keras.Model` with at least one variational layer.
@@ -32,7 +33,8 @@ class MonteCarlo(keras.Model):
         output: "statistics", or "samples" for the outputs themselves, (B, S, ...).
         seed: Int for the same draws in every run, or None.
         consistent: Whether a draw serves all rows, in all batches and calls, instead of each its own: S functions
-            drawn from the posterior, with one mask for the whole prediction.
+            drawn from the posterior, with one mask for the whole prediction. (A layer that the model calls twice draws
+            twice.)
         **kwargs: `name`, `dtype`.
 
     Raises:
@@ -94,7 +96,7 @@ class MonteCarlo(keras.Model):
             """The outputs when every generator of noise starts from a seed of its own, and all else is as it is."""
             seeds = iter(ops.unstack(seeds))
             others = [
-                ops.stack([seed := ops.cast(next(seeds), variable.dtype), ops.zeros_like(seed)])
+                ops.cast(ops.stack([next(seeds), 0]), variable.dtype)
                 if id(variable) in states
                 else ops.convert_to_tensor(variable)
                 for variable in self.model.non_trainable_variables

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 from keras import ops
 
 from keras_vdrop.layers.base import check_finite
@@ -87,23 +88,15 @@ def sparsity(model, threshold=None):
     Raises:
         ValueError: For a threshold that is not finite, or a model without a variational weight.
     """
-    kept, owners = {}, {}
+    layers = {}
     for weight in _prunable(model, threshold):
-        name = _row_name(model, weight)
-        owners[name] = weight.owner
-        keep = weight.keep_mask(_threshold(weight, threshold))
-        kept.setdefault(name, {})[weight.name] = ops.convert_to_numpy(keep)
-    return Sparsity(
-        tuple(
-            LayerSparsity(
-                name,
-                sum(mask.size for mask in masks.values()),
-                sum(int(mask.sum()) for mask in masks.values()),
-                owners[name].structure(masks),
-            )
-            for name, masks in kept.items()
-        )
-    )
+        _, kept = layers.setdefault(weight.owner, (_row_name(model, weight), {}))
+        kept[weight.name] = ops.convert_to_numpy(weight.keep_mask(_threshold(weight, threshold)))
+    rows = []
+    for owner, (name, kept) in layers.items():
+        weights, left = (sum(int(count(mask)) for mask in kept.values()) for count in (np.size, np.count_nonzero))
+        rows.append(LayerSparsity(name, weights, left, owner.structure(kept)))
+    return Sparsity(tuple(rows))
 
 
 def prune(model, threshold=None):

@@ -23,7 +23,8 @@ def sampling(consistent=False):
 
     Args:
         consistent: Whether one draw of the weights and masks serves all examples of a call, whatever the layers'
-            estimators: what is computed is then one function, drawn from the posterior.
+            estimators: what is computed is then one function, drawn from the posterior. A layer that a model calls
+            twice draws twice.
 
     Example:
         >>> import keras, keras_vdrop as kv

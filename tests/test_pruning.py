@@ -116,6 +116,12 @@ def test_a_model_without_variational_weights_is_refused(function):
         function(keras.Sequential([kv.VariationalDense(1)]))
 
 
+def test_layers_of_one_name_are_counted_apart():
+    stack = keras.layers.RNN([kv.VariationalLSTMCell(4, kl_weight=0.1, name="cell") for _ in range(2)])
+    stack(np.zeros((1, 2, 3)))
+    assert kv.sparsity(stack).weights == 16 * (3 + 4) + 16 * (4 + 4)
+
+
 @pytest.mark.parametrize("cls, gates", [(kv.VariationalLSTM, 4), (kv.VariationalGRU, 3), (kv.VariationalSimpleRNN, 1)])
 def test_units_and_gates_of_a_recurrent_layer(cls, gates):
     layer = cls(5, kl_weight=0.1)

@@ -20,7 +20,7 @@ from keras import ops
 from keras_vdrop import priors
 from keras_vdrop.functional import estimators
 from keras_vdrop.posterior import VariationalWeight
-from keras_vdrop.sampling import FixedSeeds, is_sampling, seed_generator
+from keras_vdrop.sampling import FixedSeeds, is_consistent, is_sampling, sampling, seed_generator
 
 # Built layers whose `kl_weight` nobody has set, and of which nobody has been told.
 _unset = weakref.WeakSet()
@@ -166,13 +166,14 @@ class StochasticLayer(keras.layers.Layer):
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """As in Keras (within `keras.RematScope`), but so that the second computation draws the noise of the first."""
         # Keras tells the layers within this one of `training` at the first computation only.
-        state, noisy = self.seed_generator.next(), self._noisy(kwargs.get("training"))
+        state, noisy, consistent = self.seed_generator.next(), self._noisy(kwargs.get("training")), is_consistent()
 
         @functools.wraps(layer_call)
         def call(*args):
             token = self._replay.set(_Replay(state, noisy))
             try:
-                return layer_call(*args, **kwargs)
+                with sampling(consistent):  # whether there is noise, `noisy` says
+                    return layer_call(*args, **kwargs)
             finally:
                 self._replay.reset(token)
 

@@ -12,7 +12,10 @@ from keras import ops
 from keras_vdrop.functional import noise
 from keras_vdrop.layers.base import DropIn, VariationalLayer, check_positive_int, check_rate
 from keras_vdrop.posterior import VariationalWeight
-from keras_vdrop.sampling import is_consistent, mask_shape
+from keras_vdrop.sampling import FixedSeeds, is_consistent, mask_shape
+
+# The operands of a cell's two products, and the rows of a bias that has one for each.
+_INPUTS, _STATE = 0, 1
 
 
 class Product:
@@ -55,12 +58,29 @@ class Product:
         return y if self.bias is None else y + cut(self.bias)
 
 
+class Held:
+    """What a cell has drawn for the steps of one sequence.
+
+    Attributes:
+        seeds: Where it was drawn from.
+        products: Of the inputs and of the state, each a pair of `Product`: without noise, and with it.
+        output_mask: What the output is multiplied by, or None.
+        used: Whether any of the noise was.
+    """
+
+    def __init__(self, seeds):
+        self.seeds = seeds
+        self.products = [None, None]
+        self.output_mask = None
+        self.used = False
+
+
 class RecurrentCell(VariationalLayer):
     """Mixin to a Keras cell: draws before the first time step, releases after the last.
 
     `keras.layers.RNN` calls the four hooks of Keras's dropout cells around its loop, which is where noise can be drawn
     once for all steps on every backend. They do not say whether it is training, so that both products are made ready:
-    without noise, and with it. Graphs drop the one that is not used.
+    without noise, and with it. A graph drops the one that is not used.
 
     Args:
         *args: The arguments of the Keras cell; `dropout` and `recurrent_dropout` in [0, 1).
@@ -95,63 +115,75 @@ class RecurrentCell(VariationalLayer):
     def _estimators(cls):
         return ("reparameterization", "flipout")
 
+    def build(self, input_shape):
+        super().build(input_shape)
+        groups = {} if self.kernel_prior is None else self.kernel_prior.groups
+        gates = self.kernel.shape[-1] // self.units
+        if groups.get("group_axis") in (-1, 1) and groups["blocks"] not in (1, gates):
+            raise ValueError(
+                f"The kernels of {self.name!r} are {gates} gates side by side: groups are of 1 block or {gates}. "
+                f"Received: kernel_prior={self.kernel_prior}"
+            )
+
     # What is drawn, and when
 
-    _of_inputs = None
-    _of_state = None
-    _output_mask = None
+    _held = None
 
     def get_dropout_mask(self, step_input):
         """Draw all that meets the inputs; `keras.layers.RNN` calls this before the first step."""
-        self._of_inputs = [self._input_product(step_input, noisy) for noisy in (False, True)]
+        # Not from the generator itself: a sequence without noise must not move it.
+        self._held = Held(FixedSeeds(ops.convert_to_tensor(self.seed_generator.state)))
+        self._held.products[_INPUTS] = self._both_products(_INPUTS, step_input)
 
     def get_recurrent_dropout_mask(self, step_input):
         """Draw all that meets the state, and the mask of the output."""
-        self._of_state = [self._state_product(step_input, noisy) for noisy in (False, True)]
-        self._output_mask = self._draw_mask(step_input, self.output_dropout)
+        self._held.products[_STATE] = self._both_products(_STATE, step_input)
+        self._held.output_mask = self._draw_mask(step_input, self.output_dropout)
 
     def reset_dropout_mask(self):
-        self._of_inputs = None
+        """Forget what was drawn, and move on if it was used; `keras.layers.RNN` calls this after the last step."""
+        if self._held is not None and self._held.used:
+            self.seed_generator.next()
+        self._held = None
 
     def reset_recurrent_dropout_mask(self):
-        self._of_state = self._output_mask = None
+        """Nothing is left to forget."""
+
+    @property
+    def _seeds(self):
+        return self.seed_generator if self._held is None else self._held.seeds
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """A step is not worth computing twice, and must not draw."""
         return layer_call
 
-    def _input_product(self, like, noisy):
+    def _both_products(self, operand, like):
+        return tuple(self._product(operand, like, noisy) for noisy in (False, True))
+
+    def _product(self, operand, like, noisy):
+        """What the inputs or the state are multiplied by; `like` is of their shape."""
+        weight = (self.kernel, self.recurrent_kernel)[operand]
+        rate = (self.dropout, self.recurrent_dropout)[operand]
+        weight_rate = (0.0, self.weight_dropout)[operand]
+        matrix, bias = self._mean(weight), self._bias_row(operand, self._mean)
         if not noisy:
-            return self._quiet_product(self.kernel, 0)
-        return self._noisy_product(self.kernel, 0, like, self.dropout)
-
-    def _state_product(self, like, noisy):
-        if not noisy:
-            return self._quiet_product(self.recurrent_kernel, 1)
-        return self._noisy_product(self.recurrent_kernel, 1, like, self.recurrent_dropout, self.weight_dropout)
-
-    def _quiet_product(self, weight, bias_row):
-        return Product(self.units, self._mean(weight), self._bias_row(bias_row, self._mean))
-
-    def _noisy_product(self, weight, bias_row, like, rate, weight_rate=0.0):
-        """A draw; `like` is of the shape and type of what it will be applied to."""
-        matrix, flips, signs = self._mean(weight), None, None
+            return Product(self.units, matrix, bias)
+        flips, signs = None, None
         if self.estimator == "flipout" and not is_consistent():
             shape = ops.shape(like)[0], weight.shape[-1]
-            signs = noise.rademacher(shape, self.seed_generator, self.compute_dtype)
+            signs = noise.rademacher(shape, self._seeds, self.compute_dtype)
         if isinstance(weight, VariationalWeight):
             delta = self._perturbation(weight)
             if signs is None:
                 matrix = matrix + delta
             else:
-                flips = delta, noise.rademacher(ops.shape(like), self.seed_generator, self.compute_dtype), signs
+                flips = delta, noise.rademacher(ops.shape(like), self._seeds, self.compute_dtype), signs
         if weight_rate:
             keep = self._bernoulli(weight.shape, weight_rate)
             matrix = matrix * keep
             flips = flips and (flips[0] * keep, *flips[1:])
-        bias = self._bias_row(bias_row, self._mean)
         if bias is not None and isinstance(self.bias, VariationalWeight):
-            delta = self._bias_row(bias_row, self._perturbation)
+            delta = self._bias_row(operand, self._perturbation)
             bias = bias + (delta if signs is None else delta * signs)
         count = 1 if self.tied_masks or not rate else weight.shape[-1] // self.units
         return Product(self.units, matrix, bias, flips, [self._draw_mask(like, rate) for _ in range(count)])
@@ -160,15 +192,15 @@ class RecurrentCell(VariationalLayer):
         return ops.cast(weight.mean() if isinstance(weight, VariationalWeight) else weight, self.compute_dtype)
 
     def _perturbation(self, weight):
-        return ops.cast(weight.perturbation(self.seed_generator), self.compute_dtype)
+        return ops.cast(weight.perturbation(self._seeds), self.compute_dtype)
 
     def _bias_row(self, row, of):
-        """`of(bias)`, or its row where the bias has one for the inputs and one for the state."""
+        """What `of(bias)` adds to the product: all of it to the inputs', or its rows to the inputs' and the state's."""
         if self.bias is None:
             return None
         if len(self.bias.shape) == 2:
             return of(self.bias)[row]
-        return of(self.bias) if row == 0 else None
+        return of(self.bias) if row == _INPUTS else None
 
     def _draw_mask(self, like, rate):
         """A mask for every example and channel; None at rate 0."""
@@ -176,21 +208,21 @@ class RecurrentCell(VariationalLayer):
 
     def _bernoulli(self, shape, rate):
         """Bernoulli(1 − rate) / (1 − rate)."""
-        return ops.cast(noise.bernoulli(shape, 1.0 - rate, self.seed_generator) / (1.0 - rate), self.compute_dtype)
+        return ops.cast(noise.bernoulli(shape, 1.0 - rate, self._seeds) / (1.0 - rate), self.compute_dtype)
 
     # What the equations of a step are written in
 
     def _products(self, inputs, state, noisy):
         """What is held for this sequence; a cell called outside of an RNN draws for the step."""
-        noisy = bool(noisy)
-        of_inputs = self._input_product(inputs, noisy) if self._of_inputs is None else self._of_inputs[noisy]
-        of_state = self._state_product(state, noisy) if self._of_state is None else self._of_state[noisy]
-        return of_inputs, of_state
+        if self._held is None:
+            return [self._product(operand, like, noisy) for operand, like in enumerate((inputs, state))]
+        self._held.used |= noisy
+        return [product[noisy] for product in self._held.products]
 
     def _output(self, h, noisy):
         if not noisy or not self.output_dropout:
             return h
-        return h * (self._draw_mask(h, self.output_dropout) if self._output_mask is None else self._output_mask)
+        return h * (self._draw_mask(h, self.output_dropout) if self._held is None else self._held.output_mask)
 
     # What is left after pruning
 
@@ -274,9 +306,11 @@ class VariationalLSTMCell(RecurrentCell, keras.layers.LSTMCell):
 class VariationalGRUCell(RecurrentCell, keras.layers.GRUCell):
     """One step of a GRU whose kernel and recurrent kernel are distributions, for `keras.layers.RNN`.
 
-    z, r = σ(x·W_z + h·R_z + b_z), σ(x·W_r + h·R_r + b_r);  h' = z·h + (1 − z)·tanh(x·W_h + r·(h·R_h) + b_h)
+    z, r = σ(x·W_z + b_z + h·R_z + c_z), σ(x·W_r + b_r + h·R_r + c_r)
+    h' = z·h + (1 − z)·tanh(x·W_h + b_h + r·(h·R_h + c_h))
 
-    with `reset_after=False` tanh(x·W_h + (r·h)·R_h + b_h). W, R and masks are drawn as in `VariationalLSTMCell`.
+    and with `reset_after=False` tanh(x·W_h + b_h + (r·h)·R_h), c = 0. W, R and masks are drawn as in
+    `VariationalLSTMCell`.
 
     Args:
         *args: The arguments of `keras.layers.GRUCell`, in their order: `units`, U, ..., `reset_after`, `seed`.
@@ -328,7 +362,8 @@ class VariationalSimpleRNNCell(RecurrentCell, keras.layers.SimpleRNNCell):
     Args:
         *args: The arguments of `keras.layers.SimpleRNNCell`, in their order: `units`, U, ..., `seed`.
         output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
-            initial_log_variance, threshold, **kwargs: As in `VariationalLSTMCell`.
+            initial_log_variance, threshold: As in `VariationalLSTMCell`.
+        **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:
         (B, D), and the state h, (B, U).
@@ -370,7 +405,8 @@ class RecurrentLayer(DropIn):
         names = {*inspect.signature(self._cell_class).parameters, "implementation"}
         of_cell = {name: arguments.pop(name) for name in names & set(arguments)}
         of_both = {name: arguments[name] for name in ("dtype", "trainable") if name in arguments}
-        if arguments.pop("use_cudnn", "auto") not in ("auto", False):
+        has_cudnn = "use_cudnn" in self._keras_arguments()
+        if has_cudnn and arguments.pop("use_cudnn", "auto") not in ("auto", False):
             raise ValueError(
                 f'{type(self).__name__} has no cuDNN kernel. Received: use_cudnn=True; pass "auto" or False.'
             )
@@ -378,6 +414,12 @@ class RecurrentLayer(DropIn):
         keras.layers.RNN.__init__(self, cell, **arguments)
         self.use_cudnn = False
         self.input_spec = keras.layers.InputSpec(ndim=3)
+
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        try:
+            return super().call(sequences, initial_state=initial_state, mask=mask, training=training)
+        finally:  # Keras does not where a step fails
+            self.cell.reset_dropout_mask()
 
     @classmethod
     def _own_arguments(cls):
@@ -399,6 +441,7 @@ class VariationalLSTM(RecurrentLayer, keras.layers.LSTM):
         *args: The arguments of `keras.layers.LSTM`, in their order: `units`, U, ..., `unroll`.
         output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
             initial_log_variance, threshold: As in `VariationalLSTMCell`.
+        use_cudnn: "auto" or False, which are the same: a cuDNN kernel has no noise in it.
         **kwargs: `zero_output_for_mask`, `implementation`, `name`, `dtype`, `trainable`.
 
     Input shape:
@@ -434,7 +477,7 @@ class VariationalGRU(RecurrentLayer, keras.layers.GRU):
         *args: The arguments of `keras.layers.GRU`, in their order: `units`, U, ..., `reset_after`.
         output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
             initial_log_variance, threshold: As in `VariationalLSTMCell`.
-        **kwargs: As in `VariationalLSTM`.
+        use_cudnn, **kwargs: As in `VariationalLSTM`.
 
     Input shape:
         (B, T, D); optionally `initial_state`, a tensor (B, U), and `mask`, (B, T).
@@ -469,7 +512,7 @@ class VariationalSimpleRNN(RecurrentLayer, keras.layers.SimpleRNN):
         *args: The arguments of `keras.layers.SimpleRNN`, in their order: `units`, U, ..., `seed`.
         output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
             initial_log_variance, threshold: As in `VariationalLSTMCell`.
-        **kwargs: As in `VariationalLSTM`.
+        **kwargs: `zero_output_for_mask`, `name`, `dtype`, `trainable`.
 
     Input shape:
         (B, T, D); optionally `initial_state`, a tensor (B, U), and `mask`, (B, T).

@@ -1,5 +1,7 @@
 """Bad input, and what Keras's own features make of a variational layer."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -131,3 +133,26 @@ assert np.isfinite(history["loss"]).all()
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_rematerialisation_knows_of_consistent_sampling():
+    """The second computation may come when the scope is over."""
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("GradientTape")
+    import tensorflow as tf
+
+    with keras.RematScope(mode="full"):
+        layer = kv.VariationalDense(2, initial_log_variance=0.0, seed=1, kl_weight=0.1)
+    x = np.ones((3, 4), "float32")
+    layer(x)
+    state = layer.seed_generator.state.numpy()
+    gradients = []
+    for inside in (True, False):
+        layer.seed_generator.state.assign(state)
+        with tf.GradientTape() as tape:
+            with kv.sampling(consistent=True):
+                output = keras.ops.sum(layer(x))
+            with kv.sampling(consistent=True) if inside else contextlib.nullcontext():
+                gradients.append(array(tape.gradient(output, layer.kernel.log_variance.value)))
+    np.testing.assert_allclose(*gradients, rtol=1e-5)
+    assert np.abs(gradients[0]).max() > 0

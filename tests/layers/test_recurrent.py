@@ -88,13 +88,15 @@ def in_numpy(product):
 def drawn(monkeypatch):
     """The noisy products of every call, in order: of the inputs, of the state."""
     seen = []
-    draw = RecurrentCell._noisy_product
+    draw = RecurrentCell._product
 
-    def remember(*arguments):
-        seen.append(draw(*arguments))
-        return seen[-1]
+    def remember(cell, operand, like, noisy):
+        product = draw(cell, operand, like, noisy)
+        if noisy:
+            seen.append(product)
+        return product
 
-    monkeypatch.setattr(RecurrentCell, "_noisy_product", remember)
+    monkeypatch.setattr(RecurrentCell, "_product", remember)
     return seen
 
 
@@ -152,8 +154,8 @@ def test_estimators_have_the_mean_and_variance_of_the_pre_activations(options, d
     layer = rnn(bias_prior="normal", **options)
     cell = layer.cell
     for _ in range(400):
-        cell.get_dropout_mask(keras.ops.convert_to_tensor(X[:, 0]))
-    draws = np.stack([in_numpy(product)(X[:, 0]) for product in drawn])
+        layer(X[:, :1], training=True)
+    draws = np.stack([in_numpy(product)(X[:, 0]) for product in drawn[::2]])
     assert_mean(draws, X[:, 0] @ array(cell.kernel.loc) + array(cell.bias.loc))
     variance = X[:, 0] ** 2 @ np.exp(array(cell.kernel.log_variance)) + np.exp(array(cell.bias.log_variance))
     assert_variance(draws, variance)
@@ -168,9 +170,26 @@ def test_examples_share_one_draw_or_not():
 
 
 def test_nothing_is_held_after_a_call(family):
-    cell = rnn(family, output_dropout=0.5)
-    cell(X, training=True)
-    assert cell.cell._of_inputs is cell.cell._of_state is cell.cell._output_mask is None
+    layer = rnn(family, output_dropout=0.5)
+    layer(X, training=True)
+    assert layer.cell._held is None
+    with pytest.raises(Exception):  # noqa: B017
+        layer(X, initial_state=[np.zeros((B, U + 1), "float32")] * len(layer.state_size), training=True)
+    assert layer.cell._held is None
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["layer", "bare_cell"])
+def test_prediction_does_not_move_the_noise(family, bare):
+    cell = FAMILIES[family][1](U, seed=1, kl_weight=0.1, dropout=0.5, output_dropout=0.5)
+    layer = layers.RNN(cell) if bare else FAMILIES[family][0](U, seed=1, kl_weight=0.1, dropout=0.5)
+    model = keras.Sequential([keras.Input((T, D)), layer])
+    generator = (cell if bare else layer.cell).seed_generator
+    before = array(generator.state)
+    model.predict(X, verbose=0)
+    model(X)
+    np.testing.assert_array_equal(array(generator.state), before)
+    model(X, training=True)
+    assert not np.array_equal(array(generator.state), before)
 
 
 def test_a_bare_cell_is_the_layer(family):
@@ -398,6 +417,15 @@ def test_bad_arguments(family, bad):
 def test_cudnn_is_not_to_be_had():
     with pytest.raises(ValueError, match="cuDNN"):
         kv.VariationalLSTM(U, use_cudnn=True)
+    with pytest.raises(ValueError, match="use_cudnn"):  # Keras's has no such argument
+        kv.VariationalSimpleRNN(U, use_cudnn="auto")
+
+
+def test_blocks_of_a_prior_are_gates():
+    prior = kv.priors.ARD(group_axis=-1, blocks=4)
+    rnn("lstm", kernel_prior=prior)
+    with pytest.raises(ValueError, match="3 gates"):
+        rnn("gru", kernel_prior=prior)
 
 
 def test_a_state_of_the_wrong_shape_fails_as_in_keras(family):
