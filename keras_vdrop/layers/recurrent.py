@@ -119,7 +119,7 @@ class RecurrentCell(VariationalLayer):
         super().build(input_shape)
         groups = {} if self.kernel_prior is None else self.kernel_prior.groups
         gates = self.kernel.shape[-1] // self.units
-        if groups.get("group_axis") in (-1, 1) and groups["blocks"] not in (1, gates):
+        if groups.get("group_axis") in (-1, 1) and groups.get("blocks", 1) not in (1, gates):
             raise ValueError(
                 f"The kernels of {self.name!r} are {gates} gates side by side: groups are of 1 block or {gates}. "
                 f"Received: kernel_prior={self.kernel_prior}"
