@@ -1,8 +1,7 @@
-"""What the benchmarks share: where data are, and how a result is kept."""
+"""What all benchmarks share: their arguments, where data are, and how results are kept."""
 
 import argparse
 import datetime
-import gzip
 import importlib.metadata
 import json
 import os
@@ -10,19 +9,21 @@ import pathlib
 import platform
 import shlex
 import sys
+import time
 
 import numpy as np
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 
-
-def parser(description):
-    """Arguments that every benchmark takes."""
+def parser(description, learns=True):
+    """Arguments that every benchmark takes, or every one that learns from data."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=os.environ.get("KERAS_VDROP_DATA"), help="folder of data (KERAS_VDROP_DATA)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
     parser.add_argument("--quick", action="store_true", help="made-up data and few steps, to see that it runs")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the result; nothing is kept without it")
+    if learns:
+        folder = os.environ.get("KERAS_VDROP_DATA")
+        parser.add_argument("--data", default=folder, help="folder of data (KERAS_VDROP_DATA)")
+        parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
+        parser.add_argument("--resume", action="store_true", help="make only the rows that --out does not hold yet")
     return parser
 
 
@@ -38,39 +39,37 @@ def data_file(folder, *parts):
     return path
 
 
-def rt_polarity(folder):
-    """Film-review sentences as lists of words, and 1 for a positive one, else 0.
-
-    From `rt-polarity/rt-polarity.{pos,neg}.gz`: the sentence polarity data set 1.0 of Pang and Lee (2005), one
-    sentence a line, gzipped, UTF-8.
-    """
-    sentences, labels = [], []
-    for kind, label in (("neg", 0), ("pos", 1)):
-        with gzip.open(data_file(folder, "rt-polarity", f"rt-polarity.{kind}.gz"), "rt", encoding="utf-8") as lines:
-            found = [line.split() for line in lines if line.strip()]
-        sentences += found
-        labels += [label] * len(found)
-    return sentences, np.array(labels)
-
-
-def made_up_sentences(count=600, seed=0):
-    """Sentences of made-up words, some of which say what the label is: a stand-in for `rt_polarity`."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 2, count)
-    words = rng.integers(0, 200, (count, 12))
-    words[:, ::4] = rng.integers(0, 10, (count, 3)) + 10 * labels[:, None]
-    return [[f"word{word}" for word in row] for row in words], labels
-
-
-def split(count, seed=0):
-    """Indices of a fixed 80/10/10 split: train, validation, test."""
-    order = np.random.default_rng(seed).permutation(count)
-    return np.split(order, [int(0.8 * count), int(0.9 * count)])
-
-
 def spread(values):
     """Mean ± standard deviation over the seeds, as text."""
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:.2f}"
+
+
+def learn_rows(networks, options, learn):
+    """`learn(name, seed)`, a dict, of every network and seed, each kept as soon as it is there.
+
+    Returns:
+        Dict from the network's name to the list of its rows, in the order of the seeds.
+    """
+    settings = {key: value for key, value in vars(options).items() if key not in ("data", "out", "resume", "seeds")}
+    rows = _kept_rows(options, settings)
+    for seed in range(options.seeds):
+        for name in networks:
+            if any(row["seed"] == seed for row in rows.setdefault(name, [])):
+                continue
+            begin = time.perf_counter()
+            rows[name].append({"seed": seed, **learn(name, seed)})
+            print(f"{name}, seed {seed}: {time.perf_counter() - begin:.0f} s {rows[name][-1]}", flush=True)
+            keep(options.out, {"options": settings, "rows": rows})
+    return rows
+
+
+def _kept_rows(options, settings):
+    if not options.resume or options.out is None or not options.out.is_file():
+        return {}
+    kept = json.loads(options.out.read_text())
+    if kept["options"] != settings:
+        sys.exit(f"{options.out} holds rows of other options, {kept['options']}: name another file, or drop --resume.")
+    return kept["rows"]
 
 
 def keep(path, result):
@@ -87,7 +86,6 @@ def keep(path, result):
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**about, **result}, indent=1) + "\n")
-    print(f"\nkept in {path}")
 
 
 def _without_places(arguments):

@@ -1,0 +1,128 @@
+"""What the benchmarks on sentences share: the data as indices, and how a network learns from them and is scored."""
+
+import collections
+import gzip
+
+import common
+import keras
+import numpy as np
+
+from keras_vdrop.functional import calibration
+
+LENGTH, BATCH = 48, 64
+PADDING, UNKNOWN = 0, 1
+
+
+def load(options):
+    """The sentences in three parts, {part: (indices (N, LENGTH), labels (N, 1))}, and the size of the vocabulary.
+
+    Of the 80 % for training are the words; 10 % are for validation and 10 % for the test, whatever the seed is.
+    """
+    sentences, labels = _made_up() if options.quick else _rt_polarity(options.data)
+    order = np.random.default_rng(0).permutation(len(labels))
+    cuts = [int(0.8 * len(order)), int(0.9 * len(order))]
+    parts = dict(zip(("train", "validation", "test"), np.split(order, cuts)))
+    vocabulary = _vocabulary(sentences[i] for i in parts["train"])
+    ids = _encode(sentences, vocabulary)
+    data = {name: (ids[rows], labels[rows, None].astype("float32")) for name, rows in parts.items()}
+    return data, len(vocabulary) + 2
+
+
+def _rt_polarity(folder):
+    """Film-review sentences as lists of words, and 1 for a positive one, else 0.
+
+    From `rt-polarity/rt-polarity.{pos,neg}.gz`: the sentence polarity data set 1.0 of Pang and Lee (2005), one
+    sentence a line, gzipped, UTF-8.
+    """
+    sentences, labels = [], []
+    for kind, label in (("neg", 0), ("pos", 1)):
+        path = common.data_file(folder, "rt-polarity", f"rt-polarity.{kind}.gz")
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            found = [line.split() for line in lines if line.strip()]
+        sentences += found
+        labels += [label] * len(found)
+    return sentences, np.array(labels)
+
+
+def _made_up(count=600, seed=0):
+    """Sentences of made-up words, some of which say what the label is: a stand-in for `_rt_polarity`."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, count)
+    words = rng.integers(0, 200, (count, 12))
+    words[:, ::4] = rng.integers(0, 10, (count, 3)) + 10 * labels[:, None]
+    return [[f"word{word}" for word in row] for row in words], labels
+
+
+def _vocabulary(sentences):
+    """The words that occur at least twice, by falling frequency."""
+    counts = collections.Counter(word for words in sentences for word in words)
+    return {word: index + 2 for index, (word, count) in enumerate(counts.most_common()) if count > 1}
+
+
+def _encode(sentences, vocabulary):
+    """Indices (N, LENGTH), the end of long sentences cut off."""
+    ids = np.full((len(sentences), LENGTH), PADDING, "int32")
+    for row, words in zip(ids, sentences):
+        words = words[:LENGTH]
+        row[: len(words)] = [vocabulary.get(word, UNKNOWN) for word in words]
+    return ids
+
+
+def compile_for(model, data, rate, epochs):
+    """Adam, whose rate falls linearly to 0."""
+    steps = epochs * -(-len(data["train"][0]) // BATCH)
+    model.compile(
+        keras.optimizers.Adam(keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0)),
+        keras.losses.BinaryCrossentropy(from_logits=True),
+        metrics=[keras.metrics.BinaryAccuracy(threshold=0.0, name="accuracy")],
+    )
+
+
+def fit(model, data, **arguments):
+    model.fit(*data["train"], batch_size=BATCH, validation_data=data["validation"], verbose=0, **arguments)
+
+
+def fit_best(model, data, rate, epochs):
+    """Train a network without a KL, and go back to the epoch that did best in validation."""
+    best = keras.callbacks.EarlyStopping("val_accuracy", patience=epochs, restore_best_weights=True)
+    compile_for(model, data, rate, epochs)
+    fit(model, data, epochs=epochs, callbacks=[best])
+
+
+def scores(model, data):
+    """What was not trained on: {"validation": {...}, "test": {...}}."""
+    return {part: _score(model, *data[part]) for part in ("validation", "test")}
+
+
+def _score(model, x, y):
+    """Accuracy and ECE in per cent, NLL in nats."""
+    one = 1.0 / (1.0 + np.exp(-model.predict(x, verbose=0).ravel().astype("float64")))
+    probability = np.stack([1.0 - one, one], axis=-1)
+    y = y.ravel()
+    return {
+        "accuracy": 100 * float(calibration.accuracy(probability, y)),
+        "nll": float(calibration.negative_log_likelihood(probability, y)),
+        "ece": 100 * float(calibration.expected_calibration_error(probability, y)),
+    }
+
+
+def kernels(model):
+    """How many weights the Keras layers of a network have, biases and normalisations not counted."""
+    counted = ("kernel", "recurrent_kernel", "embeddings")
+    return sum(int(np.prod(v.shape)) for v in model.trainable_variables if v.name in counted)
+
+
+def sizes(report):
+    """Of a `kv.Sparsity` what a row keeps."""
+    layers = {row.name: [row.weights, row.left] for row in report.layers}
+    return {"weights": report.weights, "left": report.left, "layers": layers}
+
+
+def show(rows):
+    """The table of a dict of lists of rows, one line a network, over its seeds."""
+    print(f"\n{'':<24}{'test accuracy %':>18}{'NLL':>14}{'ECE %':>14}{'weights':>12}{'ratio':>18}")
+    for name, each in rows.items():
+        figures = [common.spread([row["test"][metric] for row in each]) for metric in ("accuracy", "nll", "ece")]
+        left = np.mean([row["left"] for row in each])
+        ratio = common.spread([row["weights"] / row["left"] for row in each])
+        print(f"{name:<24}{figures[0]:>18}{figures[1]:>14}{figures[2]:>14}{left:>12,.0f}{ratio:>18}")
