@@ -2,6 +2,7 @@
 
 from keras_vdrop import functional, layers, plots, priors, tfp
 from keras_vdrop.callbacks import ELBO, SparsityLogger
+from keras_vdrop.conversion import to_deterministic
 from keras_vdrop.layers import *  # noqa: F403
 from keras_vdrop.montecarlo import MonteCarlo
 from keras_vdrop.posterior import VariationalWeight, kl_divergence
@@ -24,4 +25,5 @@ __all__ = [
     "sampling",
     "sparsity",
     "tfp",
+    "to_deterministic",
 ]

@@ -22,6 +22,11 @@ class Posterior:
         self.owner = owner
         self.size = size
 
+    @property
+    def variables(self):
+        """What describes it, and nothing else: a list of variables."""
+        raise NotImplementedError
+
     def kl(self):
         """KL(q‖p): a scalar, in nats."""
         raise NotImplementedError
@@ -116,6 +121,10 @@ class VariationalWeight(Posterior):
     @property
     def shape(self):
         return self.loc.shape
+
+    @property
+    def variables(self):
+        return [self.loc, self.log_variance, self.mask, *self.prior_parameters.values()]
 
     def _left(self, values, otherwise):
         """`values`, and a constant where the weight is pruned."""

@@ -273,3 +273,8 @@ def randomize(layer_or_model, log_variance=(-4.0, 1.0)):
 def array(tensor):
     """Any tensor or variable as a float NumPy array."""
     return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32")))
+
+
+def stock(model):
+    """Whether a model is of Keras's own layers, at every depth."""
+    return not any(type(layer).__module__.startswith("keras_vdrop") for layer in model._flatten_layers())

@@ -285,6 +285,10 @@ class BernoulliRate(Posterior):
         super().__init__(owner, channels)
         self.kernel = kernel
 
+    @property
+    def variables(self):
+        return [self.owner.rate_logit]
+
     def kl(self):
         rate = self.owner.rate
         logit = ops.convert_to_tensor(self.owner.rate_logit)

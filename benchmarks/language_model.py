@@ -1,0 +1,170 @@
+"""LSTM language models of words: plain, with Keras's dropout, with ours, and Bayesian, after the same number of steps.
+
+Embedding, LSTM layers, and the logits of the next word. The text is cut into as many streams as a batch has rows, and a
+row goes on where it ended one batch ago (`stateful`). A token is an example: the KL weight is 1 / tokens. The default
+size is for two cores: the beginning of WikiText-2 and its most frequent words, the others being one. There it is seen
+who learns the text by heart; perplexities compare with published ones only for the whole text and vocabulary:
+
+    python benchmarks/language_model.py --data DIR --out benchmarks/results/language_model.json
+    python benchmarks/language_model.py --data DIR --tokens 0 --vocabulary 0 --units 650 --layers 2 --epochs 40
+
+DIR holds wikitext-2/{train,valid,test}.txt.gz: WikiText-2 by words (Merity et al., 2016), gzipped.
+"""
+
+import collections
+import functools
+import gzip
+
+import common
+import keras
+import numpy as np
+from keras import layers
+
+import keras_vdrop as kv
+
+UNKNOWN = 0
+
+
+def load(options):
+    """The three parts as indices of words, and how many words there are."""
+    if options.quick:
+        words = {
+            part: _made_up(count, seed) for seed, (part, count) in enumerate({"train": 3000, "valid": 800}.items())
+        }
+        words["test"] = words["valid"]
+    else:
+        words = {part: _wikitext(options.data, part) for part in ("train", "valid", "test")}
+    words["train"] = words["train"][: options.tokens or None]
+    frequent = collections.Counter(words["train"]).most_common(options.vocabulary or None)
+    vocabulary = {word: index + 1 for index, (word, _) in enumerate(frequent) if word != "<unk>"}
+    data = {part: np.array([vocabulary.get(word, UNKNOWN) for word in each]) for part, each in words.items()}
+    return data, max(vocabulary.values()) + 1
+
+
+def _wikitext(folder, part):
+    with gzip.open(common.data_file(folder, "wikitext-2", f"{part}.txt.gz"), "rt", encoding="utf-8") as lines:
+        return [word for line in lines if line.strip() for word in (*line.split(), "<eos>")]
+
+
+def _made_up(count, seed):
+    """Words that mostly count up."""
+    jumps = np.random.default_rng(seed).choice([1, 1, 1, 7], count)
+    return [f"word{number}" for number in np.cumsum(jumps) % 50]
+
+
+def batches(tokens, rows, steps):
+    """Inputs and targets, (batches·rows, steps) each, in the order of a stateful network."""
+    count = (len(tokens) - 1) // (rows * steps)
+
+    def streams(words):
+        cut = words[: rows * count * steps].reshape(rows, count, steps)
+        return np.swapaxes(cut, 0, 1).reshape(count * rows, steps)
+
+    return streams(tokens[:-1]), streams(tokens[1:])
+
+
+def network(name, size, options):
+    """One of the five: an embedding, LSTMs, and logits."""
+    masks = {"dropout": options.dropout, "recurrent_dropout": options.dropout}
+    embedding, lstm, dense = layers.Embedding, layers.LSTM, layers.Dense
+    if name == "Keras dropout":
+        lstm = functools.partial(layers.LSTM, **masks)
+    elif name == "classic":
+        lstm = functools.partial(kv.VariationalLSTM, kernel_prior=None, output_dropout=options.dropout, **masks)
+    elif name != "plain":
+        bayesian = {"kernel_prior": name.removeprefix("Bayesian, "), "initial_log_variance": options.log_variance}
+        embedding, lstm = (functools.partial(cls, **bayesian) for cls in (kv.VariationalEmbedding, kv.VariationalLSTM))
+        # One draw a batch: noise for every token and word of the vocabulary would cost more than all else.
+        dense = functools.partial(kv.VariationalDense, estimator="reparameterization", **bayesian)
+    x = tokens = keras.Input((options.steps,), batch_size=options.batch, dtype="int32")
+    x = embedding(size, options.units)(x)
+    for _ in range(options.layers):
+        x = lstm(options.units, return_sequences=True, stateful=True)(x)
+    return keras.Model(tokens, dense(size)(x))
+
+
+def forget(model):
+    for layer in model.layers:
+        if isinstance(layer, layers.LSTM):
+            layer.reset_state()
+
+
+def perplexity(model, x, y, rows):
+    forget(model)
+    nll = model.evaluate(x, y, batch_size=rows, verbose=0, return_dict=True)["nll"]
+    forget(model)
+    return float(np.exp(nll))
+
+
+def learn(name, seed, data, size, options):
+    """One network with one seed: its perplexity in validation after every epoch, and in the test at the end, pruned."""
+    keras.utils.set_random_seed(seed)
+    model = network(name, size, options)
+    parts = {part: batches(tokens, options.batch, options.steps) for part, tokens in data.items()}
+    x, y = parts["train"]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    nll = keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="nll")
+    steps = options.epochs * (len(x) // options.batch)
+    rate = keras.optimizers.schedules.PolynomialDecay(options.rate, steps, options.rate / 20)
+    model.compile(keras.optimizers.Adam(rate, global_clipnorm=1.0), loss, metrics=[nll])
+    elbo = [kv.ELBO(x.size, warmup_epochs=options.warmup)] if name.startswith("Bayesian") else []
+    train, valid = [], []
+    for epoch in range(options.epochs):
+        fitted = model.fit(
+            x,
+            y,
+            batch_size=options.batch,
+            shuffle=False,
+            initial_epoch=epoch,
+            epochs=epoch + 1,
+            callbacks=elbo,
+            verbose=0,
+        )
+        train.append(float(np.exp(fitted.history["nll"][-1])))
+        valid.append(perplexity(model, *parts["valid"], options.batch))
+        print(f"{name}, epoch {epoch + 1}: training {train[-1]:.1f}, validation {valid[-1]:.1f}", flush=True)
+    ratio = kv.prune(model).ratio if elbo else 1.0
+    return {"train": train, "valid": valid, "ratio": ratio, "test": perplexity(model, *parts["test"], options.batch)}
+
+
+def show(rows):
+    titles = f"{'training':>12}{'best epoch':>14}{'valid there':>14}{'valid at end':>14}{'test':>10}{'ratio':>8}"
+    print(f"\n{'perplexity':<24}{titles}")
+    for name, each in rows.items():
+        best = [1 + int(np.argmin(row["valid"])) for row in each]
+        columns = [
+            [row["train"][-1] for row in each],
+            [min(row["valid"]) for row in each],
+            [row["valid"][-1] for row in each],
+            [row["test"] for row in each],
+            [row["ratio"] for row in each],
+        ]
+        train, there, end, test, ratio = (f"{np.mean(column):.1f}" for column in columns)
+        print(f"{name:<24}{train:>12}{np.mean(best):>14.1f}{there:>14}{end:>14}{test:>10}{ratio:>8}")
+
+
+NETWORKS = ("plain", "Keras dropout", "classic", "Bayesian, log_uniform", "Bayesian, ard")
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("--tokens", type=int, default=200_000, help="of the training text; 0 for all")
+    parser.add_argument("--vocabulary", type=int, default=5_000, help="how many words; 0 for all")
+    parser.add_argument("--units", type=int, default=200, help="of the embedding and of each LSTM")
+    parser.add_argument("--layers", type=int, default=1, help="how many LSTMs")
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=20, help="streams of text")
+    parser.add_argument("--steps", type=int, default=35, help="of time, over which gradients go back")
+    parser.add_argument("--rate", type=float, default=2e-3, help="Adam's first; it falls to a twentieth")
+    parser.add_argument("--dropout", type=float, default=0.25, help="each rate of the networks with dropout")
+    parser.add_argument("--log-variance", type=float, default=-6.0, help="the Bayesian networks' first")
+    parser.add_argument("--warmup", type=int, default=5, help="epochs over which the KL weight rises")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.epochs, options.units, options.batch, options.steps = 1, 2, 8, 4, 5
+    data, size = load(options)
+    show(common.learn_rows(NETWORKS, options, functools.partial(learn, data=data, size=size, options=options)))
+
+
+if __name__ == "__main__":
+    main()

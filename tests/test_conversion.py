@@ -1,0 +1,58 @@
+"""Back to Keras's own layers."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_vdrop as kv
+from tests.cases import array, randomize, stock
+
+
+def test_wrappers_and_models_within_models():
+    inner = keras.Sequential([keras.Input((6,)), kv.VariationalDense(5), kv.MonteCarloDropout(0.5)], name="inner")
+    x = keras.Input((4, 3))
+    h = layers.TimeDistributed(kv.VariationalDense(7, bias_prior="normal"))(x)
+    h = layers.BatchNormalization()(h)
+    h = layers.Bidirectional(kv.VariationalGRU(3, kernel_prior=kv.priors.Normal(trainable=True)))(h)
+    model = keras.Model(x, kv.ConcreteDropout(layers.Dense(2))(inner(h)))
+    randomize(model)
+    twin = kv.to_deterministic(model)
+    assert stock(twin)
+    data = np.random.default_rng(0).normal(size=(5, 4, 3)).astype("float32")
+    np.testing.assert_allclose(array(twin(data)), array(model(data)), rtol=1e-5, atol=1e-6)
+    assert [layer.name for layer in twin.layers] == [layer.name for layer in model.layers]
+
+
+def test_pruned_units_of_gaussian_dropout_are_0():
+    model = keras.Sequential([keras.Input((5, 4)), kv.VariationalGaussianDropout(0.5)])
+    model.layers[0].scale.log_variance.assign([-5.0, 9.0, -5.0, 9.0])
+    kv.prune(model)
+    x = np.ones((2, 5, 4), "float32")
+    np.testing.assert_array_equal(array(kv.to_deterministic(model)(x))[0, 0], [1, 0, 1, 0])
+
+
+def test_the_twin_needs_nothing_of_ours(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(3)])
+    twin = kv.to_deterministic(model)
+    twin.save(tmp_path / "twin.keras")
+    assert "keras_vdrop" not in twin.to_json()
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = kv.VariationalDense(2)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"Functional or Sequential.*Subclassed"):
+        kv.to_deterministic(Subclassed())
+    with pytest.raises(ValueError, match="has not been built"):
+        kv.to_deterministic(keras.Sequential([kv.VariationalDense(2)]))
+    within = keras.Sequential([keras.Input((4, 3)), layers.TimeDistributed(kv.VariationalGaussianDropout(0.5))])
+    with pytest.raises(ValueError, match="within a wrapper"):
+        kv.to_deterministic(within)
