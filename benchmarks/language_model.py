@@ -23,6 +23,7 @@ from keras import layers
 import keras_vdrop as kv
 
 UNKNOWN = 0
+NETWORKS = ("plain", "Keras dropout", "classic", "Bayesian, log_uniform", "Bayesian, ard")
 
 
 def load(options):
@@ -34,7 +35,7 @@ def load(options):
         words["test"] = words["valid"]
     else:
         words = {part: _wikitext(options.data, part) for part in ("train", "valid", "test")}
-    words["train"] = words["train"][: options.tokens or None]
+    words.update({part: words[part][: options.tokens or None] for part in ("train", "valid")})
     frequent = collections.Counter(words["train"]).most_common(options.vocabulary or None)
     vocabulary = {word: index + 1 for index, (word, _) in enumerate(frequent) if word != "<unk>"}
     data = {part: np.array([vocabulary.get(word, UNKNOWN) for word in each]) for part, each in words.items()}
@@ -143,16 +144,15 @@ def show(rows):
         print(f"{name:<24}{train:>12}{np.mean(best):>14.1f}{there:>14}{end:>14}{test:>10}{ratio:>8}")
 
 
-NETWORKS = ("plain", "Keras dropout", "classic", "Bayesian, log_uniform", "Bayesian, ard")
-
-
 def main():
     parser = common.parser(__doc__)
-    parser.add_argument("--tokens", type=int, default=200_000, help="of the training text; 0 for all")
-    parser.add_argument("--vocabulary", type=int, default=5_000, help="how many words; 0 for all")
+    parser.add_argument(
+        "--tokens", type=int, default=100_000, help="of the training and of the validation text; 0 for all"
+    )
+    parser.add_argument("--vocabulary", type=int, default=3_000, help="how many words; 0 for all")
     parser.add_argument("--units", type=int, default=200, help="of the embedding and of each LSTM")
     parser.add_argument("--layers", type=int, default=1, help="how many LSTMs")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=20, help="streams of text")
     parser.add_argument("--steps", type=int, default=35, help="of time, over which gradients go back")
     parser.add_argument("--rate", type=float, default=2e-3, help="Adam's first; it falls to a twentieth")

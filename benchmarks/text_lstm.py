@@ -96,8 +96,8 @@ def main():
     parser.add_argument("--rate", type=float, default=2e-3, help="Adam's first rate for the Bayesian networks")
     parser.add_argument("--columns", type=int, default=4, help="epochs of the first step, one of them without KL")
     parser.add_argument("--single", type=int, default=8, help="epochs of the second step")
-    parser.add_argument("--tuning", type=int, default=12, help="epochs of the third step")
-    parser.add_argument("--temperatures", type=float, nargs=3, default=[0.3, 0.6, 0.2], help="of the KL in each step")
+    parser.add_argument("--tuning", type=int, default=8, help="epochs of the third step")
+    parser.add_argument("--temperatures", type=float, nargs=3, default=[0.3, 0.6, 0.4], help="of the KL in each step")
     parser.add_argument("--threshold", type=float, default=2.0, help="on log alpha, after the second and third steps")
     options = parser.parse_args()
     if options.quick:

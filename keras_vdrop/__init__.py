@@ -2,6 +2,7 @@
 
 from keras_vdrop import functional, layers, plots, priors, tfp
 from keras_vdrop.callbacks import ELBO, SparsityLogger
+from keras_vdrop.compaction import compact
 from keras_vdrop.conversion import to_deterministic
 from keras_vdrop.layers import *  # noqa: F403
 from keras_vdrop.montecarlo import MonteCarlo
@@ -17,6 +18,7 @@ __all__ = [
     "SparsityLogger",
     "VariationalWeight",
     "__version__",
+    "compact",
     "functional",
     "kl_divergence",
     "plots",

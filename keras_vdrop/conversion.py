@@ -59,8 +59,13 @@ def _same_inputs(model):
         return None
     names = {id(layer.output): layer.name for layer in model.layers if isinstance(layer, keras.layers.InputLayer)}
     return keras.tree.map_structure(
-        lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=names[id(x)]), model.input
+        lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=names[id(x)]), input_structure(model)
     )
+
+
+def input_structure(model):
+    """The symbolic inputs as the model takes them: one, a list or a dict."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
 
 
 def _stock(value):

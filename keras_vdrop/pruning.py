@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 from keras import ops
@@ -113,10 +114,26 @@ def prune(model, threshold=None):
 
     Raises:
         ValueError: As `sparsity`.
+
+    Warns:
+        UserWarning: Of layers of which nothing is left.
     """
     for weight in _prunable(model, threshold):
         weight.prune(_threshold(weight, threshold))
-    return sparsity(model, threshold)
+    report = sparsity(model, threshold)
+    warn_of_empty_layers(report)
+    return report
+
+
+def warn_of_empty_layers(report):
+    """Warn of layers of which nothing is left: their outputs are the same for every input."""
+    empty = [row.name for row in report.layers if not row.left]
+    if empty:
+        warnings.warn(
+            f"Nothing is left of {', '.join(empty)}: the output does not depend on the input there. A higher threshold "
+            "keeps more; so does, in training, a smaller weight of the KL (`ELBO(temperature=...)`) or a later one.",
+            stacklevel=3,
+        )
 
 
 def _prunable(model, threshold):
