@@ -1,7 +1,8 @@
-"""`python -m keras_vdrop demo`."""
+"""`python -m keras_vdrop demo`, `report` and `compact`."""
 
 import argparse
 import importlib.util
+import pathlib
 import sys
 
 
@@ -9,6 +10,7 @@ def main(arguments=None):
     """Run a command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m keras_vdrop", description="Variational dropout for Keras 3.")
     commands = parser.add_subparsers(dest="command", required=True)
+
     demo = commands.add_parser("demo", help="train, prune and compare a small network on scikit-learn's digits")
     demo.add_argument(
         "--out",
@@ -18,13 +20,78 @@ def main(arguments=None):
     demo.add_argument("--seed", type=int, default=0, help="of the split, the weights and the noise (default: 0)")
     demo.add_argument("--quick", action="store_true", help="fewer epochs: to see it run, not to judge it by")
     demo.add_argument("--beta", type=float, default=0.3, help="weight of the KL; 1 is the ELBO (default: %(default)s)")
+
+    report = commands.add_parser("report", help="how many weights a saved model needs, layer by layer")
+    compact = commands.add_parser("compact", help="save a smaller model of Keras's own layers that predicts the same")
+    for command in (report, compact):
+        command.add_argument("model", type=pathlib.Path, help="a .keras file")
+        command.add_argument("--threshold", type=float, help="on log alpha (default: each layer's own)")
+    compact.add_argument("-o", "--out", type=pathlib.Path, required=True, help="the .keras file to write")
+    compact.add_argument("--data", type=pathlib.Path, help="an .npz file of inputs on which to compare the two models")
+    compact.add_argument("--force", action="store_true", help="write over a file that is there")
+
     options = parser.parse_args(arguments)
+    run = {"demo": _demo, "report": _report, "compact": _compact}[options.command]
+    return run(options, commands.choices[options.command])
+
+
+def _demo(options, parser):
     missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f"the demo needs {' and '.join(missing)}: pip install 'keras-vdrop[demo]'")
     from keras_vdrop import demo
 
     return demo.run(options.out, options.seed, options.quick, options.beta)
+
+
+def _report(options, parser):
+    from keras_vdrop import sparsity
+
+    model = _load(options.model, parser)
+    _or_error(parser, lambda: print(sparsity(model, options.threshold)))
+
+
+def _compact(options, parser):
+    if options.out.suffix != ".keras":
+        parser.error(f"--out must end in .keras, Keras's format. Received: {options.out}")
+    if options.out.exists() and not options.force:
+        parser.error(f"{options.out} is there already: name another file, or pass --force.")
+    from keras_vdrop import compact
+
+    model = _load(options.model, parser)
+    x = None if options.data is None else _arrays(options.data, parser)
+    small = _or_error(parser, lambda: compact(model, options.threshold, x))
+    small.save(options.out)
+    small.summary()
+    before, after = (path.stat().st_size for path in (options.model, options.out))
+    print(f"{options.model}: {before:,} bytes\n{options.out}: {after:,} bytes")
+
+
+def _load(path, parser):
+    import keras
+
+    if not path.is_file():
+        parser.error(f"{path} is not there.")
+    return _or_error(parser, lambda: keras.saving.load_model(path, compile=False))
+
+
+def _arrays(path, parser):
+    """The one array of a file, or all of them, in the order of their names."""
+    import numpy as np
+
+    if not path.is_file():
+        parser.error(f"{path} is not there.")
+    with np.load(path) as file:
+        arrays = [file[name] for name in sorted(file.files)]
+    return arrays[0] if len(arrays) == 1 else arrays
+
+
+def _or_error(parser, action):
+    """What the action returns; what it refuses is an error of the command line."""
+    try:
+        return action()
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def _stock(value):
 
 def _stock_gaussian_dropout(layer, value):
     """Without noise it is x, and 0 in the units that are pruned."""
-    arguments = {"name": layer.name, "dtype": layer.dtype_policy}
+    arguments = {"name": layer.name, "dtype": layer.dtype_policy.name}
     scale = None if layer.alpha == "fixed" else ops.convert_to_numpy(value(layer.scale))
     if scale is None or scale.all():
         return keras.layers.Identity(**arguments)
