@@ -42,7 +42,8 @@ def compact(model, threshold=None, x=None):
     Example:
         >>> import keras, keras_vdrop as kv
         >>> model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(8), kv.VariationalDense(2)])
-        >>> model.layers[0].kernel.log_variance.assign(model.layers[0].kernel.log_variance + [9.0] * 6 + [0.0] * 2)
+        >>> noisy = model.layers[0].kernel.log_variance
+        >>> _ = noisy.assign(keras.ops.concatenate([noisy[:, :2] - 20.0, noisy[:, 2:] + 30.0], axis=1))
         >>> kv.compact(model).layers[0].units
         2
 
@@ -192,7 +193,13 @@ class Rule:
 
     In all methods, `known` is a list of arrays, one an input, the value of a channel where that is constant, else NaN;
     `ins` and `outs` are lists of boolean arrays, one an input and one an output, True for a channel that is kept.
+
+    Attributes:
+        layer: The layer, one of Keras's own; None for an operation that is none.
+        reads_channels: Whether what is on the last axis of the inputs are channels.
     """
+
+    reads_channels = True
 
     def __init__(self, layer):
         self.layer = layer
@@ -246,6 +253,26 @@ class Padding(PassThrough):
 
     def of_constants(self, value):
         return _zeros_only(value)
+
+
+class Scaling(PassThrough):
+    """Rescaling: a scale and an offset for all channels, or for each."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.terms = {name: np.asarray(getattr(layer, name)) for name in ("scale", "offset")}
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        shapes = (np.shape(layer.scale), np.shape(layer.offset))
+        return _one_input(layer, inputs) and all(shape in ((), _of_channels(inputs[0])) for shape in shapes)
+
+    def of_constants(self, value):
+        scale, offset = (np.ravel(term) for term in self.terms.values())
+        return np.where(scale == 0.0, 0.0, scale * value) + offset
+
+    def cut(self, known, ins, outs):
+        return {name: (term[..., ins[0]] if term.ndim else term).tolist() for name, term in self.terms.items()}, []
 
 
 class Normalization(PassThrough):
@@ -403,13 +430,14 @@ class Depthwise(Rule):
 class Table(Rule):
     """An embedding: its inputs are indices, its outputs the columns of a table."""
 
+    reads_channels = False
+
     def constants(self, known, sizes):
         (table,) = self.layer.get_weights()
         return [np.where((table == table[0]).all(axis=0), table[0], np.nan) for _ in sizes]
 
     def need(self, known, ins, outs):
-        """Indices are no channels."""
-        ins[0][:] = True
+        """It needs nothing, and the table can lose any column."""
 
     def cut(self, known, ins, outs):
         (table,) = self.layer.get_weights()
@@ -501,6 +529,7 @@ _SAME = """
 _RULES = {
     PassThrough: _SAME,
     Elementwise: "Activation ReLU LeakyReLU ELU",
+    Scaling: "Rescaling",
     Padding: "ZeroPadding1D ZeroPadding2D ZeroPadding3D",
     Normalization: "BatchNormalization",
     Merge: "Add Subtract Multiply Average Maximum Minimum",
@@ -519,6 +548,11 @@ _ELEMENTWISE = """celu elu exponential gelu hard_shrink hard_sigmoid hard_silu h
 
 def _one_input(layer, inputs):
     return len(inputs) == 1 and getattr(layer, "data_format", "channels_last") == "channels_last"
+
+
+def _of_channels(shape):
+    """The shape of numbers of which each channel of such an input has one, the axis of the batch left out."""
+    return (*[1] * (len(shape) - 2), shape[-1])
 
 
 def _is_elementwise(activation):
@@ -545,7 +579,7 @@ def _tie(*masks):
 
 
 class Group:
-    """A layer that has weights, with all its calls, for which they are cut alike; or one call of any other layer.
+    """A layer whose weights are cut, with all its calls, for which they are cut alike; or one call of any other layer.
 
     Attributes:
         name: Of the layer.
@@ -563,7 +597,7 @@ class Group:
             return Nested(layer)
         kind = _RULE_OF.get(type(layer), Rule)
         inputs = [[shapes[key] for key in call.inputs] for call in self.calls]
-        sized = kind is Table or all(shape and shape[-1] for each in inputs for shape in each)
+        sized = not kind.reads_channels or all(shape and shape[-1] for each in inputs for shape in each)
         if sized and all(call.plain and kind.fits(layer, each) for call, each in zip(self.calls, inputs)):
             return kind(layer)
         return Rule(layer)
@@ -574,19 +608,29 @@ class Group:
         return values if len(self.calls) == 1 else [np.full_like(value, np.nan) for value in values]
 
     def masks(self, kept):
-        """What any of the calls has of inputs and of outputs."""
-        inputs, outputs = zip(*((call.inputs, call.outputs) for call in self.calls))
-        return [
-            [np.logical_or.reduce([kept[key] for key in keys]) for keys in zip(*every)] for every in (inputs, outputs)
-        ]
+        """What any of the calls keeps of inputs and of outputs, of which a call may have more than another."""
+
+        def union(every):
+            longest = max(map(len, every))
+            return [
+                np.logical_or.reduce([kept[keys[index]] for keys in every if index < len(keys)])
+                for index in range(longest)
+            ]
+
+        inputs = [call.inputs for call in self.calls] if self.rule.reads_channels else [[]]
+        return union(inputs), union([call.outputs for call in self.calls])
 
     def grow(self, known, kept):
         """Add what the layer needs to `kept`, of all calls alike."""
         ins, outs = self.masks(kept)
         self.rule.need(self.known(known), ins, outs)
         for call in self.calls:
-            for key, mask in zip((*call.inputs, *call.outputs), (*ins, *outs)):
-                kept[key] |= mask
+            for keys, masks in ((call.inputs, ins), (call.outputs, outs)):
+                for key, mask in zip(keys, masks):
+                    kept[key] |= mask
+            if not self.rule.reads_channels:
+                for key in call.inputs:
+                    kept[key][:] = True
 
 
 def _shrink(model):
@@ -618,7 +662,7 @@ def _shrink(model):
     config = model.get_config()
     for entry in config["layers"]:
         entry.pop("build_config", None)  # of the sizes before
-        entry["config"].update(changes.get(entry["config"]["name"], {}))
+        entry["config"].update(changes.get(entry["config"].get("name"), {}))
     small = type(model).from_config(config)
     for name, values in weights.items():
         small.get_layer(name).set_weights(values)
@@ -630,8 +674,9 @@ def _groups(model, graph):
     groups = []
     for name in dict.fromkeys(call.name for call in graph.calls):
         layer, calls = by_name.get(name), [call for call in graph.calls if call.name == name]
-        together = [calls] if layer is not None and layer.weights else [[call] for call in calls]
-        groups += [Group(layer, each, graph.shapes) for each in together]
+        together = Group(layer, calls, graph.shapes)
+        is_cut = type(together.rule) not in (Rule, Nested) and layer.weights
+        groups += [together] if is_cut else [Group(layer, [call], graph.shapes) for call in calls]
     return groups
 
 

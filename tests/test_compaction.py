@@ -138,6 +138,18 @@ def test_shared_layers_and_models_within_models():
     assert small.get_layer("inner").layers[0].units < 20
 
 
+def test_shared_on_inputs_of_other_lengths_and_for_other_outputs():
+    table, lstm = layers.Embedding(9, 8), layers.LSTM(7, return_state=True)
+    a, b = keras.Input((5,), dtype="int32"), keras.Input((3,), dtype="int32")
+    joined = layers.Concatenate()([a, b])  # of indices, which are no channels
+    h, *_ = lstm(table(a))
+    _, *states = lstm(table(joined))
+    model = keras.Model([a, b], [layers.Dense(2)(h), layers.Dense(1)(states[1])])
+    for seed in range(3):
+        small = compacted(sparse(model, share=0.2, seed=seed))
+        assert small.count_params() < model.count_params() / 2
+
+
 def test_layers_of_which_nothing_is_known_keep_their_shape():
     x = keras.Input((5, 6))
     h = layers.LayerNormalization()(layers.Dense(6)(x))
@@ -161,6 +173,23 @@ def test_ours_becomes_small_and_stays_as_it_is():
     np.testing.assert_allclose(array(small(x)), array(model(x)), atol=1e-5)
     with pytest.warns(UserWarning, match="Nothing is left"):
         assert kv.compact(model, threshold=-30.0).count_params() < 20
+
+
+def test_units_that_gaussian_dropout_has_pruned():
+    model = keras.Sequential(
+        [
+            keras.Input((5, 4)),
+            layers.Conv1D(6, 3),
+            kv.VariationalGaussianDropout(0.5),
+            layers.Conv1D(3, 3, padding="same"),
+        ]
+    )
+    model.layers[1].scale.log_variance.assign([-5.0, 9.0, -5.0, 9.0, 9.0, -5.0])
+    small = kv.compact(model)
+    assert small.layers[0].filters == 3
+    kv.prune(model)
+    x = data(model)
+    np.testing.assert_allclose(array(small(x)), array(model(x)), atol=1e-5)
 
 
 def test_a_layer_of_which_nothing_is_left():
