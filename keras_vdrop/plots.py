@@ -44,6 +44,33 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     return ax
 
 
+def metric_against_ratio(choice, ax=None):
+    """What pruning costs: a metric against weights ÷ weights left, and what was chosen of it.
+
+    Args:
+        choice: What `select_threshold` returned.
+        ax: A matplotlib `Axes`, or None for a new one.
+
+    Returns:
+        The `Axes`.
+    """
+    from matplotlib import ticker
+
+    ax = _axes(ax)
+    rows = [row for row in choice.candidates if row.left]
+    ax.axhline(choice.reference, color="0.5", linewidth=1, label="as it is")
+    ax.axhline(choice.limit, color="0.5", linestyle=":", label="limit")
+    ax.plot([row.ratio for row in rows], [row.value for row in rows], color=COLORS[0], marker="o", markersize=4)
+    if choice.chosen is not None and choice.chosen.left:
+        label = f"chosen: threshold {choice.threshold:g}, {choice.chosen.ratio:.3g}x"
+        ax.plot(choice.chosen.ratio, choice.chosen.value, "D", color=COLORS[1], markersize=8, label=label)
+    ax.set(xscale="log", xlabel="weights ÷ weights left", ylabel=choice.metric, title="What pruning costs")
+    ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}x"))
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+    ax.legend(loc="best")
+    return ax
+
+
 def metric_against_weights(left, samples, mean=None, chosen=None, metric="accuracy", ax=None):
     """A metric, with its spread over Monte-Carlo draws, against the number of weights that are left.
 

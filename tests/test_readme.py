@@ -18,7 +18,7 @@ def names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     model = keras.Sequential([keras.Input((28, 28, 1)), keras.layers.Flatten(), kv.VariationalDense(10)])
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     x, y = rng.normal(size=(64, 28, 28, 1)).astype("float32"), rng.integers(0, 10, 64)
     return {"x": x, "y": y, "model": model, "keras": keras, "kv": kv}
 
