@@ -108,7 +108,8 @@ def learn(name, seed, data, size, options):
     steps = options.epochs * (len(x) // options.batch)
     rate = keras.optimizers.schedules.PolynomialDecay(options.rate, steps, options.rate / 20)
     model.compile(keras.optimizers.Adam(rate, global_clipnorm=1.0), loss, metrics=[nll])
-    elbo = [kv.ELBO(x.size, warmup_epochs=options.warmup)] if name.startswith("Bayesian") else []
+    elbo = [kv.ELBO(x.size, warmup_epochs=options.warmup, temperature=options.temperature)]
+    elbo = elbo if name.startswith("Bayesian") else []
     train, valid = [], []
     for epoch in range(options.epochs):
         fitted = model.fit(
@@ -157,7 +158,8 @@ def main():
     parser.add_argument("--steps", type=int, default=35, help="of time, over which gradients go back")
     parser.add_argument("--rate", type=float, default=2e-3, help="Adam's first; it falls to a twentieth")
     parser.add_argument("--dropout", type=float, default=0.25, help="each rate of the networks with dropout")
-    parser.add_argument("--log-variance", type=float, default=-6.0, help="the Bayesian networks' first")
+    parser.add_argument("--log-variance", type=float, default=-8.0, help="the Bayesian networks' first")
+    parser.add_argument("--temperature", type=float, default=0.1, help="of the KL: 1 is the ELBO, less fits more")
     parser.add_argument("--warmup", type=int, default=5, help="epochs over which the KL weight rises")
     options = parser.parse_args()
     if options.quick:

@@ -27,7 +27,11 @@ def main(arguments=None):
         command.add_argument("model", type=pathlib.Path, help="a .keras file")
         command.add_argument("--threshold", type=float, help="on log alpha (default: each layer's own)")
     compact.add_argument("-o", "--out", type=pathlib.Path, required=True, help="the .keras file to write")
-    compact.add_argument("--data", type=pathlib.Path, help="an .npz file of inputs on which to compare the two models")
+    compact.add_argument(
+        "--data",
+        type=pathlib.Path,
+        help="an .npz file on which to compare the two models: its arrays are the inputs, in the order of their names",
+    )
     compact.add_argument("--force", action="store_true", help="write over a file that is there")
 
     options = parser.parse_args(arguments)
@@ -61,10 +65,10 @@ def _compact(options, parser):
     model = _load(options.model, parser)
     x = None if options.data is None else _arrays(options.data, parser)
     small = _or_error(parser, lambda: compact(model, options.threshold, x))
+    before = options.model.stat().st_size  # which may be written over
     small.save(options.out)
     small.summary()
-    before, after = (path.stat().st_size for path in (options.model, options.out))
-    print(f"{options.model}: {before:,} bytes\n{options.out}: {after:,} bytes")
+    print(f"{options.model}: {before:,} bytes\n{options.out}: {options.out.stat().st_size:,} bytes")
 
 
 def _load(path, parser):
@@ -90,7 +94,7 @@ def _or_error(parser, action):
     """What the action returns; what it refuses is an error of the command line."""
     try:
         return action()
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         parser.error(str(error))
 
 

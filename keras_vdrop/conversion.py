@@ -1,15 +1,14 @@
 """Back to Keras's own layers: the same predictions without the distributions."""
 
+import contextlib
 import inspect
 
 import keras
-from keras import ops
+from keras import layers, ops
 
 from keras_vdrop.layers import ConcreteDropout, VariationalGaussianDropout
-from keras_vdrop.layers.base import VariationalLayer
+from keras_vdrop.layers.base import DropIn, StochasticLayer, VariationalLayer
 from keras_vdrop.posterior import posteriors
-
-_OURS = "keras_vdrop>"
 
 
 def to_deterministic(model):
@@ -22,17 +21,19 @@ def to_deterministic(model):
         model: A built Functional or Sequential model; models and wrappers within it are converted too.
 
     Returns:
-        A model of the same kind, compiled as `model` is.
+        A model of the same kind, not compiled.
 
     Raises:
-        ValueError: For a subclassed model, whose layers its own code puts together, or one that has not been built.
+        ValueError: For a subclassed model, whose layers its own code puts together; one that has not been built; or
+            one with a layer that cannot be made again from its arguments and weights: a subclass of one of ours, or a
+            lookup that has learned its vocabulary.
     """
     return stock_twin(model, lambda weight: weight.mean())
 
 
 def stock_twin(model, value):
     """The model of Keras's own layers in which every `VariationalWeight` is `value(weight)`, a tensor."""
-    if not {"Functional", "Sequential"} & {cls.__name__ for cls in type(model).__mro__}:
+    if not is_graph(model):
         raise ValueError(
             "Expected a Functional or Sequential model: of any other, only its own code knows how the layers are put "
             "together. Write it as keras.Model(inputs, outputs), or convert the models within it. "
@@ -44,13 +45,50 @@ def stock_twin(model, value):
     def stock_layer(layer):
         if isinstance(layer, VariationalGaussianDropout):
             return _stock_gaussian_dropout(layer, value)
+        if isinstance(layer, (layers.IntegerLookup, layers.StringLookup, layers.TextVectorization)):
+            raise ValueError(
+                f"{layer.name!r} has its vocabulary neither in its arguments nor in its weights. Leave it out of the "
+                f"model: convert what comes after it. Received: a layer of type {type(layer).__name__}"
+            )
         return keras.saving.deserialize_keras_object(_stock(keras.saving.serialize_keras_object(layer)))
 
-    twin = keras.models.clone_model(model, _same_inputs(model), clone_function=stock_layer, recursive=True)
+    with _not_compiled(model), known_layers(model):
+        twin = keras.models.clone_model(model, _same_inputs(model), clone_function=stock_layer, recursive=True)
     if not twin.built:
         twin.build(model.input_shape)
     twin.set_weights(_stock_weights(model, value))
+    take_over(twin)
     return twin
+
+
+def take_over(model):
+    """Let layers that do not compute with their weights, but with what they once took from them, take it again."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, layers.Normalization):
+            layer.finalize_state()
+
+
+def known_layers(model):
+    """A scope in which the types of the model's layers are found by their names, registered or not."""
+    return keras.saving.custom_object_scope({type(layer).__name__: type(layer) for layer in model._flatten_layers()})
+
+
+def is_graph(model):
+    """Whether it is a model of which Keras knows how its layers are put together."""
+    return bool({"Functional", "Sequential"} & {cls.__name__ for cls in type(model).__mro__})
+
+
+@contextlib.contextmanager
+def _not_compiled(model):
+    """Keras would compile a clone too, by way of a config that cannot hold every loss."""
+    compiled = [each for each in model._flatten_layers() if getattr(each, "compiled", False)]
+    for each in compiled:
+        each.compiled = False
+    try:
+        yield
+    finally:
+        for each in compiled:
+            each.compiled = True
 
 
 def _same_inputs(model):
@@ -74,10 +112,17 @@ def _stock(value):
         return [_stock(each) for each in value]
     if not isinstance(value, dict):
         return value
-    if not str(value.get("registered_name")).startswith(_OURS):
+    name = value.get("registered_name")
+    cls = name and keras.saving.get_registered_object(name)
+    if not (isinstance(cls, type) and issubclass(cls, (DropIn, StochasticLayer))):
         # Sizes of variables that the twin does not have are no use to it.
         return {key: _stock(each) for key, each in value.items() if key != "build_config"}
-    cls, config = keras.saving.get_registered_object(value["registered_name"]), value["config"]
+    config = value["config"]
+    if not cls.__module__.startswith("keras_vdrop."):
+        raise ValueError(
+            f"{config['name']!r} is a {cls.__name__}, of which only its own code knows how it differs from the layer "
+            "of ours that it extends: it has no counterpart in Keras."
+        )
     if cls is ConcreteDropout:
         layer = _stock(config["layer"])
         return {**layer, "config": {**layer["config"], "name": config["name"]}}
@@ -101,11 +146,15 @@ def _stock_gaussian_dropout(layer, value):
     arguments = {"name": layer.name, "dtype": layer.dtype_policy.name}
     scale = None if layer.alpha == "fixed" else ops.convert_to_numpy(value(layer.scale))
     if scale is None or scale.all():
-        return keras.layers.Identity(**arguments)
+        return layers.Identity(**arguments)
     rank = len(layer.input.shape)
-    shape = [1] * (rank - 1)
-    shape[layer.axis % rank - 1] = -1
-    return keras.layers.Rescaling(scale.reshape(shape).tolist(), **arguments)
+    if rank == 2:
+        if keras.config.image_data_format() == "channels_first":
+            raise ValueError(f"With channels first, Keras cannot rescale vectors. Received: {layer.name!r}")
+        return layers.Rescaling(scale.tolist(), **arguments)
+    shape = [1] * rank
+    shape[layer.axis % rank] = -1
+    return layers.Rescaling(scale.reshape(shape).tolist(), **arguments)
 
 
 def _stock_weights(model, value):

@@ -62,7 +62,7 @@ def metric_against_ratio(choice, ax=None):
     ax.axhline(choice.limit, color="0.5", linestyle=":", label="limit")
     ax.plot([row.ratio for row in rows], [row.value for row in rows], color=COLORS[0], marker="o", markersize=4)
     if choice.chosen is not None and choice.chosen.left:
-        label = f"chosen: threshold {choice.threshold:g}, {choice.chosen.ratio:.3g}x"
+        label = f"chosen: threshold {choice.threshold:.3g}, {choice.chosen.ratio:.3g}x"
         ax.plot(choice.chosen.ratio, choice.chosen.value, "D", color=COLORS[1], markersize=8, label=label)
     ax.set(xscale="log", xlabel="weights ÷ weights left", ylabel=choice.metric, title="What pruning costs")
     ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}x"))

@@ -146,12 +146,13 @@ class VariationalWeight(Posterior):
         loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
         return sparsity.log_alpha(loc, log_variance, **self.prior.groups)
 
-    def keep_mask(self, threshold):
-        """True where the weight is neither pruned already nor would be at this threshold on log alpha."""
+    def keep_mask(self, threshold=None):
+        """True where the weight is neither pruned nor would be at this threshold on log alpha; None is the layer's."""
+        threshold = self.owner.threshold if threshold is None else threshold
         loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
         return self._left(sparsity.keep_mask(loc, log_variance, threshold, **self.prior.groups), False)
 
-    def prune(self, threshold):
+    def prune(self, threshold=None):
         """Set to 0, now and through further training, every weight whose log alpha is above the threshold."""
         keep = self.keep_mask(threshold)
         self.mask.assign(keep)

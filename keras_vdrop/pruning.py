@@ -65,7 +65,7 @@ class Sparsity:
         width = max(len("layer"), *(len(row.name) for row in rows))
         lines = [f"{'layer':<{width}}  {'weights':>11}  {'left':>11}  {'left %':>7}  {'ratio':>9}"]
         for row in rows:
-            percent = 100 * row.left / row.weights
+            percent = 100 * row.left / max(row.weights, 1)
             lines.append(
                 f"{row.name:<{width}}  {row.weights:>11,}  {row.left:>11,}  {percent:>7.2f}  {row.ratio:>8.1f}x"
             )
@@ -93,7 +93,7 @@ def sparsity(model, threshold=None):
     layers = {}
     for weight in _prunable(model, threshold):
         _, kept = layers.setdefault(weight.owner, (_row_name(model, weight), {}))
-        kept[weight.name] = ops.convert_to_numpy(weight.keep_mask(_threshold(weight, threshold)))
+        kept[weight.name] = ops.convert_to_numpy(weight.keep_mask(threshold))
     rows = []
     for owner, (name, kept) in layers.items():
         weights, left = (sum(int(count(mask)) for mask in kept.values()) for count in (np.size, np.count_nonzero))
@@ -120,7 +120,7 @@ def prune(model, threshold=None):
         UserWarning: Of layers of which nothing is left.
     """
     for weight in _prunable(model, threshold):
-        weight.prune(_threshold(weight, threshold))
+        weight.prune(threshold)
     report = sparsity(model, threshold)
     warn_of_empty_layers(report)
     return report
@@ -176,8 +176,17 @@ class ThresholdChoice:
 
     @property
     def threshold(self):
-        """The chosen threshold, for `prune` and `compact`; None where no candidate is within the tolerance."""
-        return None if self.chosen is None else self.chosen.threshold
+        """The chosen threshold, for `prune` and `compact`.
+
+        Raises:
+            ValueError: Where no candidate is within the tolerance.
+        """
+        if self.chosen is None:
+            raise ValueError(
+                f"No candidate is within the tolerance: {self.metric} may go to {self.limit:.4g}. Allow more, or name "
+                "higher thresholds."
+            )
+        return self.chosen.threshold
 
     def __str__(self):
         lines = [f"{'threshold':>9}  {'left':>11}  {'ratio':>9}  {self.metric:>12}"]
@@ -188,8 +197,23 @@ class ThresholdChoice:
         return "\n".join([*lines, lines[1], f"{'as it is':>9}  {'':>11}  {'':>9}  {self.reference:>12.4f}"])
 
 
-# What is less the better it is, by parts of its name, as Keras's metrics are called.
-_LESS_IS_BETTER = ("loss", "error", "nll", "entropy", "divergence", "mse", "mae", "hinge", "poisson")
+# Parts of the names of Keras's metrics, of which less is better, and more.
+_LESS = (
+    "loss",
+    "error",
+    "nll",
+    "entropy",
+    "divergence",
+    "mse",
+    "mae",
+    "mape",
+    "msle",
+    "bce",
+    "hinge",
+    "logcosh",
+    "false_",
+)
+_MORE = ("acc", "auc", "precision", "recall", "f1", "score", "iou", "true_", "similarity", "sensitivity", "specificity")
 
 
 def select_threshold(
@@ -204,7 +228,7 @@ def select_threshold(
         x, y: Validation data, as for `model.evaluate`: none that it was trained on, and none that is to judge it.
         tolerance: Float ≥ 0, in units of the metric: 0.01 of an accuracy is one point.
         metric: Its name among what `model.evaluate` returns. Not "loss", which has the KL in it.
-        mode: "max", "min", or "auto", which goes by the metric's name.
+        mode: "max" where more is better, "min" where less is, or "auto", which goes by the metric's name.
         thresholds: The candidates, floats in units of log alpha; None for 3 and the 20 below it, each of which leaves
             four fifths of the weights that the one before leaves.
         batch_size: As for `model.evaluate`.
@@ -213,21 +237,26 @@ def select_threshold(
         `ThresholdChoice`, with `.threshold`, `.chosen` and `.candidates`.
 
     Raises:
-        ValueError: For a tolerance or thresholds out of range, an unknown metric, or a model without a variational
-            weight.
+        ValueError: For a tolerance or thresholds out of range, a metric that is unknown or of which it is unknown
+            whether more is better, or a model without a weight that could be pruned.
     """
     if not isinstance(tolerance, numbers.Real) or not 0 <= tolerance < math.inf:
         raise ValueError(f"`tolerance` must be a finite number ≥ 0. Received: tolerance={tolerance!r}")
     if mode not in ("auto", "max", "min"):
         raise ValueError(f'`mode` must be "auto", "max" or "min". Received: mode={mode!r}')
     weights = prunable_weights(model)
+    if not weights:
+        raise ValueError(f"There is nothing in {model.name!r} that could be pruned.")
     thresholds = _candidates(weights) if thresholds is None else [*thresholds]
     if not thresholds:
         raise ValueError("`thresholds` must have at least one candidate. Received: thresholds=[]")
     for threshold in thresholds:
         check_finite("thresholds", threshold)
     if mode == "auto":
-        mode = "min" if any(part in metric for part in _LESS_IS_BETTER) else "max"
+        less, more = (any(part in metric.lower() for part in parts) for parts in (_LESS, _MORE))
+        if less == more:
+            raise ValueError(f'Is more of {metric!r} better? Pass mode="max", or mode="min".')
+        mode = "min" if less else "max"
 
     def evaluate():
         values = model.evaluate(x, y, batch_size=batch_size, verbose=0, return_dict=True)
@@ -279,10 +308,6 @@ def _prunable(model, threshold):
     if threshold is not None:
         check_finite("threshold", threshold)
     return prunable_weights(model)
-
-
-def _threshold(weight, threshold):
-    return weight.owner.threshold if threshold is None else threshold
 
 
 def _row_name(model, weight):

@@ -33,6 +33,7 @@ def sparse(model, share=0.3, whole=0.5, seed=0):
 
 
 def data(model, seed=0, examples=6):
+    """Random inputs: numbers, or indices."""
     rng = np.random.default_rng(seed)
     return keras.tree.map_structure(
         lambda x: (
@@ -252,8 +253,94 @@ def test_random_networks(steps, share, whole, seed):
     compacted(sparse(keras.Model(x, layers.Dense(2)(layers.Flatten()(h))), share, whole, seed))
 
 
+def test_shared_layers_that_are_called_in_several_ways():
+    a, b = keras.Input((4,)), keras.Input((4,))
+    dense, noise = layers.Dense(6, "relu"), kv.VariationalGaussianDropout(0.5)
+    by_keyword = keras.Model([a, b], [layers.Dense(2)(dense(a)), layers.Dense(2)(dense(inputs=b))])
+    compacted(sparse(by_keyword))
+    model = keras.Model([a, b], [layers.Dense(2)(noise(a)), layers.Dense(2)(noise(b))])
+    noise.scale.log_variance.assign([9.0, -5.0, -5.0, -5.0])
+    kernel = np.ones((4, 2), "float32")
+    kernel[1] = 0
+    model.layers[-1].set_weights([kernel, np.zeros(2)])
+    kv.prune(model)
+    small, x = kv.compact(model), data(model)
+    for expected, found in zip(model(x), small(x)):
+        np.testing.assert_allclose(array(found), array(expected), atol=1e-5)
+
+
+def test_the_comparison_is_with_the_model_itself():
+    normalization = layers.Normalization()
+    normalization.adapt(np.random.default_rng(0).normal(3.0, 2.0, size=(100, 3)))
+    compacted(keras.Sequential([keras.Input((3,)), normalization, layers.Dense(4), layers.Dense(2)]))
+
+
+def test_on_real_inputs_where_made_up_ones_will_not_do():
+    x = keras.Input((None, 3))
+    model = sparse(keras.Model(x, layers.Conv1D(4, 100)(layers.Conv1D(5, 3)(x))))
+    with pytest.raises(ValueError, match="Pass `x=`"):
+        kv.compact(model)
+    real = np.random.default_rng(0).normal(size=(300, 120, 3)).astype("float32")
+    np.testing.assert_allclose(array(kv.compact(model, x=real)(real)), array(model(real)), atol=1e-4)
+
+
+def test_nan_where_the_model_has_nan():
+    x = keras.Input((5,))
+    model = sparse(keras.Model(x, layers.Dense(2)(layers.Dense(6)(keras.ops.log(x)))))
+    assert kv.compact(model).layers[-1].units == 2
+
+
+def test_mixed_precision_and_outputs_that_are_no_floats():
+    x = keras.Input((16,))
+    h = layers.Dense(32, "tanh", dtype="mixed_float16")(x)
+    y = layers.Dense(3, dtype="float32")(layers.Dense(32, "tanh", dtype="mixed_float16")(h))
+    small = kv.compact(sparse(keras.Model(x, [y, y > 0]), share=1.0))
+    assert small.layers[1].units < 32
+
+
+def test_memory_of_a_stateful_layer_is_as_it_was():
+    model = keras.Sequential([keras.Input(batch_shape=(2, 3, 4)), layers.LSTM(5, stateful=True), layers.Dense(1)])
+    sparse(model, share=1.0, whole=1.0)
+    model(data(model, examples=2))
+    before = [array(state) for state in model.layers[0].states]
+    small = kv.compact(model)
+    for old, now in zip(before, model.layers[0].states):
+        np.testing.assert_array_equal(array(now), old)
+    assert all(not array(state).any() for state in small.layers[0].states)
+
+
+def test_functions_that_mix_units():
+    x = keras.Input((4, 3))
+    h = layers.LSTM(6, recurrent_activation="softmax", return_sequences=True)(x)
+    model = sparse(keras.Model(x, layers.Dense(2)(layers.SimpleRNN(5, activation="softmax")(h))))
+    compacted(model)
+
+
+def test_last_layer_with_several_outputs():
+    compacted(sparse(keras.Sequential([keras.Input((4, 3)), layers.Dense(6), layers.LSTM(5, return_state=True)])))
+
+
 class Subclassed(keras.Model):
-    pass
+    def call(self, x):
+        return x
+
+
+class Mine(layers.Layer):
+    def call(self, x):
+        return x * 2.0
+
+
+def my_loss(y, p):
+    return (y - p) ** 2
+
+
+def test_what_is_the_users_own():
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(6), Mine(), layers.Dense(5), Subclassed(), layers.Dense(1)]
+    )
+    model.compile("sgd", my_loss)
+    small = kv.compact(sparse(model))
+    assert small.layers[0].units == 6 and model.compiled and not small.compiled
 
 
 def test_bad_input():

@@ -56,3 +56,26 @@ def test_bad_input():
     within = keras.Sequential([keras.Input((4, 3)), layers.TimeDistributed(kv.VariationalGaussianDropout(0.5))])
     with pytest.raises(ValueError, match="within a wrapper"):
         kv.to_deterministic(within)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Extended(kv.VariationalDense):
+    pass
+
+
+def test_layers_without_a_counterpart():
+    with pytest.raises(ValueError, match=r"Extended.*no counterpart"):
+        kv.to_deterministic(keras.Sequential([keras.Input((3,)), Extended(2, name="extended")]))
+    if keras.backend.backend() == "tensorflow":
+        lookup = layers.IntegerLookup(name="lookup")
+        lookup.adapt([1, 2, 3])
+        with pytest.raises(ValueError, match="'lookup' has its vocabulary"):
+            kv.to_deterministic(keras.Sequential([keras.Input((3,), dtype="int64"), lookup]))
+
+
+def test_frozen_layers():
+    model = keras.Sequential([keras.Input((3,)), kv.VariationalDense(4, bias_prior="ard"), kv.VariationalDense(2)])
+    model.layers[0].trainable = False
+    randomize(model)
+    x = np.ones((2, 3), "float32")
+    np.testing.assert_allclose(array(kv.to_deterministic(model)(x)), array(model(x)), rtol=1e-5)

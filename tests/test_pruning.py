@@ -202,7 +202,9 @@ def test_where_more_is_better_and_where_nothing_will_do(judged):
     assert choice.threshold is not None and choice.limit == choice.reference - 0.01
     assert choice.chosen.left == 1
     nothing = kv.select_threshold(model, x, labels, thresholds=[-20.0])
-    assert nothing.threshold is None and nothing.chosen is None
+    assert nothing.chosen is None
+    with pytest.raises(ValueError, match=r"No candidate.*accuracy"):
+        _ = nothing.threshold
 
 
 def test_candidates_leave_four_fifths_each():
@@ -221,7 +223,7 @@ def test_a_failure_leaves_the_model_as_it_was(judged, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("keras_vdrop.pruning.sparsity", None)
         with pytest.raises(TypeError):
-            kv.select_threshold(model, x, y, metric="mae")
+            kv.select_threshold(model, x, y, metric="mae", thresholds=[-20.0])
     for old, new in zip(before, model.get_weights()):
         np.testing.assert_array_equal(old, new)
 
@@ -234,6 +236,8 @@ def test_a_failure_leaves_the_model_as_it_was(judged, monkeypatch):
         ({"thresholds": []}, "at least one"),
         ({"thresholds": [np.nan]}, "must be a finite number"),
         ({"metric": "loss"}, "has the KL in it"),
+        ({"metric": "wellness"}, "Is more of 'wellness' better"),
+        ({"metric": "error_head_accuracy"}, "Pass mode="),
         ({"metric": "auc"}, r"one of \['accuracy', 'mae'\]"),
     ],
 )
