@@ -49,7 +49,7 @@ def _demo(options, parser):
 
 
 def _report(options, parser):
-    from keras_vdrop import sparsity
+    from keras_vdrop.pruning import sparsity
 
     model = _load(options.model, parser)
     _or_error(parser, lambda: print(sparsity(model, options.threshold)))
@@ -60,7 +60,7 @@ def _compact(options, parser):
         parser.error(f"--out must end in .keras, Keras's format. Received: {options.out}")
     if options.out.exists() and not options.force:
         parser.error(f"{options.out} is there already: name another file, or pass --force.")
-    from keras_vdrop import compact
+    from keras_vdrop.compaction import compact
 
     model = _load(options.model, parser)
     x = None if options.data is None else _arrays(options.data, parser)
