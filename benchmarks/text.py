@@ -106,16 +106,17 @@ def _score(model, x, y):
     }
 
 
-def kernels(model):
-    """How many weights the Keras layers of a network have, biases and normalisations not counted."""
-    counted = ("kernel", "recurrent_kernel", "embeddings")
-    return sum(int(np.prod(v.shape)) for v in model.trainable_variables if v.name in counted)
-
-
 def sizes(report):
     """Of a `kv.Sparsity` what a row keeps."""
     layers = {row.name: [row.weights, row.left] for row in report.layers}
     return {"weights": report.weights, "left": report.left, "layers": layers}
+
+
+def dense_sizes(model):
+    """The same of a network of Keras's layers, all of whose kernels are left; biases and normalisations not counted."""
+    counted = ("kernel", "recurrent_kernel", "embeddings")
+    weights = sum(int(np.prod(v.shape)) for v in model.trainable_variables if v.name in counted)
+    return {"weights": weights, "left": weights}
 
 
 def show(rows):

@@ -86,7 +86,7 @@ def learn(name, seed, data, size, options):
         return {**text.scores(model, data), **text.sizes(report)}
     model = dropped_out(name, size, options.dropout)
     text.fit_best(model, data, 1e-3, options.epochs)
-    return {**text.scores(model, data), "weights": text.kernels(model), "left": text.kernels(model)}
+    return {**text.scores(model, data), **text.dense_sizes(model)}
 
 
 def main():

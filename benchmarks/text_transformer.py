@@ -60,7 +60,7 @@ def learn(name, seed, data, size, options):
     if name == "twin":
         twin = deterministic(size, options.dropout)
         text.fit_best(twin, data, 5e-4, options.epochs)
-        return {**text.scores(twin, data), "weights": text.kernels(twin), "left": text.kernels(twin)}
+        return {**text.scores(twin, data), **text.dense_sizes(twin)}
 
     ours = variational(size)
     elbo = kv.ELBO(len(data["train"][0]), start_epoch=1, warmup_epochs=options.warmup, temperature=options.temperature)

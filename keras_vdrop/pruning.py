@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-import numbers
 import warnings
 
 import numpy as np
 from keras import ops
 
-from keras_vdrop.layers.base import check_finite
+from keras_vdrop.layers.base import check_finite, check_non_negative
 from keras_vdrop.posterior import prunable_weights
 
 
@@ -240,8 +239,7 @@ def select_threshold(
         ValueError: For a tolerance or thresholds out of range, a metric that is unknown or of which it is unknown
             whether more is better, or a model without a weight that could be pruned.
     """
-    if not isinstance(tolerance, numbers.Real) or not 0 <= tolerance < math.inf:
-        raise ValueError(f"`tolerance` must be a finite number ≥ 0. Received: tolerance={tolerance!r}")
+    check_non_negative("tolerance", tolerance)
     if mode not in ("auto", "max", "min"):
         raise ValueError(f'`mode` must be "auto", "max" or "min". Received: mode={mode!r}')
     weights = prunable_weights(model)
