@@ -7,7 +7,8 @@ import warnings
 import numpy as np
 from keras import ops
 
-from keras_vdrop.layers.base import check_finite, check_non_negative
+from keras_vdrop.costs import itemsize, places
+from keras_vdrop.layers.base import check_finite, check_non_negative, product
 from keras_vdrop.posterior import prunable_weights
 
 
@@ -19,13 +20,25 @@ class LayerSparsity:
         name: Of the layer, with the names of the models and wrappers around it.
         weights: How many weights it has, biases not counted.
         left: How many of them are not pruned, nor would be at the report's threshold.
-        structure: Dict from what the weights make up to (left, all): of an embedding "words" with anything left, of a
-            recurrent layer "units" and gates that still depend on the inputs or the state.
+        bytes: What the Keras layer that it stands for stores: kernels and biases, of its dtype.
+        bytes_left: The same without the weights that go: the values that are left, not where they are. To need no more
+            is the business of `compact` or of a compressed file.
+        multiply_adds: Of one example, by the kernels: a weight counts once for every place at which it meets the
+            inputs (positions of a convolution's outputs, of a transposed one's inputs, steps, tokens) in every call.
+            0 for a lookup. None where a size is not known, such as that of a `keras.Input((None,))`.
+        multiply_adds_left: The same of the weights that are left; of 0 weights, 0.
+        structure: Dict from what the weights make up to (left, all): "units", "filters" or "channels", outputs into
+            which any weight is left; of an embedding "words" and "columns" with anything left, of a recurrent layer
+            "units" and gates that still depend on the inputs or the state.
     """
 
     name: str
     weights: int
     left: int
+    bytes: int = 0
+    bytes_left: int = 0
+    multiply_adds: int | None = None
+    multiply_adds_left: int | None = None
     structure: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -38,6 +51,9 @@ class LayerSparsity:
 class Sparsity:
     """What `sparsity` found; prints as a table.
 
+    Its `weights`, `left`, `ratio`, `bytes`, `bytes_left`, `multiply_adds` and `multiply_adds_left` are those of all
+    rows together.
+
     Attributes:
         layers: Tuple of `LayerSparsity`, in the order of the model.
     """
@@ -45,38 +61,83 @@ class Sparsity:
     layers: tuple
 
     @property
+    def total(self):
+        """The `LayerSparsity` of all rows together; of its `structure`, the gates are left out."""
+        structure = {}
+        for layer in self.layers:
+            for name, counts in layer.structure.items():
+                if not name.endswith(" gate"):
+                    structure[name] = tuple(map(sum, zip(counts, structure.get(name, (0, 0)))))
+        counts = {}
+        for name in ("weights", "left", "bytes", "bytes_left", "multiply_adds", "multiply_adds_left"):
+            each = [getattr(layer, name) for layer in self.layers]
+            counts[name] = None if None in each else sum(each)
+        return LayerSparsity("total", **counts, structure=structure)
+
+    @property
     def weights(self):
         """How many weights all layers have, biases not counted."""
-        return sum(layer.weights for layer in self.layers)
+        return self.total.weights
 
     @property
     def left(self):
         """How many of them are left."""
-        return sum(layer.left for layer in self.layers)
+        return self.total.left
 
     @property
     def ratio(self):
         """weights ÷ left; infinite where none is left."""
-        return LayerSparsity("total", self.weights, self.left).ratio
+        return self.total.ratio
+
+    @property
+    def bytes(self):
+        """What the Keras layers store of which rows tell, biases and all; other layers are not counted."""
+        return self.total.bytes
+
+    @property
+    def bytes_left(self):
+        """The same without the weights that go."""
+        return self.total.bytes_left
+
+    @property
+    def multiply_adds(self):
+        """Of one example; None where it is None in any row."""
+        return self.total.multiply_adds
+
+    @property
+    def multiply_adds_left(self):
+        """The same of the weights that are left."""
+        return self.total.multiply_adds_left
 
     def __str__(self):
-        rows = [*self.layers, LayerSparsity("total", self.weights, self.left)]
-        width = max(len("layer"), *(len(row.name) for row in rows))
-        lines = [f"{'layer':<{width}}  {'weights':>11}  {'left':>11}  {'left %':>7}  {'ratio':>9}"]
-        for row in rows:
-            percent = 100 * row.left / max(row.weights, 1)
-            lines.append(
-                f"{row.name:<{width}}  {row.weights:>11,}  {row.left:>11,}  {percent:>7.2f}  {row.ratio:>8.1f}x"
-            )
-            if row.structure:
-                parts = (f"{name} {left:,} of {count:,}" for name, (left, count) in row.structure.items())
-                lines.append("  " + ", ".join(parts))
-        rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        rows = [*self.layers, self.total]
+        table = [("layer", "weights", "left", "left %", "ratio", "bytes", "left", "multiply-adds", "left")]
+        table += [_cells(row) for row in rows]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        head, *lines = ("  ".join(map(_aligned, cells, widths, range(len(cells)))) for cells in table)
+        lines = ["\n".join([line, *_structure_lines(row)]) for line, row in zip(lines, rows)]
+        rule = "-" * len(head)
+        return "\n".join([head, rule, *lines[:-1], rule, lines[-1]])
+
+
+def _cells(row):
+    """What a line of the table says of a row."""
+    count = ["-" if number is None else f"{number:,}" for number in dataclasses.astuple(row)[1:7]]
+    percent, ratio = f"{100 * row.left / max(row.weights, 1):.2f}", f"{row.ratio:.1f}x"
+    return (row.name, *count[:2], percent, ratio, *count[2:])
+
+
+def _aligned(cell, width, column):
+    return f"{cell:>{width}}" if column else f"{cell:<{width}}"
+
+
+def _structure_lines(row):
+    parts = (f"{name} {left:,} of {count:,}" for name, (left, count) in row.structure.items())
+    return ["  " + ", ".join(parts)] if row.structure else []
 
 
 def sparsity(model, threshold=None):
-    """Count the weights that a model needs: those whose log alpha is at most the threshold.
+    """Count the weights that a model needs: those whose log alpha is at most the threshold; and what they cost.
 
     Args:
         model: A built model or layer with at least one variational kernel.
@@ -84,20 +145,44 @@ def sparsity(model, threshold=None):
             At 3 a weight that goes is at least 95 % noise.
 
     Returns:
-        `Sparsity`, with `.weights`, `.left`, `.ratio` and `.layers`.
+        `Sparsity`, with `.weights`, `.left`, `.ratio`, `.bytes`, `.bytes_left`, `.multiply_adds`, `.multiply_adds_left`
+        and `.layers`. Layers without a variational kernel are not counted, nor are products of two activations, such as
+        attention's scores.
 
     Raises:
         ValueError: For a threshold that is not finite, or a model without a variational weight.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> model = keras.Sequential([keras.Input((8, 8, 1)), kv.VariationalConv2D(4, 3)])
+        >>> report = kv.sparsity(model, threshold=50.0)
+        >>> report.weights, report.bytes, report.multiply_adds
+        (36, 160, 1296)
     """
-    layers = {}
+    names, kept = {}, {}
     for weight in _prunable(model, threshold):
-        _, kept = layers.setdefault(weight.owner, (_row_name(model, weight), {}))
-        kept[weight.name] = ops.convert_to_numpy(weight.keep_mask(threshold))
-    rows = []
-    for owner, (name, kept) in layers.items():
-        weights, left = (sum(int(count(mask)) for mask in kept.values()) for count in (np.size, np.count_nonzero))
-        rows.append(LayerSparsity(name, weights, left, owner.structure(kept)))
-    return Sparsity(tuple(rows))
+        mask = ops.convert_to_numpy(weight.keep_mask(threshold))
+        kept.setdefault(weight.owner, {})[weight.name] = mask
+        names[weight.owner] = _row_name(model, weight)
+    all_places = places(model)
+    return Sparsity(tuple(_row(names[owner], owner, kept[owner], all_places.get(id(owner))) for owner in kept))
+
+
+def _row(name, owner, kept, places):
+    """What the report says of a layer, from what is kept of its weights and the places of each."""
+    weights, left = (sum(int(count(mask)) for mask in kept.values()) for count in (np.size, np.count_nonzero))
+    stored = sum(math.prod(variable.shape) for variable in owner.stock_variables())
+    size = itemsize(owner.variable_dtype)
+    return LayerSparsity(
+        name,
+        weights,
+        left,
+        bytes=size * stored,
+        bytes_left=size * (stored - (weights - left)) if stored else 0,
+        multiply_adds=product([weights, places]),
+        multiply_adds_left=product([left, places]),
+        structure=owner.structure(kept),
+    )
 
 
 def prune(model, threshold=None):

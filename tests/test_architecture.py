@@ -11,6 +11,7 @@ FLOORS = [
     ["sampling", "priors"],
     ["posterior"],
     ["layers"],
+    ["costs"],
     ["pruning", "conversion"],
     ["compaction"],
     ["montecarlo", "callbacks"],

@@ -56,12 +56,23 @@ def test_rows_are_layers(model):
 
 def test_prints_an_aligned_table(model):
     lines = str(kv.sparsity(model)).splitlines()
-    (structure,) = (line for line in lines if line.startswith("  "))
-    assert structure.startswith("  units ")
-    lines.remove(structure)
-    assert len({len(line) for line in lines}) == 1
-    assert lines[0].split() == ["layer", "weights", "left", "left", "%", "ratio"]
-    assert lines[-1].startswith("total")
+    structure = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert structure == ["filters", "units", "units", "filters"]
+    assert lines[-1] == "  filters 4 of 4, units 8 of 8"
+    table = [line for line in lines if not line.startswith("  ")]
+    assert len({len(line) for line in table}) == 1
+    assert table[0].split() == [
+        "layer",
+        "weights",
+        *["left"] * 2,
+        "%",
+        "ratio",
+        "bytes",
+        "left",
+        "multiply-adds",
+        "left",
+    ]
+    assert table[-1].startswith("total")
 
 
 def test_layers_own_threshold_is_the_default():
@@ -161,7 +172,106 @@ def test_words_of_an_embedding():
     layer.build()
     layer.embeddings.mask.assign(np.eye(6, 3, dtype=bool))
     (row,) = kv.sparsity(layer, 1e3).layers
-    assert row.structure == {"words": (3, 6)}
+    assert row.structure == {"words": (3, 6), "columns": (3, 3)}
+
+
+def test_lenet():
+    """Its multiply-adds are in the literature: 2,293,000."""
+    model = keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            kv.VariationalConv2D(20, 5, kl_weight=0.1),
+            keras.layers.MaxPooling2D(),
+            kv.VariationalConv2D(50, 5, kl_weight=0.1),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Flatten(),
+            kv.VariationalDense(500, kl_weight=0.1),
+            kv.VariationalDense(10, kl_weight=0.1),
+        ]
+    )
+    report = kv.sparsity(model, 50.0)
+    assert [row.multiply_adds for row in report.layers] == [288_000, 1_600_000, 400_000, 5_000]
+    assert report.multiply_adds == report.multiply_adds_left == 2_293_000
+    assert report.bytes == report.bytes_left == 4 * (430_500 + 20 + 50 + 500 + 10)
+    assert report.total.structure == {"filters": (70, 70), "units": (510, 510)}
+    assert max(map(len, str(report).splitlines())) <= 105
+
+
+@pytest.mark.parametrize("padding, strides, places", [("same", 1, 35), ("same", 2, 12), ("valid", 2, 6)])
+def test_a_convolution_multiplies_at_every_place_of_its_outputs(padding, strides, places):
+    layer = kv.VariationalConv2D(3, 3, padding=padding, strides=strides, kl_weight=0.1)
+    layer.build((None, 7, 5, 2))
+    assert kv.sparsity(layer).multiply_adds == 54 * places
+    assert layer.places((None, 7, 5, 2)) == places and layer.places((None, None, 5, 2)) is None
+
+
+def test_every_call_and_every_step_counts(tmp_path):
+    """Of shared layers, in models within models and wrappers; the same when the model is loaded again."""
+    dense = kv.VariationalDense(4, kl_weight=0.1, name="shared")
+    one = keras.Input((4,))
+    within = keras.Model(one, dense(dense(one)), name="within")
+    steps = keras.Input((5, 4))
+    h = keras.layers.TimeDistributed(within, name="each")(steps)
+    h = keras.layers.Bidirectional(kv.VariationalGRU(3, return_sequences=True, kl_weight=0.1), name="both")(h)
+    h = keras.layers.RNN([kv.VariationalSimpleRNNCell(2, kl_weight=0.1)], name="stack")(h)
+    model = keras.Model(steps, h)
+    model.save(tmp_path / "model.keras")
+    rest = [5 * 9 * (4 + 3), 5 * 9 * (4 + 3), 5 * 2 * (6 + 2)]
+    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        assert [row.multiply_adds for row in kv.sparsity(each).layers] == [16 * 2 * 5, *rest]
+    outside = keras.Model([one, steps], [dense(one), h])
+    assert [row.multiply_adds for row in kv.sparsity(outside).layers] == [16 * (2 * 5 + 1), *rest]
+
+
+def test_other_models_use_a_layer_too():
+    """What else was built of a layer does not count."""
+    dense = kv.VariationalDense(4, kl_weight=0.1)
+    x = keras.Input((4,))
+    once, twice = keras.Model(x, dense(x)), keras.Model(x, dense(dense(x)))
+    assert [kv.sparsity(model).multiply_adds for model in (once, twice)] == [16, 32]
+
+
+def test_a_subclassed_model_is_taken_to_call_each_layer_once():
+    class Subclassed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = kv.VariationalDense(4, kl_weight=0.1)
+
+        def call(self, x):
+            return self.dense(x)
+
+    model = Subclassed()
+    model(np.zeros((2, 3, 5)))
+    assert kv.sparsity(model).multiply_adds == 3 * 20
+
+
+def test_what_is_not_known_is_not_counted():
+    tokens = keras.Input((None,), dtype="int32")
+    h = kv.VariationalEmbedding(9, 2, kl_weight=0.1)(tokens)
+    outputs = kv.VariationalDense(1, kl_weight=0.1)(kv.VariationalLSTM(3, kl_weight=0.1)(h))
+    report = kv.sparsity(keras.Model(tokens, outputs))
+    assert [row.multiply_adds for row in report.layers] == [0, None, 3]
+    assert report.multiply_adds is None and report.multiply_adds_left is None
+    assert str(report).splitlines()[-2].split()[-2:] == ["-", "-"]
+
+
+@pytest.mark.parametrize("dtype, size", [("float64", 8), ("mixed_float16", 4), ("float16", 2), ("bfloat16", 2)])
+def test_bytes_are_of_the_dtype_of_the_variables(dtype, size):
+    layer = kv.VariationalDense(3, kl_weight=0.1, dtype=dtype)
+    layer.build((None, 2))
+    layer.kernel.mask.assign(np.eye(2, 3, dtype=bool))
+    report = kv.sparsity(layer, 50.0)
+    assert (report.bytes, report.bytes_left) == (size * 9, size * 5)
+
+
+def test_channels_and_filters_of_a_separable_convolution():
+    layer = kv.VariationalSeparableConv2D(4, 2, depth_multiplier=2, kl_weight=0.1)
+    layer.build((None, 5, 5, 3))
+    layer.depthwise_kernel.mask.assign(np.arange(24).reshape(2, 2, 3, 2) % 6 < 4)
+    layer.pointwise_kernel.mask.assign(np.arange(24).reshape(1, 1, 6, 4) % 4 < 3)
+    (row,) = kv.sparsity(layer, 50.0).layers
+    assert row.structure == {"channels": (4, 6), "filters": (3, 4)}
+    assert (row.multiply_adds, row.multiply_adds_left) == (16 * 48, 16 * (16 + 18))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from keras import ops
 
 from keras_vdrop import priors
 from keras_vdrop.functional import estimators
-from keras_vdrop.posterior import VariationalWeight
+from keras_vdrop.posterior import VariationalWeight, posteriors
 from keras_vdrop.sampling import FixedSeeds, is_consistent, is_sampling, sampling, seed_generator
 
 # Built layers whose `kl_weight` nobody has set, and of which nobody has been told.
@@ -220,6 +220,8 @@ class StochasticLayer(keras.layers.Layer):
         free = ops.cast(self._free_bits, kl.dtype) * posterior.size
         return ops.cast(self._kl_weight, kl.dtype) * ops.maximum(kl, free)
 
+    # What `sparsity` asks
+
     def structure(self, kept):
         """What the layer's weights make up, of which `sparsity` is to tell how much is left.
 
@@ -230,6 +232,21 @@ class StochasticLayer(keras.layers.Layer):
             Dict from a name to (left, all).
         """
         return {}
+
+    def places(self, input_shape):
+        """At how many places of one example each weight is multiplied: 0 where that is no product.
+
+        Args:
+            input_shape: Of the inputs, with the batch.
+
+        Returns:
+            Int, or None where it depends on a size that is not known.
+        """
+        return 0
+
+    def stock_variables(self):
+        """The layer's own variables that the Keras layer has too, for which it stands; noise alone has none."""
+        return []
 
     # Saving
 
@@ -307,6 +324,18 @@ class VariationalLayer(DropIn, StochasticLayer):
         """Of inputs and of outputs, the axis of the batch and those that they share with the kernel."""
         return (0, self._channel_axis()), (0, self._channel_axis())
 
+    def places(self, input_shape):
+        """Every one on the axes that the inputs do not share with the kernel."""
+        shared = {axis % len(input_shape) for axis in self._sign_axes()[0]}
+        return product(size for axis, size in enumerate(input_shape) if axis not in shared)
+
+    def stock_variables(self):
+        """Of a posterior, its mean."""
+        own = {id(self._kl_weight), id(self._free_bits)}
+        for posterior in posteriors(self):
+            own.update(id(variable) for variable in posterior.variables if variable is not posterior.loc)
+        return [variable for variable in self.weights if id(variable) not in own]
+
     # Weights
 
     def build(self, input_shape):
@@ -375,6 +404,9 @@ class VariationalLayer(DropIn, StochasticLayer):
 class AffineLayer(VariationalLayer):
     """Mixin for activation(linear(x, kernel) + bias): the layer says what `linear` is."""
 
+    # What an output is called, and the axes of the kernel that have one for each index.
+    _outputs = "units", (-1,)
+
     def linear(self, x, kernel):
         """The layer's operation, linear in the input and in the kernel."""
         raise NotImplementedError
@@ -382,6 +414,11 @@ class AffineLayer(VariationalLayer):
     def transform(self, x, noisy):
         """All of the layer but bias and activation; by default one `linear` with one kernel."""
         return self._apply(self.kernel, self.linear, x, noisy)
+
+    def structure(self, kept):
+        """The outputs into which a weight is left."""
+        name, axes = self._outputs
+        return {name: left_along(kept["kernel"], axes)}
 
     def call(self, inputs, training=False):
         noisy = self._noisy(training)
@@ -410,6 +447,19 @@ class _Replay(FixedSeeds):
     def __init__(self, state, noisy):
         super().__init__(state)
         self.noisy = noisy
+
+
+def left_along(kept, axes):
+    """Of the indices on some axes of a boolean array, (those with anything True, all)."""
+    axes = {axis % kept.ndim for axis in axes}
+    left = kept.any(axis=tuple(axis for axis in range(kept.ndim) if axis not in axes))
+    return int(left.sum()), left.size
+
+
+def product(sizes):
+    """Of sizes that may be unknown: None where it is, 1 of none."""
+    sizes = list(sizes)
+    return 0 if 0 in sizes else None if None in sizes else math.prod(sizes)
 
 
 def check_positive_int(name, value):

@@ -4,11 +4,13 @@ every location, with the other estimators it is not."""
 import keras
 from keras import ops
 
-from keras_vdrop.layers.base import AffineLayer, check_positive_int
+from keras_vdrop.layers.base import AffineLayer, check_positive_int, left_along
 
 
 class ConvolutionLayer(AffineLayer):
     """Mixin to a Keras layer whose operation is `convolution_op`."""
+
+    _outputs = "filters", (-1,)
 
     def __init__(self, *args, **kwargs):
         arguments = self._bind(args, kwargs)
@@ -19,9 +21,19 @@ class ConvolutionLayer(AffineLayer):
     def linear(self, x, kernel):
         return self.convolution_op(x, kernel)
 
+    def places(self, input_shape):
+        """Those of the outputs; what padding adds to the inputs counts like the rest of them."""
+        return super().places(self.compute_output_shape(input_shape))
+
 
 class TransposedConvolutionLayer(ConvolutionLayer):
     """Mixin to a Keras layer whose operation is the gradient of a convolution."""
+
+    _outputs = "filters", (-2,)
+
+    def places(self, input_shape):
+        """Those of the inputs; what is cut off the outputs counts like the rest of them."""
+        return AffineLayer.places(self, input_shape)
 
     def linear(self, x, kernel):
         return ops.conv_transpose(
@@ -231,7 +243,7 @@ class VariationalConv2DTranspose(TransposedConvolutionLayer, keras.layers.Conv2D
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
-class VariationalDepthwiseConv2D(AffineLayer, keras.layers.DepthwiseConv2D):
+class VariationalDepthwiseConv2D(ConvolutionLayer, keras.layers.DepthwiseConv2D):
     """y_c = activation(x_c ∗ W_c + b_c), W ~ N(loc, exp(log_variance)): `keras.layers.DepthwiseConv2D`, random.
 
     In training (and within `sampling()`) W is drawn as in `VariationalConv2D`; otherwise W = loc, and 0 where pruned.
@@ -264,6 +276,8 @@ class VariationalDepthwiseConv2D(AffineLayer, keras.layers.DepthwiseConv2D):
         Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
         https://arxiv.org/abs/1701.05369
     """
+
+    _outputs = "channels", (-2, -1)
 
     def linear(self, x, kernel):
         return ops.depthwise_conv(x, kernel, self.strides, self.padding, self.data_format, self.dilation_rate)
@@ -310,6 +324,12 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
     def transform(self, x, noisy):
         x = self._apply(self.depthwise_kernel, self._depthwise, x, noisy)
         return self._apply(self.pointwise_kernel, self._pointwise, x, noisy)
+
+    def structure(self, kept):
+        return {
+            "channels": left_along(kept["depthwise_kernel"], (-2, -1)),
+            "filters": left_along(kept["pointwise_kernel"], (-1,)),
+        }
 
     def _depthwise(self, x, kernel):
         return ops.depthwise_conv(x, kernel, self.strides, self.padding, self.data_format, self.dilation_rate)

@@ -96,16 +96,25 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
     def linear(self, x, kernel):
         return ops.einsum(self.equation, x, kernel)
 
+    @property
+    def _outputs(self):
+        _, kernel, outputs = self._operands()
+        return "units", _positions(kernel, outputs)
+
     def _sign_axes(self):
+        inputs, kernel, outputs = self._operands()
+        batch = max(outputs.find(inputs[0]), 0)
+        return (0, *_positions(inputs, kernel)), (batch, *_positions(outputs, kernel))
+
+    def _operands(self):
+        """The letters of the inputs, the kernel and the outputs; an ellipsis is a dot."""
         operands = re.fullmatch(r"([a-zA-Z.]+),([a-zA-Z]+)->([a-zA-Z.]+)", self.equation.replace("...", "."))
         if operands is None:
             raise ValueError(
                 '`equation` must be an einsum of two operands, such as "ab,bc->ac". Received: '
                 f"equation={self.equation!r}"
             )
-        inputs, kernel, outputs = operands.groups()
-        batch = max(outputs.find(inputs[0]), 0)
-        return (0, *_positions(inputs, kernel)), (batch, *_positions(outputs, kernel))
+        return operands.groups()
 
 
 def _positions(operand, letters):

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_vdrop import priors
 from keras_vdrop.functional import noise
-from keras_vdrop.layers.base import StochasticLayer, check_finite, check_rate
+from keras_vdrop.layers.base import StochasticLayer, check_finite, check_rate, left_along
 from keras_vdrop.posterior import KLPenalty, Posterior, VariationalWeight
 from keras_vdrop.sampling import mask_shape
 
@@ -133,6 +133,9 @@ class VariationalGaussianDropout(StochasticLayer):
 
     def compute_output_shape(self, input_shape):
         return input_shape
+
+    def structure(self, kept):
+        return {"units": left_along(kept["scale"], (0,))}
 
     def get_config(self):
         return {

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_vdrop.layers.base import VariationalLayer
+from keras_vdrop.layers.base import VariationalLayer, left_along
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -69,7 +69,10 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
         return super().compute_output_spec(inputs)
 
     def structure(self, kept):
-        return {"words": (int(kept["embeddings"].any(axis=1).sum()), self.input_dim)}
+        return {"words": left_along(kept["embeddings"], (0,)), "columns": left_along(kept["embeddings"], (1,))}
+
+    def places(self, input_shape):
+        return 0  # a lookup
 
     def _sign_axes(self):
         return (0,), (0, -1)

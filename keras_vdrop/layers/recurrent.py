@@ -224,7 +224,10 @@ class RecurrentCell(VariationalLayer):
             return h
         return h * (self._draw_mask(h, self.output_dropout) if self._held is None else self._held.output_mask)
 
-    # What is left after pruning
+    # What `sparsity` asks
+
+    def places(self, input_shape):
+        return 1  # at every step
 
     _gate_names = ()
 

@@ -1,0 +1,70 @@
+"""What weights cost without noise: the multiplications of one example, and the bytes that hold them."""
+
+import re
+
+import keras
+
+from keras_vdrop.layers.base import StochasticLayer, product
+
+
+def places(model_or_layer):
+    """At how many places of one example each weight of a layer is multiplied, over all calls of the layer.
+
+    A Functional or Sequential model says how often it calls which layer, on what shapes. A layer within any other (a
+    cell, a wrapped layer, a projection of attention, a layer of a subclassed model) is taken to be called once for each
+    call of that, or for each step, on the shape that it was built for.
+
+    Args:
+        model_or_layer: A built `keras.Model` or layer.
+
+    Returns:
+        Dict from the id of each of our layers to an int, or to None where it depends on a size that is not known.
+    """
+    found = {}
+
+    def visit(layer, shape, times):
+        if isinstance(layer, StochasticLayer) and shape is not None:
+            found.setdefault(id(layer), []).append(product([times, layer.places(shape)]))
+        for inner, inner_shape, often in _calls(layer, shape):
+            visit(inner, inner_shape, product([times, often]))
+
+    visit(model_or_layer, _built_shape(model_or_layer), 1)
+    return {key: None if None in values else sum(values) for key, values in found.items()}
+
+
+def itemsize(dtype):
+    """How many bytes a number of a dtype takes: 4 for "float32"."""
+    return int(re.match(r"[a-z]+(\d+)", dtype)[1]) // 8
+
+
+def _calls(layer, shape):
+    """What a layer calls: each layer, the shape of its inputs, and how often."""
+    outputs = getattr(layer, "outputs", None)
+    if isinstance(layer, keras.Model) and outputs:
+        for node in _nodes(layer.inputs, outputs):
+            if isinstance(node.operation, keras.layers.Layer) and node.input_tensors:
+                yield node.operation, node.input_tensors[0].shape, 1
+        return
+    is_over_time = isinstance(layer, (keras.layers.RNN, keras.layers.TimeDistributed))
+    times = shape[1] if is_over_time and shape else 1
+    for inner in layer._flatten_layers(include_self=False, recursive=False):
+        yield inner, _built_shape(inner), times
+
+
+def _nodes(inputs, outputs):
+    """The calls between the symbolic inputs and outputs of a model, each once."""
+    entries, tensors, found = {id(tensor) for tensor in inputs}, [*outputs], {}
+    while tensors:
+        tensor = tensors.pop()
+        operation, index, _ = tensor._keras_history
+        node = operation._inbound_nodes[index]
+        if id(tensor) not in entries and id(node) not in found:
+            found[id(node)] = node
+            tensors += node.input_tensors
+    return found.values()
+
+
+def _built_shape(layer):
+    """The shape, of the first of its inputs, that a layer was built for; None where it has not been."""
+    config = layer.get_build_config() or {}
+    return next(iter(config.get("shapes_dict", config).values()), None)
