@@ -61,14 +61,16 @@ def _compact(options, parser):
     if options.out.exists() and not options.force:
         parser.error(f"{options.out} is there already: name another file, or pass --force.")
     from keras_vdrop.compaction import compact
+    from keras_vdrop.costs import file_sizes
 
     model = _load(options.model, parser)
     x = None if options.data is None else _arrays(options.data, parser)
     small = _or_error(parser, lambda: compact(model, options.threshold, x))
-    before = options.model.stat().st_size  # which may be written over
+    before = file_sizes(options.model)  # which may be written over
     small.save(options.out)
     small.summary()
-    print(f"{options.model}: {before:,} bytes\n{options.out}: {options.out.stat().st_size:,} bytes")
+    for path, (plain, gzipped) in ((options.model, before), (options.out, file_sizes(options.out))):
+        print(f"{path}: {plain:,} bytes, {gzipped:,} gzipped")
 
 
 def _load(path, parser):

@@ -1,5 +1,7 @@
 """What weights cost without noise: the multiplications of one example, and the bytes that hold them."""
 
+import gzip
+import pathlib
 import re
 
 import keras
@@ -35,6 +37,14 @@ def places(model_or_layer):
 def itemsize(dtype):
     """How many bytes a number of a dtype takes: 4 for "float32"."""
     return int(re.match(r"[a-z]+(\d+)", dtype)[1]) // 8
+
+
+def file_sizes(path):
+    """Of a file, or of all files below a folder: (bytes, bytes after gzip of each file)."""
+    path = pathlib.Path(path)
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    contents = [file.read_bytes() for file in files]
+    return sum(map(len, contents)), sum(len(gzip.compress(content, mtime=0)) for content in contents)
 
 
 def _calls(layer, shape):

@@ -1,5 +1,7 @@
 """The command line, but for the demo."""
 
+import gzip
+
 import keras
 import numpy as np
 import pytest
@@ -31,7 +33,10 @@ def test_compact(saved, tmp_path, capsys):
     np.savez(tmp_path / "x.npz", x=x)
     small = tmp_path / "small.keras"
     assert not main(["compact", str(saved), "-o", str(small), "--data", str(tmp_path / "x.npz")])
-    assert f"{small}: {small.stat().st_size:,} bytes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for path in (saved, small):
+        gzipped = len(gzip.compress(path.read_bytes(), mtime=0))
+        assert f"{path}: {path.stat().st_size:,} bytes, {gzipped:,} gzipped\n" in printed
     small, model = keras.saving.load_model(small), keras.saving.load_model(saved)
     assert stock(small) and small.layers[0].units == 5
     kv.prune(model)
