@@ -10,8 +10,8 @@ from tests.cases import array, posteriors, randomize, stock
 BACKEND = keras.backend.backend()
 
 
-def only_on(*backends):
-    return pytest.mark.skipif(BACKEND not in backends, reason=f"Keras exports this from {' and '.join(backends)} only")
+def only_on(*backends, reason="Keras does not export this from the backend"):
+    return pytest.mark.skipif(BACKEND not in backends, reason=reason)
 
 
 def digits():
@@ -62,15 +62,20 @@ def test_saved_model(served, tmp_path):
     np.testing.assert_allclose(loaded.serve(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@only_on("tensorflow", "jax")
+@only_on("tensorflow", reason="of what jax2onnx 0.17 makes of pooling, ONNX Runtime 1.32 says: unsupported size")
 def test_onnx(served, tmp_path):
-    pytest.importorskip({"tensorflow": "tf2onnx", "jax": "jax2onnx"}[BACKEND])
-    runtime = pytest.importorskip("onnxruntime")
     small, x, expected = served
-    small.export(tmp_path / "model.onnx", format="onnx", verbose=False)
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    np.testing.assert_allclose(run_onnx(small, tmp_path / "model.onnx", x), expected, rtol=1e-4, atol=1e-5)
+
+
+def run_onnx(model, path, x):
+    """What ONNX Runtime predicts with the exported model."""
+    pytest.importorskip("tf2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    model.export(path, format="onnx", verbose=False)
+    session = runtime.InferenceSession(path)
     (inputs,) = session.get_inputs()
-    np.testing.assert_allclose(session.run(None, {inputs.name: x})[0], expected, rtol=1e-4, atol=1e-5)
+    return session.run(None, {inputs.name: x})[0]
 
 
 def run_litert(path, x):
@@ -107,3 +112,11 @@ def test_int8(served, tmp_path):
     again = keras.saving.load_model(tmp_path / "int8.keras")
     assert keras.backend.standardize_dtype(again.layers[-1].kernel.dtype) == "int8"
     np.testing.assert_allclose(array(again(x)), predicted, rtol=1e-6, atol=1e-6)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        again.export(tmp_path / "int8", verbose=False)
+        loaded = tf.saved_model.load(tmp_path / "int8")  # what serves must outlive the call
+        np.testing.assert_allclose(loaded.serve(x), predicted, rtol=1e-4, atol=1e-5)
+        of_onnx = run_onnx(again, tmp_path / "int8.onnx", x)
+        np.testing.assert_allclose(of_onnx, expected, atol=0.05 * np.abs(expected).max())
