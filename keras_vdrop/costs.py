@@ -31,7 +31,13 @@ def places(model_or_layer):
             visit(inner, inner_shape, product([times, often]))
 
     visit(model_or_layer, _built_shape(model_or_layer), 1)
-    return {key: None if None in values else sum(values) for key, values in found.items()}
+    return {key: known_sum(values) for key, values in found.items()}
+
+
+def known_sum(numbers):
+    """Their sum; None where one of them is not known."""
+    numbers = list(numbers)
+    return None if None in numbers else sum(numbers)
 
 
 def itemsize(dtype):

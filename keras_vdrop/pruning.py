@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 from keras import ops
 
-from keras_vdrop.costs import itemsize, places
+from keras_vdrop.costs import itemsize, known_sum, places
 from keras_vdrop.layers.base import check_finite, check_non_negative, product
 from keras_vdrop.posterior import prunable_weights
 
@@ -42,6 +42,12 @@ class LayerSparsity:
     structure: dict = dataclasses.field(default_factory=dict)
 
     @property
+    def counts(self):
+        """The numbers that add up over layers, in the order of the attributes."""
+        names = ("weights", "left", "bytes", "bytes_left", "multiply_adds", "multiply_adds_left")
+        return tuple(getattr(self, name) for name in names)
+
+    @property
     def ratio(self):
         """weights ÷ left; infinite where none is left."""
         return self.weights / self.left if self.left else math.inf
@@ -68,11 +74,8 @@ class Sparsity:
             for name, counts in layer.structure.items():
                 if not name.endswith(" gate"):
                     structure[name] = tuple(map(sum, zip(counts, structure.get(name, (0, 0)))))
-        counts = {}
-        for name in ("weights", "left", "bytes", "bytes_left", "multiply_adds", "multiply_adds_left"):
-            each = [getattr(layer, name) for layer in self.layers]
-            counts[name] = None if None in each else sum(each)
-        return LayerSparsity("total", **counts, structure=structure)
+        rows = [layer.counts for layer in self.layers] or [(0,) * 6]
+        return LayerSparsity("total", *map(known_sum, zip(*rows)), structure=structure)
 
     @property
     def weights(self):
@@ -122,7 +125,7 @@ class Sparsity:
 
 def _cells(row):
     """What a line of the table says of a row."""
-    count = ["-" if number is None else f"{number:,}" for number in dataclasses.astuple(row)[1:7]]
+    count = ["-" if number is None else f"{number:,}" for number in row.counts]
     percent, ratio = f"{100 * row.left / max(row.weights, 1):.2f}", f"{row.ratio:.1f}x"
     return (row.name, *count[:2], percent, ratio, *count[2:])
 

@@ -87,6 +87,7 @@ def run_litert(path, x):
 
 
 @only_on("tensorflow")
+@pytest.mark.skipif('"litert"' not in keras.Model.export.__doc__, reason="this Keras has no LiteRT yet")
 @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "int8"])
 def test_litert(served, tmp_path, quantized):
     import tensorflow as tf

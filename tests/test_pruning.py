@@ -196,6 +196,21 @@ def test_a_convolution_multiplies_at_every_place_of_its_outputs(padding, strides
     assert layer.places((None, 7, 5, 2)) == places and layer.places((None, None, 5, 2)) is None
 
 
+@pytest.mark.parametrize(
+    "equation, output_shape, multiply_adds, units",
+    [("...d,dhk->...hk", (2, 3), 7 * 30, 6), ("btd,du->bu", (4,), 7 * 20, 4), ("btd,tdu->bu", (4,), 140, 4)],
+)
+def test_an_einsum_multiplies_at_every_place_that_it_does_not_share_with_the_kernel(
+    equation, output_shape, multiply_adds, units
+):
+    layer = kv.VariationalEinsumDense(equation, output_shape, kl_weight=0.1)
+    layer(np.ones((2, 7, 5)))
+    (row,) = kv.sparsity(layer, 50.0).layers
+    assert row.multiply_adds == multiply_adds and row.structure == {"units": (units, units)}
+    ones = layer.linear(np.ones((1, 7, 5), "float32"), np.ones(layer.kernel.shape, "float32"))
+    assert array(ones).sum() == multiply_adds
+
+
 def test_every_call_and_every_step_counts(tmp_path):
     """Of shared layers, in models within models and wrappers; the same when the model is loaded again."""
     dense = kv.VariationalDense(4, kl_weight=0.1, name="shared")
@@ -253,6 +268,13 @@ def test_bytes_are_of_the_dtype_of_the_variables(dtype, size):
     layer.kernel.mask.assign(np.eye(2, 3, dtype=bool))
     report = kv.sparsity(layer, 50.0)
     assert (report.bytes, report.bytes_left) == (size * 9, size * 5)
+
+
+def test_a_model_of_which_nothing_can_be_pruned():
+    model = keras.Sequential([keras.Input((2,)), kv.ConcreteDropout(keras.layers.Dense(3), kl_weight=0.1)])
+    report = kv.sparsity(model)
+    assert report.layers == () and report.total.counts == (0,) * 6
+    assert str(report).splitlines()[-1].startswith("total")
 
 
 def test_channels_and_filters_of_a_separable_convolution():
