@@ -44,14 +44,34 @@ def spread(values):
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:.2f}"
 
 
-def learn_rows(networks, options, learn):
+def measure(steps, repeats):
+    """Seconds of every repeat of every step, taken in turn after a warm-up: {name: array}."""
+    for step in steps.values():
+        step(), step()
+    seconds = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def learn_rows(networks, options, learn, rows=None):
     """`learn(name, seed)`, a dict, of every network and seed, each kept as soon as it is there.
+
+    Args:
+        networks: Names, in the order in which they learn.
+        options: Of the command line.
+        learn: That function.
+        rows: A dict that is to hold the rows as they come, for a network that goes by another's.
 
     Returns:
         Dict from the network's name to the list of its rows, in the order of the seeds.
     """
     settings = {key: value for key, value in vars(options).items() if key not in ("data", "out", "resume", "seeds")}
-    rows = _kept_rows(options, settings)
+    rows = {} if rows is None else rows
+    rows.update(_kept_rows(options, settings))
     for seed in range(options.seeds):
         for name in networks:
             if any(row["seed"] == seed for row in rows.setdefault(name, [])):

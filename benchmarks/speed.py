@@ -8,7 +8,6 @@ then each takes one step in turn, so that what else the machine does meets all o
 """
 
 import importlib.util
-import time
 
 import common
 import keras
@@ -66,19 +65,6 @@ def torch_steps(units, x, y):
     }
 
 
-def measure(steps, repeats):
-    """Seconds of every repeat of every step, taken in turn after a warm-up: {name: array}."""
-    for step in steps.values():
-        step(), step()
-    seconds = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: np.array(values) for name, values in seconds.items()}
-
-
 def summary(seconds):
     """Of every step the median in milliseconds, and of its ratio to the first one in the same round."""
     base = next(iter(seconds.values()))
@@ -108,10 +94,10 @@ def main():
     for jit in (False, True):
         made = {name: keras_step(make(units), x, y, jit) for name, make in LAYERS.items()}
         title = f"LSTM, {keras.backend.backend()}, jit_compile={jit}"
-        result[title] = summary(measure(made, options.repeats))
+        result[title] = summary(common.measure(made, options.repeats))
         show(title, result[title])
     if importlib.util.find_spec("bayesian_torch"):
-        result["LSTM, torch"] = summary(measure(torch_steps(units, x, y), max(3, options.repeats // 5)))
+        result["LSTM, torch"] = summary(common.measure(torch_steps(units, x, y), max(3, options.repeats // 5)))
         show("LSTM, torch", result["LSTM, torch"])
     common.keep(options.out, {"shape": [batch, steps, inputs, units], "repeats": options.repeats, "steps": result})
 

@@ -6,13 +6,14 @@ without a KL is found, and all recipes were chosen; nothing was chosen on the la
 The Bayesian networks become small in three steps, each of which begins with the weights of the one before. First the
 columns of the word table are groups, and all but a few go: a word is then a few numbers. Then every weight goes by
 itself: gates, units, and words that say nothing of the sentence. What is left of the second step is tuned, with less
-weight on the KL.
+weight on the KL. With a light KL throughout there are only the first two steps: a third would learn by heart.
 
     python benchmarks/text_lstm.py --data DIR --seeds 3 --out benchmarks/results/text_lstm.json
 
 DIR holds rt-polarity/rt-polarity.{pos,neg}.gz: the sentence polarity data set 1.0, one sentence a line, gzipped.
 """
 
+import argparse
 import functools
 
 import common
@@ -23,7 +24,8 @@ from keras import layers
 import keras_vdrop as kv
 
 WIDTH, UNITS = 300, 128
-NETWORKS = ("plain", "Keras dropout", "classic", "Bayesian, log_uniform", "Bayesian, ard")
+LIGHT = "Bayesian, ard, light KL"
+NETWORKS = ("plain", "Keras dropout", "classic", "Bayesian, log_uniform", "Bayesian, ard", LIGHT)
 
 
 def classifier(embedding, lstm, dense, size):
@@ -57,7 +59,7 @@ def bayesian(prior, size, of_words):
 
 
 def learn_bayesian(prior, data, size, options):
-    """The three steps: the network, and the report of what is left of it."""
+    """The steps, as many as there are temperatures: the network, and the report of what is left of it."""
     examples = len(data["train"][0])
     ends = [options.columns, options.columns + options.single, options.columns + options.single + options.tuning]
 
@@ -81,8 +83,10 @@ def learn_bayesian(prior, data, size, options):
 def learn(name, seed, data, size, options):
     """One network with one seed: its scores, its weights and how many of them are left."""
     keras.utils.set_random_seed(seed)
+    if name == LIGHT:
+        options = argparse.Namespace(**{**vars(options), "temperatures": options.light, "tuning": 0})
     if name.startswith("Bayesian"):
-        model, report = learn_bayesian(name.removeprefix("Bayesian, "), data, size, options)
+        model, report = learn_bayesian(name.split(", ")[1], data, size, options)
         return {**text.scores(model, data), **text.sizes(report)}
     model = dropped_out(name, size, options.dropout)
     text.fit_best(model, data, 1e-3, options.epochs)
@@ -98,6 +102,7 @@ def main():
     parser.add_argument("--single", type=int, default=8, help="epochs of the second step")
     parser.add_argument("--tuning", type=int, default=8, help="epochs of the third step")
     parser.add_argument("--temperatures", type=float, nargs=3, default=[0.3, 0.6, 0.4], help="of the KL in each step")
+    parser.add_argument("--light", type=float, nargs=2, default=[0.1, 0.2], help="of the light KL, in two steps")
     parser.add_argument("--threshold", type=float, default=2.0, help="on log alpha, after the second and third steps")
     options = parser.parse_args()
     if options.quick:

@@ -1,0 +1,357 @@
+"""How small LeNet-300-100 and LeNet-5-Caffe get on MNIST or Fashion-MNIST, and at what test error.
+
+    python benchmarks/mnist_lenet.py --net 300-100 --prior ard --data DIR --out benchmarks/results/mnist_300-100.json
+
+Three networks with each seed: the dense one; ours; and one whose smallest weights were pruned, while it learned, until
+as few were left as ours has. Ours gets small in stages. In each, a heavy KL presses weights out, and under a light one
+those that are left recover. All of this was chosen on the last 10,000 of the training images (`--validation`), never on
+the test images; the figures are of networks that learned from all 60,000, as they are, without augmentation.
+
+With `--structured` the weights out of a pixel or a unit live and die together, so that shapes get small, and the small
+network is timed beside the dense one.
+
+DIR holds mnist.npz and fashion_mnist.npz with x_train, y_train, x_test, y_test: images of 28×28 bytes, and labels.
+Without it, mnist.npz is looked for where `keras.datasets` keeps it.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import tempfile
+
+import common
+import keras
+import numpy as np
+from keras import layers
+from keras_vdrop.costs import file_sizes
+
+import keras_vdrop as kv
+
+BATCH = 100
+
+# Test error in % and ratio: all weights ÷ those left, biases not counted.
+PUBLISHED = {
+    "300-100": {
+        "Han et al., 2015, pruning": (1.59, 12),
+        "Ullrich et al., 2017, soft weight sharing": (1.94, 23),
+        "Guo et al., 2016, network surgery": (1.99, 56),
+        "Molchanov et al., 2017, sparse variational dropout": (1.92, 68),
+    },
+    "5-caffe": {
+        "Han et al., 2015, pruning": (0.77, 12),
+        "Guo et al., 2016, network surgery": (0.91, 111),
+        "Louizos et al., 2017, Bayesian compression": (1.0, 156),
+        "Ullrich et al., 2017, soft weight sharing": (0.97, 200),
+        "Molchanov et al., 2017, sparse variational dropout": (0.75, 280),
+        "Li et al., 2018, OLMP": (0.91, 298),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """Some epochs of training, at the end of which weights are pruned.
+
+    Attributes:
+        epochs: How many.
+        temperature: Of the KL; 1 is the ELBO.
+        ramp: Over how many epochs the KL's weight rises to that from 0.
+        threshold: On log alpha, at the end.
+        flat: The share of the epochs after which Adam's rate begins to fall, linearly, to 0.
+    """
+
+    epochs: int
+    temperature: float
+    ramp: int = 0
+    threshold: float = 0.0
+    flat: float = 0.5
+
+
+STAGES = {
+    "300-100": [
+        [Round(100, 1.0, ramp=40, threshold=2.0), Round(50, 3.0, ramp=20, threshold=1.0, flat=0.6), Round(40, 0.3)],
+        [Round(50, 4.5, ramp=20, flat=0.6), Round(40, 0.3)],
+    ],
+    "5-caffe": [
+        [Round(40, 1.0, ramp=15, threshold=2.0), Round(20, 3.0, ramp=8, threshold=1.0, flat=0.6), Round(10, 0.3)],
+        [Round(20, 4.5, ramp=8, flat=0.6), Round(10, 0.3)],
+    ],
+}
+
+
+# Data and networks
+
+
+def load(options):
+    """The images in two parts, {part: (x (N, 28, 28, 1) in [0, 1], y (N,))}: to learn from, and to judge by."""
+    if options.quick:
+        parts = _made_up()
+    else:
+        with np.load(common.data_file(options.data or _keras_datasets(), f"{options.images}.npz")) as file:
+            parts = {part: (file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test")}
+    parts = {part: (x[..., None].astype("float32") / 255, y.astype("int32")) for part, (x, y) in parts.items()}
+    if options.validation:
+        x, y = parts["train"]
+        cut = len(x) * 5 // 6
+        parts = {"train": (x[:cut], y[:cut]), "test": (x[cut:], y[cut:])}
+    return parts
+
+
+def _made_up(count=1000, seed=0):
+    """Noise with a bright bar where the label says: a stand-in for the files."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.integers(0, 100, (count, 28, 28)), rng.integers(0, 10, count)
+    x[np.arange(count), 2 * y + 4] = 255
+    cut = count * 4 // 5
+    return {"train": (x[:cut], y[:cut]), "test": (x[cut:], y[cut:])}
+
+
+def _keras_datasets():
+    folder = pathlib.Path(os.environ.get("KERAS_HOME", "~/.keras"), "datasets").expanduser()
+    return folder if folder.is_dir() else None
+
+
+def network(net, dense, convolution):
+    """LeNet-300-100, or LeNet-5 as Caffe has it, of the classes given: from images to ten logits."""
+    if net == "300-100":
+        features = [layers.Flatten(), dense(300, activation="relu", name="dense1")]
+        hidden = dense(100, activation="relu", name="dense2")
+    else:
+        features = [
+            convolution(20, 5, name="convolution1"),
+            layers.MaxPooling2D(2),
+            convolution(50, 5, name="convolution2"),
+            layers.MaxPooling2D(2),
+            layers.Flatten(),
+        ]
+        hidden = dense(500, activation="relu", name="dense1")
+    return keras.Sequential([keras.Input((28, 28, 1)), *features, hidden, dense(10, name="logits")])
+
+
+def dense_network(net):
+    return network(net, layers.Dense, layers.Conv2D)
+
+
+def variational_network(net, prior):
+    arguments = {"kernel_prior": prior, "initial_log_variance": -8.0}
+    return network(net, *(functools.partial(cls, **arguments) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
+
+
+# Learning
+
+
+@keras.saving.register_keras_serializable(package="benchmarks")
+class FlatThenFalling(keras.optimizers.schedules.LearningRateSchedule):
+    """The rate, which after the step `flat` falls linearly to 0 at the step `end`."""
+
+    def __init__(self, rate, flat, end):
+        self.rate, self.flat, self.end = rate, flat, end
+
+    def __call__(self, step):
+        left = (self.end - keras.ops.cast(step, "float32")) / (self.end - self.flat)
+        return self.rate * keras.ops.clip(left, 0.0, 1.0)
+
+    def get_config(self):
+        return {"rate": self.rate, "flat": self.flat, "end": self.end}
+
+
+def fit(model, data, epochs, flat=0.5, callbacks=()):
+    x, y = data["train"]
+    steps = epochs * -(-len(x) // BATCH)
+    adam = keras.optimizers.Adam(FlatThenFalling(1e-3, int(flat * steps), steps))
+    model.compile(adam, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(x, y, batch_size=BATCH, epochs=epochs, callbacks=list(callbacks), verbose=0)
+
+
+def learn_dense(options, data, left=None):
+    """The dense network; with `left`, that many of its weights, the others pruned by their magnitude."""
+    model = dense_network(options.net)
+    epochs = options.epochs or STAGES[options.net][0][0].epochs
+    steps = epochs * -(-len(data["train"][0]) // BATCH)
+    fit(model, data, epochs, callbacks=[] if left is None else [MagnitudePruning(left, steps)])
+    return model
+
+
+def learn_stages(options, data):
+    """Ours after each stage."""
+    prior = kv.priors.ARD(group_axis=-2) if options.structured else options.prior
+    model = variational_network(options.net, prior)
+    for rounds in STAGES[options.net]:
+        for each in rounds:
+            epochs = options.epochs or each.epochs
+            ramp = min(each.ramp, epochs - 1)
+            elbo = kv.ELBO(len(data["train"][0]), warmup_epochs=ramp, temperature=each.temperature)
+            fit(model, data, epochs, each.flat, [elbo])
+            print(kv.prune(model, each.threshold), f"\n{error(model, data):.2f} % wrong", flush=True)
+        yield model
+
+
+class MagnitudePruning(keras.callbacks.Callback):
+    """Keeps the largest weights of a network of Keras's layers, fewer of them every hundred steps.
+
+    Of w weights left + (w − left)·(1 − t)³ are kept, with t from 0 to 1 over the first two thirds of the steps.
+
+    Reference:
+        To Prune, or Not to Prune, Zhu, Gupta, 2017, https://arxiv.org/abs/1710.01878
+    """
+
+    def __init__(self, left, steps, every=100):
+        super().__init__()
+        self.left, self.ramp, self.every = left, max(2 * steps // 3, 1), every
+        self.step, self.masks = 0, None
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.step += 1
+        if self.step == self.ramp or (self.step < self.ramp and self.step % self.every == 0):
+            self.masks = self._largest((1 - self.step / self.ramp) ** 3)
+        if self.masks is not None:
+            for kernel, mask in zip(self._kernels(), self.masks):
+                kernel.assign(kernel * mask)
+
+    def _kernels(self):
+        return [layer.kernel for layer in self.model.layers if layer.weights]
+
+    def _largest(self, share):
+        sizes = [np.abs(keras.ops.convert_to_numpy(kernel)) for kernel in self._kernels()]
+        every = np.sort(np.concatenate([size.ravel() for size in sizes]))[::-1]
+        smallest = every[int(self.left + (len(every) - self.left) * share) - 1]
+        return [(size >= smallest).astype("float32") for size in sizes]
+
+
+# What is kept of a network
+
+
+def error(model, data):
+    """Of the images to judge by, how many per cent it gets wrong."""
+    x, y = data["test"]
+    return 100 * float(np.mean(model.predict(x, batch_size=1000, verbose=0).argmax(-1) != y))
+
+
+def row_of(model, data):
+    """Of a network the error, how many weights are not 0, and what `compact` makes of it."""
+    small = kv.compact(model, x=data["test"][0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "model.keras")
+        small.save(path)
+        plain, gzipped = file_sizes(path)
+    return {
+        "error": error(model, data),
+        "layers": {name: (kernel.size, int(np.count_nonzero(kernel))) for name, (kernel, _) in _weights(model).items()},
+        "biases": [bias.size for _, bias in _weights(model).values()],
+        "biases_left": [int(np.count_nonzero(bias)) for _, bias in _weights(small).values()],
+        "shapes": [kernel.shape for kernel, _ in _weights(small).values()],
+        "bytes": plain,
+        "gzipped": gzipped,
+    }
+
+
+def _weights(model):
+    """{name: (kernel, bias)} of the layers that have them, as they are without noise."""
+    weighted = [layer for layer in kv.to_deterministic(model).layers if layer.weights]
+    return {layer.name: [keras.ops.convert_to_numpy(each) for each in layer.weights] for layer in weighted}
+
+
+def weights_of(row):
+    """How many weights a row's network has, and how many are left."""
+    return [sum(counts) for counts in zip(*row["layers"].values())]
+
+
+def ratios(row):
+    """All weights ÷ those left: without the biases, and with them."""
+    weights, left = weights_of(row)
+    return weights / left, (weights + sum(row["biases"])) / (left + sum(row["biases_left"]))
+
+
+# Time
+
+
+def compiled(model):
+    """The network as one compiled function of an array."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        function = jax.jit(lambda x: model(x, training=False))
+        return lambda x: function(x).block_until_ready()
+    import tensorflow as tf
+
+    function = tf.function(lambda x: model(x, training=False), jit_compile=True)
+    return lambda x: function(x).numpy()
+
+
+def speed(dense, small, images, batches=(10_000, 128), repeats=30):
+    """How many times faster the small network is than the dense one, by the size of the batch; medians, in turn."""
+    faster = {}
+    for batch in batches:
+        x = keras.ops.convert_to_tensor(np.resize(images, (batch, *images.shape[1:])))
+        steps = {name: functools.partial(compiled(model), x) for name, model in (("dense", dense), ("small", small))}
+        seconds = common.measure(steps, repeats)
+        faster[str(batch)] = {
+            "ms": {name: 1e3 * float(np.median(each)) for name, each in seconds.items()},
+            "times": float(np.median(seconds["dense"] / seconds["small"])),
+        }
+    return faster
+
+
+# The whole
+
+
+def learn(name, seed, data, options, rows):
+    """One network with one seed."""
+    keras.utils.set_random_seed(seed)
+    if name == "dense":
+        return row_of(learn_dense(options, data), data)
+    if name == "magnitude":
+        (ours,) = (row for row in rows["ours"] if row["seed"] == seed)
+        return {"stages": [row_of(learn_dense(options, data, weights_of(each)[1]), data) for each in ours["stages"]]}
+    stages = []
+    for model in learn_stages(options, data):
+        stages.append(row_of(model, data))
+        if options.structured:
+            stages[-1]["speed"] = speed(dense_network(options.net), kv.compact(model), data["test"][0])
+    return {"stages": stages}
+
+
+def show(rows, options):
+    """Our table beside what was published."""
+    print(f"\n{'':<52}{'error %':>16}{'ratio':>16}{'with biases':>16}{'bytes':>10}{'gzipped':>10}  shapes")
+    for name, each in rows.items():
+        for stage, of_seeds in enumerate(zip(*(row.get("stages", [row]) for row in each)), start=1):
+            label = name if name == "dense" else f"{name}, stage {stage}"
+            ratio, with_biases = (common.spread(values) for values in zip(*map(ratios, of_seeds)))
+            size = [np.mean([row[key] for row in of_seeds]) for key in ("bytes", "gzipped")]
+            print(
+                f"{label:<52}{common.spread([row['error'] for row in of_seeds]):>16}{ratio:>16}{with_biases:>16}"
+                f"{size[0]:>10,.0f}{size[1]:>10,.0f}  {of_seeds[0]['shapes']}"
+            )
+            zeros = {
+                layer: 100 * (1 - np.mean([row["layers"][layer][1] / row["layers"][layer][0] for row in of_seeds]))
+                for layer in of_seeds[0]["layers"]
+            }
+            print("  zero: " + ", ".join(f"{layer} {share:.2f} %" for layer, share in zeros.items()))
+            for batch in of_seeds[0].get("speed", {}):
+                times = common.spread([row["speed"][batch]["times"] for row in of_seeds])
+                print(f"  {batch} images at once: {times} times as fast as the dense network")
+    if options.images == "mnist":
+        for name, (error, ratio) in PUBLISHED[options.net].items():
+            print(f"{name:<52}{error:>16.2f}{ratio:>16}")
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("--net", choices=[*STAGES], default="300-100")
+    parser.add_argument("--prior", choices=["ard", "log_uniform"], default="ard")
+    parser.add_argument("--images", choices=["mnist", "fashion_mnist"], default="mnist")
+    parser.add_argument("--structured", action="store_true", help="pixels and units live and die together")
+    parser.add_argument("--validation", action="store_true", help="judge by 10,000 of the training images")
+    parser.add_argument("--epochs", type=int, help="of every round, in place of the recipe's")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.epochs = 1, options.epochs or 2
+    data, rows = load(options), {}
+    learn_this = functools.partial(learn, data=data, options=options, rows=rows)
+    show(common.learn_rows(("dense", "ours", "magnitude"), options, learn_this, rows), options)
+
+
+if __name__ == "__main__":
+    main()
