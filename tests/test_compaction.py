@@ -214,9 +214,9 @@ def test_saved_and_loaded(tmp_path):
 
 def test_a_fault_is_no_model(monkeypatch):
     model = sparse(keras.Sequential([keras.Input((8,)), layers.Dense(9), layers.Dense(3)]), share=1.0, whole=1.0)
-    from keras_vdrop import compaction
+    from keras_vdrop.compaction import rules
 
-    monkeypatch.setattr(compaction.Affine, "need", lambda *_: None)
+    monkeypatch.setattr(rules.Affine, "need", lambda *_: None)
     with pytest.raises(RuntimeError, match="does not predict"):
         kv.compact(model)
 
