@@ -22,10 +22,12 @@ def compact(model, threshold=None, x=None):
     """A model of stock Keras layers with smaller shapes and the same predictions.
 
     Units, filters and channels on which nothing depends vanish, and those whose output is constant go into the next
-    bias; embeddings lose dimensions and recurrent layers hidden units in the same way. This goes through activations,
-    pooling, padding, BatchNormalization, dropout, Flatten, merging layers, branches, shared layers and models within
-    the model (of which each has its own copy of a layer that they share with others). Any other layer keeps its shape,
-    and so do inputs and outputs. What is left unstructured stays zero in the smaller kernels.
+    bias; embeddings lose dimensions, recurrent layers hidden units, and attention heads and their sizes in the same
+    way. This goes through activations, pooling, padding, BatchNormalization, dropout, Flatten, Reshape, merging layers,
+    wrappers, branches, shared layers and models within the model (of which each has its own copy of a layer that they
+    share with others). An embedding with many words of the same row becomes two, in a Sequential model of its name:
+    the first has the number of the row. Any other layer keeps its shape, and so do inputs and outputs. What is left
+    unstructured stays zero in the smaller kernels.
 
     Args:
         model: A built Functional or Sequential model of our layers, or of Keras's with zeros in their kernels. It stays

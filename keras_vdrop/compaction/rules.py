@@ -322,7 +322,6 @@ class Table(Rule):
     """An embedding: its inputs are indices, its outputs the columns of a table.
 
     Where that is smaller, rows that are the same become one: a first embedding, into one number, has the row's index.
-    Of a number that is no integer, an embedding takes the integer part.
     """
 
     reads_channels = False
@@ -351,9 +350,11 @@ class Table(Rule):
         return self._in_two(shape, rows), [index[:, None].astype("float32"), rows]
 
     def _common_shape(self):
-        """The shape of inputs of all calls, None for the sizes in which they differ; and None where two are open."""
+        """The shape of the inputs of all calls, with None where sizes differ; or None where that will not do."""
         shapes = [inputs[0] for inputs in self.shapes]
         if len({len(shape) for shape in shapes}) != 1:
+            return None
+        if self.layer.mask_zero and "int" not in self.layer.input.dtype:  # 0.5 is the word 0, but not masked
             return None
         shape = [sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes)]
         return None if shape[1:].count(None) > 1 else tuple(shape)
@@ -373,8 +374,6 @@ class Table(Rule):
 
 _ELEMENTWISE = """celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear log_sigmoid
     mish relu relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus squareplus tanh tanh_shrink threshold"""
-
-
 _EXACT_INTEGERS = 2**24  # in float32
 
 
