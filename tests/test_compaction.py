@@ -1,5 +1,8 @@
 """The smaller model of Keras's own layers, which predicts the same."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ def sparse(model, share=0.3, whole=0.5, seed=0):
         value = rng.normal(size=variable.shape)
         if "variance" in variable.name:
             return np.abs(value) + 0.5
-        if variable.name in ("kernel", "recurrent_kernel", "embeddings", "depthwise_kernel"):
+        if "kernel" in variable.name or variable.name == "embeddings":
             value *= rng.random(value.shape) < share
             value *= rng.random(value.shape[-1]) < whole
             value *= rng.random((*value.shape[:-1], 1)) < whole if len(value.shape) > 1 else 1
@@ -33,16 +36,15 @@ def sparse(model, share=0.3, whole=0.5, seed=0):
 
 
 def data(model, seed=0, examples=6):
-    """Random inputs: numbers, or indices."""
+    """Random inputs: numbers, indices, or masks, mostly True."""
     rng = np.random.default_rng(seed)
-    return keras.tree.map_structure(
-        lambda x: (
-            rng.integers(0, 9, (examples, *x.shape[1:]))
-            if "int" in x.dtype
-            else rng.normal(size=(examples, *x.shape[1:])).astype("float32")
-        ),
-        model.inputs[0] if isinstance(model, keras.Sequential) else model.input,
-    )
+
+    def random(x):
+        shape = [examples, *(7 if size is None else size for size in x.shape[1:])]
+        return rng.normal(size=shape).astype("float32") if "float" in x.dtype else rng.integers(0, 9, shape)
+
+    inputs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    return keras.tree.map_structure(random, inputs)
 
 
 def compacted(model):
@@ -154,10 +156,287 @@ def test_shared_on_inputs_of_other_lengths_and_for_other_outputs():
 def test_layers_of_which_nothing_is_known_keep_their_shape():
     x = keras.Input((5, 6))
     h = layers.LayerNormalization()(layers.Dense(6)(x))
-    h = layers.MultiHeadAttention(2, 3)(h, h)
+    h = layers.Permute((2, 1))(layers.GroupNormalization(2)(h))
+    h = layers.Reshape((6, 5))(layers.Reshape((10, 3))(h))
     h = keras.ops.concatenate([h * 2.0, layers.Dense(4, "softmax")(h)], axis=-1)
-    model = sparse(keras.Model(x, layers.Dense(2)(layers.Bidirectional(layers.GRU(3))(h))))
+    model = sparse(keras.Model(x, layers.Dense(2)(layers.RNN(layers.GRUCell(3))(h))))
     assert compacted(model).layers[1].units == 6
+
+
+def attention(*arguments, x=(5, 6), call=None, **keywords):
+    """A model of attention of its input to itself and a dense layer."""
+    x = keras.Input(x)
+    h = layers.MultiHeadAttention(*arguments, name="attention", **keywords)(x, x, **(call or {}))
+    return keras.Model(x, layers.Dense(2)(h[0] if isinstance(h, tuple) else h))
+
+
+def change(layer, weight, index, value):
+    """Let some numbers of one of its weights be `value`."""
+    weights = layer.get_weights()
+    weights[weight][index] = value
+    layer.set_weights(weights)
+
+
+QUERY, QUERY_BIAS, KEY, KEY_BIAS, VALUE, VALUE_BIAS, OUTPUT, OUTPUT_BIAS = range(8)
+
+
+def dense_weights(model):
+    return sparse(model, share=1.0, whole=1.0)
+
+
+def test_heads_and_their_sizes():
+    model = dense_weights(attention(3, 4))
+    layer = model.get_layer("attention")
+    change(layer, OUTPUT, np.s_[0], 0)  # a head that nothing reads
+    change(layer, VALUE, np.s_[:, :, :2], 0)  # constant values
+    change(layer, VALUE_BIAS, np.s_[:], 0.7)
+    change(layer, KEY, np.s_[:, :, 3], 0)  # the same for all keys
+    change(layer, KEY_BIAS, np.s_[:], 0.5)
+    change(layer, QUERY, np.s_[:, :, :2], 0)  # the same for all queries: one number of a head
+    change(layer, QUERY_BIAS, np.s_[:], 0.3)
+    small = compacted(model).get_layer("attention")
+    assert (small.num_heads, small.key_dim, small.value_dim) == (2, 2, 2)
+    change(layer, QUERY_BIAS, np.s_[:, :2], 0)
+    change(layer, VALUE, np.s_[1, :, 1], 0)
+    change(layer, VALUE, np.s_[:, :, 2], 0)
+    small = compacted(model).get_layer("attention")
+    assert (small.num_heads, small.key_dim, small.value_dim) == (2, 1, 1)
+
+
+def test_inputs_and_outputs_of_attention():
+    x = keras.Input((5, 3))
+    h = layers.Dense(8, name="narrow")(x)
+    h = layers.MultiHeadAttention(2, 3, name="attention", use_bias=False)(h, value=h, key=h)
+    model = dense_weights(keras.Model(x, layers.Dense(2)(h)))
+    layer = model.get_layer("attention")
+    for kernel in (QUERY, 1, 2):
+        change(layer, kernel, np.s_[4:], 0)
+    change(model.layers[-1], 0, np.s_[:5], 0)
+    change(model.get_layer("narrow"), 0, np.s_[:, 0], 0)  # of which a bias has to be made
+    change(model.get_layer("narrow"), 1, np.s_[0], 1.0)
+    small = compacted(model)
+    assert small.get_layer("narrow").units == 3
+    assert small.get_layer("attention").get_config()["output_shape"] == (3,)
+    assert small.get_layer("attention").use_bias
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention_with_masks(dropout):
+    x, words = keras.Input((5, 6)), keras.Input((4,), dtype="int32")
+    allowed = keras.Input((5, 5), dtype="bool")
+    table = layers.Embedding(9, 7, mask_zero=True)(words)
+    h = layers.MultiHeadAttention(4, 4, dropout=dropout)(x, x, attention_mask=allowed)
+    h = layers.MultiHeadAttention(3, 4, dropout=dropout, output_shape=9)(h, key=h, value=h, use_causal_mask=True)
+    h = layers.MultiHeadAttention(3, 4, dropout=dropout, use_bias=False)(h, table)
+    h = layers.Add()([h, layers.MultiHeadAttention(2, 4, dropout=dropout)(h, h)])
+    model = keras.Model([x, allowed, words], layers.Dense(2)(h))
+    sparse(model, share=0.6, whole=0.8)
+    assert compacted(model).count_params() < model.count_params()
+
+
+def test_constant_values_stay_where_weights_may_be_0():
+    def value_dim(**how):
+        x, allowed = keras.Input((5, 6)), keras.Input((5, 5), dtype="bool")
+        masks = {"attention_mask": allowed} if how.pop("masked", False) else {}
+        layer = layers.MultiHeadAttention(2, 3, name="attention", value_dim=3, **how)
+        model = dense_weights(keras.Model([x, allowed], layers.Dense(2)(layer(x, x, **masks))))
+        change(layer, VALUE, np.s_[:, :, 0], 0)
+        change(layer, KEY, np.s_[:, :, 0], 0)
+        change(layer, VALUE_BIAS, np.s_[:], 0.7)
+        return compacted(model).get_layer("attention").value_dim
+
+    assert value_dim(masked=True, dropout=0.1) == 3
+    assert value_dim(masked=True) == 2
+    assert value_dim(dropout=0.1) == 2
+
+
+def test_attention_of_which_more_is_read_than_its_output():
+    gone = {"call": {"return_attention_scores": True}}
+    models = [attention(2, 3, **gone), attention(2, 3, use_gate=True), attention(2, 3, output_shape=6)]
+    for model in models:
+        change(dense_weights(model).get_layer("attention"), OUTPUT, np.s_[0], 0)
+    assert [compacted(model).get_layer("attention").num_heads for model in models] == [2, 2, 1]
+
+
+def test_attention_that_jax_can_compute():
+    """Its own attention asks for values of the size of the keys."""
+    model = dense_weights(attention(2, 4))
+    change(model.get_layer("attention"), KEY, np.s_[:, :, 1:], 0)
+    small = compacted(model).get_layer("attention")
+    assert small.key_dim == small.value_dim == 4
+
+
+@pytest.mark.parametrize(
+    "cls, mode",
+    [
+        (layers.LSTM, "concat"),
+        (layers.LSTM, None),
+        (layers.GRU, "sum"),
+        (layers.SimpleRNN, "mul"),
+        (layers.SimpleRNN, "ave"),
+    ],
+)
+def test_both_ways(cls, mode):
+    x = keras.Input((4, 5))
+    h = layers.Bidirectional(layers.SimpleRNN(8, return_sequences=True))(layers.Dense(6)(x))
+    both = layers.Bidirectional(cls(7, return_state=True), merge_mode=mode)(h)
+    model = sparse(keras.Model(x, [layers.Dense(2)(both[0]), layers.Dense(2)(both[-1])]), share=0.2, seed=1)
+    small = compacted(model)
+    ways = small.layers[3].forward_layer, small.layers[3].backward_layer
+    assert ways[0].units == ways[1].units < 7
+    assert small.layers[2].forward_layer.units == small.layers[2].backward_layer.units < 8
+
+
+def test_both_ways_keep_what_one_needs():
+    x = keras.Input((4, 5))
+    model = dense_weights(keras.Model(x, layers.Dense(2)(layers.Bidirectional(layers.SimpleRNN(3))(x))))
+    for name in ("forward_layer", "backward_layer"):
+        change(getattr(model.layers[1], name), 1, np.s_[:], 0)  # no unit needs another
+    change(model.layers[2], 0, np.s_[:2], 0)  # of forward one is read, of backward two
+    change(model.layers[2], 0, np.s_[3], 0)
+    small = compacted(model)
+    assert small.layers[1].forward_layer.units == small.layers[1].backward_layer.units == 2
+
+
+def test_separable_convolutions():
+    def model(padding, bias):
+        x = keras.Input((6, 6, 3))
+        h = layers.SeparableConv2D(4, 3, depth_multiplier=3, padding=padding, use_bias=False)(layers.Conv2D(5, 1)(x))
+        model = dense_weights(keras.Model(x, layers.Dense(2)(layers.GlobalAveragePooling2D()(h))))
+        change(model.layers[1], 0, np.s_[..., 0], 0)
+        change(model.layers[1], 1, np.s_[0], bias)
+        change(model.layers[2], 0, np.s_[..., 1], 0)
+        change(model.layers[-1], 0, np.s_[0], 0)
+        return model
+
+    sizes = [("valid", 0.7, 4, True), ("same", 0.7, 5, False), ("same", 0.0, 4, False)]
+    for padding, bias, channels, use_bias in sizes:
+        first, second = compacted(model(padding, bias)).layers[1:3]
+        assert (first.filters, second.filters, second.depth_multiplier) == (channels, 3, 2)
+        assert second.use_bias == use_bias
+    x = keras.Input((6, 5))
+    h = layers.SeparableConv1D(7, 3, depth_multiplier=2, activation="relu")(x)
+    for seed in range(2):
+        small = compacted(sparse(keras.Model(x, layers.Conv1D(2, 3)(h)), seed=seed))
+        assert small.layers[1].filters < 7
+
+
+def test_places_that_move():
+    x = keras.Input((4, 3))
+    h = layers.Permute((2, 1, 3))(layers.Reshape((2, 2, 8))(layers.Dense(8)(x)))
+    h = layers.Reshape((-1, 16))(h)
+    h = layers.Dense(12, name="narrow")(layers.Reshape((32,))(h))
+    h = layers.TimeDistributed(layers.Conv1D(5, 2, activation="relu"))(layers.Reshape((2, 2, 3))(h))
+    h = layers.TimeDistributed(keras.Sequential([keras.Input((1, 5)), layers.Dense(20), layers.Dense(4)]))(h)
+    h = layers.TimeDistributed(layers.Flatten())(layers.TimeDistributed(layers.BatchNormalization())(h))
+    model = keras.Model(x, layers.Dense(2)(layers.Flatten()(h)))
+    for seed in range(2):
+        small = compacted(sparse(model, share=0.5, whole=0.7, seed=seed))
+        assert small.layers[1].units < 8 and small.get_layer("narrow").units in (
+            4,
+            8,
+            12,
+        )  # of 3 channels, at 4 places each
+        assert small.count_params() < model.count_params() / 2
+
+
+def test_a_reshape_that_is_called_on_channels_of_other_sizes():
+    a, b = keras.Input((4, 6)), keras.Input((2, 3))
+    reshape = layers.Reshape((-1, 3))
+    h = [layers.Dense(2)(reshape(layers.Dense(6)(a))), layers.Dense(2)(reshape(layers.Dense(3)(b)))]
+    assert compacted(sparse(keras.Model([a, b], h))).get_layer(reshape.name).target_shape == (-1, 3)
+
+
+def words(model, alive=0.1):
+    """Give all but a few words of each table nothing but zeros."""
+    rng = np.random.default_rng(0)
+    sparse(model, share=1.0, whole=1.0)
+    for layer in model.layers:
+        if isinstance(layer, layers.Embedding):
+            layer.set_weights([rng.normal(size=layer.embeddings.shape) * (rng.random((layer.input_dim, 1)) < alive)])
+    return model
+
+
+def after_words(model):
+    """What the layers after an embedding of 60 words predict: of some words, of padding and of nothing but padding."""
+    x = np.random.default_rng(0).integers(0, 60, (8, 7))
+    x[:, 4:] = 0
+    x[0] = 0
+    return array(model(x.astype("int32")))
+
+
+def models_of_words():
+    def attend(h):
+        h = layers.MultiHeadAttention(2, 4)(h, h)
+        return layers.Dense(2)(keras.ops.max(h, axis=1))
+
+    def functional(*after, shape=(7,), mask_zero=True):
+        x = h = keras.Input(shape, dtype="int32")
+        h = layers.Embedding(60, 8, mask_zero=mask_zero)(h)
+        for layer in after:
+            h = layer(h)
+        return keras.Model(x, h)
+
+    def sequential(*after):
+        first = [keras.Input((None,), dtype="int32"), layers.Embedding(60, 8, mask_zero=True, name="words")]
+        return keras.Sequential([*first, *after])
+
+    return {
+        "functional": functional(layers.LSTM(3)),
+        "attention": functional(attend),
+        "unmasked": functional(layers.GRU(3), shape=(None,), mask_zero=False),
+        "sequential": sequential(layers.Dropout(0.5), layers.LSTM(3)),
+    }
+
+
+@pytest.mark.parametrize("name", ["functional", "attention", "unmasked", "sequential"])
+def test_words_of_which_nothing_is_left(name):
+    model = words(models_of_words()[name])
+    small = compacted(model)
+    assert small.count_params() < model.count_params() - 60 * 8 / 2
+    np.testing.assert_allclose(after_words(small), after_words(model), atol=1e-6)
+    remap, _, table = next(layer for layer in small.layers if isinstance(layer, keras.Sequential)).layers
+    assert not remap.trainable and table.trainable
+    if table.mask_zero:
+        np.testing.assert_array_equal(array(remap.embeddings)[:, 0] == 0, np.arange(60) == 0)
+    assert compacted(small).count_params() == small.count_params()
+
+
+def test_words_are_loaded_without_this_package(tmp_path):
+    model = words(models_of_words()["sequential"])
+    kv.compact(model).save(tmp_path / "small.keras")
+    x = np.random.default_rng(0).integers(0, 60, (8, 7))
+    x[:, 4:] = 0
+    np.save(tmp_path / "x.npy", x.astype("int32"))
+    code = "import sys, keras, numpy as np; model = keras.saving.load_model('small.keras'); "
+    code += "np.save('y.npy', model.predict(np.load('x.npy'), verbose=0)); assert 'keras_vdrop' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), array(model(x.astype("int32"))), atol=1e-6)
+
+
+def test_words_stay_where_that_is_no_smaller_or_not_the_same():
+    def model(dtype, **arguments):
+        first = [keras.Input((7,), dtype=dtype), layers.Embedding(60, **arguments)]
+        return words(keras.Sequential([*first, layers.LSTM(3)]))
+
+    one_number = model("int32", output_dim=1)
+    numbers = model("float32", output_dim=8, mask_zero=True)  # 0.5 is the word 0, but not masked
+    two = words(keras.Sequential([keras.Input((None, None)), layers.Embedding(60, 8), layers.Dense(2)]))
+    for each in (one_number, numbers, two):
+        assert isinstance(compacted(each).layers[0], layers.Embedding)
+    assert isinstance(compacted(model("float32", output_dim=8)).layers[0], keras.Sequential)
+
+
+def test_words_of_a_shared_table_and_in_mixed_precision():
+    a, b = keras.Input((5,), dtype="int32"), keras.Input((3,), dtype="int32")
+    table = layers.Embedding(5000, 4, mask_zero=True, dtype="mixed_float16")
+    h = [layers.LSTM(3)(table(a)), layers.LSTM(3)(table(b))]
+    model = words(keras.Model([a, b], h), alive=0.5)
+    small = compacted(model)
+    assert small.count_params() < model.count_params() - 2000
+    x = [np.arange(4990, 4995)[None], np.arange(3001, 3004)[None]]
+    for expected, found in zip(model(x), small(x)):
+        np.testing.assert_allclose(array(found), array(expected), atol=1e-6)
 
 
 def test_ours_becomes_small_and_stays_as_it_is():
@@ -214,9 +493,9 @@ def test_saved_and_loaded(tmp_path):
 
 def test_a_fault_is_no_model(monkeypatch):
     model = sparse(keras.Sequential([keras.Input((8,)), layers.Dense(9), layers.Dense(3)]), share=1.0, whole=1.0)
-    from keras_vdrop import compaction
+    from keras_vdrop.compaction import rules
 
-    monkeypatch.setattr(compaction.Affine, "need", lambda *_: None)
+    monkeypatch.setattr(rules.Affine, "need", lambda *_: None)
     with pytest.raises(RuntimeError, match="does not predict"):
         kv.compact(model)
 
@@ -232,6 +511,12 @@ STEPS = {
     "recurrent": lambda h: layers.GRU(4, return_sequences=True)(h),
     "opaque": lambda h: layers.LayerNormalization()(h),
     "softmax": lambda h: layers.Dense(4, "softmax")(h),
+    "attention": lambda h: layers.MultiHeadAttention(2, 3)(h, h, use_causal_mask=True),
+    "attention_to_all": lambda h: layers.MultiHeadAttention(2, 3, value_dim=2, dropout=0.1)(h, h),
+    "both_ways": lambda h: layers.Bidirectional(layers.SimpleRNN(3, return_sequences=True))(h),
+    "separable": lambda h: layers.SeparableConv1D(5, 3, depth_multiplier=2, padding="same")(h),
+    "places": lambda h: layers.Reshape((6, -1))(layers.Reshape((3, 2, h.shape[-1]))(h)),
+    "distributed": lambda h: layers.TimeDistributed(layers.Dense(4, "relu"))(h),
     "branches": lambda h: layers.Add()([layers.Dense(5, "relu")(h), layers.Conv1D(5, 3, padding="same")(h)]),
     "joined": lambda h: layers.Concatenate()([h, layers.Dense(3, "sigmoid")(h)]),
     "residual": lambda h: layers.Add()([h, layers.Dense(h.shape[-1], "tanh")(h)]),

@@ -1,0 +1,162 @@
+"""How channels go through attention."""
+
+import dataclasses
+
+import numpy as np
+from keras import ops
+
+from keras_vdrop.compaction.rules import Rule, first, is_as_built, most
+
+
+class Attention(Rule):
+    """MultiHeadAttention: heads, and the numbers that a head compares (`key_dim`) and carries (`value_dim`).
+
+    What is the same for all keys, such as the bias of a key, adds the same to all scores of a query, which softmax does
+    not see. Queries that are the same everywhere, but for 0, weigh the keys alike: one number of a head is enough for
+    all of those. And as weights sum to 1, values that are the same everywhere are what comes out, and go into the
+    output's bias.
+    """
+
+    @classmethod
+    def inputs(cls, call):
+        """Those of query, value and key."""
+        if call.options.get("return_attention_scores"):
+            return None
+        places = {0: "query", 1: "value", 2: "key"}
+        given = {places.get(place, place): keys for place, keys in call.arguments.items()}
+        if not set(given) <= set(places.values()) or not {"query", "value"} <= set(given):
+            return None
+        value = given["value"]
+        keys = [*given["query"], *value, *(value if given.get("key", [None]) == [None] else given["key"])]
+        return keys if len(keys) == 3 and all(keys) else None
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        parts = (layer.query_dense, layer.key_dense, layer.value_dense, layer.output_dense)
+        known = len(inputs) == 3 and not layer.get_config().get("use_gate")
+        return known and all(map(is_as_built, parts)) and len(layer.output_dense.kernel.shape) == 3
+
+    @property
+    def _is_fused(self):
+        """Whether Keras leaves it to the backend, and does not compute scores itself."""
+        return not self.layer.dropout and all(len(shape) == 3 for each in self.shapes for shape in each)
+
+    @property
+    def _weights_sum_to_1(self):
+        """They do, but for queries that are kept from all keys: their weights are 0 where Keras computes the scores."""
+        return self._is_fused or not (self.masked or self.layer.get_config().get("sliding_window"))
+
+    def _needed(self, known):
+        """The `_Projections` with zeros wherever a number changes nothing."""
+        layer = self.layer
+        parts = (layer.query_dense, layer.value_dense, layer.key_dense)
+        query, value, key = (_projection(part, values) for part, values in zip(parts, known))
+        output = _projection(layer.output_dense)
+
+        varies = query.kernel.any(axis=0)
+        scored = key.kernel.any(axis=0) & (varies | (query.bias != 0))
+        for head, same in enumerate(scored & ~varies):
+            if same.sum() > 1:
+                one = np.flatnonzero(same)[0]
+                key.kernel[:, head, one] = key.kernel[:, head, same] @ query.bias[head, same]
+                query.bias[head, one] = 1.0
+                scored[head, same] = np.arange(len(same))[same] == one
+        key.bias[:] = 0.0
+        for part in (query, key):
+            part.keep(scored)
+
+        constant = ~value.kernel.any(axis=0) & (self._weights_sum_to_1 | (value.bias == 0))
+        output.bias += np.einsum("hd,hdo->o", np.where(constant, value.bias, 0.0), output.kernel)
+        output.kernel[constant] = 0.0
+        return _Projections(query, key, value, output)
+
+    def constants(self, known, sizes):
+        output = self._needed(known).output
+        return [np.where(output.kernel.any(axis=(0, 1)), np.nan, output.bias) for _ in sizes]
+
+    def need(self, known, ins, outs):
+        for mask, part in zip(ins, self._needed(known).of(outs[0]).inputs):
+            mask |= part.kernel.any(axis=(1, 2))
+
+    def cut(self, known, ins, outs):
+        parts = self._needed(known).of(outs[0])
+        heads = parts.value.alive.any(axis=1)
+        heads[:1] |= not heads.any()
+        alive = [(parts.query.alive | parts.key.alive)[heads], parts.value.alive[heads]]
+        sizes = [most(each) for each in alive]
+        if self._is_fused and self.layer.key_dim == self.layer.value_dim:
+            sizes = [max(sizes), max(sizes)]  # for which JAX asks
+        scored, carried = map(first, alive, sizes)
+        query, value, key = (
+            part.cut(mask, heads, kept) for part, mask, kept in zip(parts.inputs, ins, (scored, carried, scored))
+        )
+        # Scores are divided by the root of the size, which is another now.
+        rescale = np.sqrt(sizes[0] / self.layer.key_dim)
+        query = _Projection(query.kernel * rescale, query.bias * rescale)
+        kernel = np.take_along_axis(parts.output.kernel[heads], carried[..., None], axis=1)[..., outs[0]]
+        weights = [query, key, value, _Projection(kernel, parts.output.bias[outs[0]])]
+        use_bias = self.layer.use_bias or any(part.bias.any() for part in weights)
+        changes = {
+            "num_heads": int(heads.sum()),
+            "key_dim": sizes[0],
+            "value_dim": sizes[1],
+            "output_shape": (int(outs[0].sum()),),
+            "use_bias": use_bias,
+        }
+        return changes, [each for part in weights for each in (part.kernel, part.bias)[: 1 + use_bias]]
+
+
+@dataclasses.dataclass
+class _Projection:
+    """A kernel (inputs, heads, size) and a bias (heads, size); of the output, (heads, size, outputs) and (outputs,)."""
+
+    kernel: np.ndarray
+    bias: np.ndarray
+
+    @property
+    def alive(self):
+        """Of which numbers of which heads not everything is zero."""
+        return self.kernel.any(axis=0) | (self.bias != 0)
+
+    def keep(self, mask):
+        """Let everything else be zero."""
+        self.kernel *= mask
+        self.bias *= mask
+
+    def cut(self, into, heads, kept):
+        """For these inputs and heads, and of each head the numbers of these indices."""
+        kernel = np.take_along_axis(self.kernel[into][:, heads], kept[None], axis=2)
+        return _Projection(kernel, np.take_along_axis(self.bias[heads], kept, axis=1))
+
+
+def _projection(dense, known=None):
+    """With what constants contribute in the bias."""
+    kernel = ops.convert_to_numpy(dense.kernel).astype("float64")
+    shape = kernel.shape[-1:] if known is None else kernel.shape[1:]
+    bias = np.zeros(shape) if dense.bias is None else ops.convert_to_numpy(dense.bias).astype("float64")
+    if known is not None:
+        constant = ~np.isnan(known)
+        bias = bias + np.einsum("c,chd->hd", known[constant], kernel[constant])
+        kernel[constant] = 0.0
+    return _Projection(kernel, bias)
+
+
+@dataclasses.dataclass
+class _Projections:
+    query: _Projection
+    key: _Projection
+    value: _Projection
+    output: _Projection
+
+    @property
+    def inputs(self):
+        """Those of the inputs, in the order of the inputs."""
+        return self.query, self.value, self.key
+
+    def of(self, out):
+        """With zeros also where only other outputs than these need something."""
+        carried = self.output.kernel[..., out].any(axis=-1)
+        self.value.keep(carried)
+        for part in (self.query, self.key):
+            part.keep(carried.any(axis=1)[:, None])
+        return self

@@ -1,0 +1,429 @@
+"""How channels go through layers, kind by kind."""
+
+import keras
+import numpy as np
+from keras import activations, layers, ops
+
+
+class Rule:
+    """How channels go through a layer. This one stands for any layer, of which nothing is known: it needs them all.
+
+    In all methods, `known` is a list of arrays, one an input, the value of a channel where that is constant, else NaN;
+    `ins` and `outs` are lists of boolean arrays, one an input and one an output, True for a channel that is kept.
+
+    Attributes:
+        layer: The layer, one of Keras's own; None for an operation that is none.
+        shapes: A list for each call, of the shapes of its inputs.
+        masked: Whether a mask of places may reach it.
+        reads_channels: Whether what is on the last axis of the inputs are channels.
+        has_sizes: Whether some of the layer's arguments are sizes, though it has no weights.
+    """
+
+    reads_channels = True
+    has_sizes = False
+
+    def __init__(self, layer, shapes=(), masked=True):
+        self.layer = layer
+        self.shapes = shapes
+        self.masked = masked
+
+    @classmethod
+    def inputs(cls, call):
+        """The keys of the inputs of a call; None for a call that it does not know."""
+        return call.inputs if call.plain else None
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        """Whether the rule holds for a layer of its kind on inputs of these shapes."""
+        return True
+
+    def constants(self, known, sizes):
+        """The outputs' own `known`, of these sizes."""
+        return [np.full(size, np.nan) for size in sizes]
+
+    def need(self, known, ins, outs):
+        """Set to True, in `ins` and `outs`, what the layer asks for."""
+        for mask in (*ins, *outs):
+            mask[:] = True
+
+    def settle(self, outs):
+        """Set to True, in `outs`, what shapes ask for when nothing else needs more: a tensor has a channel."""
+        for mask in outs:
+            mask[:1] |= not mask.any()
+
+    def cut(self, known, ins, outs):
+        """The arguments that change, or another layer instead; and the weights."""
+        return {}, self.layer.get_weights()
+
+
+class PassThrough(Rule):
+    """Channels stay what they are, each by itself."""
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        return one_input(layer, inputs) and is_elementwise(getattr(layer, "activation", None))
+
+    def of_constants(self, value):
+        """What becomes of constants; here nothing."""
+        return value
+
+    def constants(self, known, sizes):
+        return [self.of_constants(known[0]) for _ in sizes]
+
+    def need(self, known, ins, outs):
+        tie(*ins, *outs)
+
+
+class Elementwise(PassThrough):
+    """A function of each number."""
+
+    def of_constants(self, value):
+        return np.where(np.isnan(value), np.nan, _apply(self.layer, value))
+
+
+class Padding(PassThrough):
+    """Zeros come in from the border."""
+
+    def of_constants(self, value):
+        return zeros_only(value)
+
+
+class Scaling(PassThrough):
+    """Rescaling: a scale and an offset for all channels, or for each."""
+
+    has_sizes = True
+
+    def __init__(self, layer, *place):
+        super().__init__(layer, *place)
+        self.terms = {name: np.asarray(getattr(layer, name)) for name in ("scale", "offset")}
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        shapes = (np.shape(layer.scale), np.shape(layer.offset))
+        return one_input(layer, inputs) and all(shape in [(), *_of_channels(inputs[0])] for shape in shapes)
+
+    def of_constants(self, value):
+        scale, offset = (np.ravel(term) for term in self.terms.values())
+        return np.where(scale == 0.0, 0.0, scale * value) + offset
+
+    def cut(self, known, ins, outs):
+        return {name: (term[..., ins[0]] if term.ndim else term).tolist() for name, term in self.terms.items()}, []
+
+
+class Normalization(PassThrough):
+    """BatchNormalization: a scale and an offset for each channel."""
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        return super().fits(layer, inputs) and layer.axis in (-1, len(inputs[0]) - 1)
+
+    def of_constants(self, value):
+        *scale_and_offset, mean, variance = (weight.astype("float64") for weight in self.layer.get_weights())
+        value = (value - mean) / np.sqrt(variance + self.layer.epsilon)
+        if self.layer.scale:
+            value = value * scale_and_offset[0]
+        return value + scale_and_offset[-1] if self.layer.center else value
+
+    def cut(self, known, ins, outs):
+        return {}, [weight[ins[0]] for weight in self.layer.get_weights()]
+
+
+class Merge(Rule):
+    """A function of the numbers at one place of several tensors."""
+
+    _OF = {  # noqa: RUF012
+        layers.Add: lambda values: values.sum(axis=0),
+        layers.Subtract: lambda values: values[0] - values[1],
+        layers.Multiply: lambda values: values.prod(axis=0),
+        layers.Average: lambda values: values.mean(axis=0),
+        layers.Maximum: lambda values: values.max(axis=0),
+        layers.Minimum: lambda values: values.min(axis=0),
+    }
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        return len({(len(shape), shape[-1]) for shape in inputs}) == 1
+
+    def constants(self, known, sizes):
+        value = self._OF[type(self.layer)](np.stack(known))
+        if isinstance(self.layer, layers.Multiply):
+            value = np.where((np.stack(known) == 0.0).any(axis=0), 0.0, value)
+        return [value for _ in sizes]
+
+    def need(self, known, ins, outs):
+        tie(*ins, *outs)
+
+
+class Concatenation(Rule):
+    """Channels side by side."""
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        return layer.axis in (-1, len(inputs[0]) - 1)
+
+    def constants(self, known, sizes):
+        return [np.concatenate(known) for _ in sizes]
+
+    def need(self, known, ins, outs):
+        places = np.cumsum([len(mask) for mask in ins])[:-1]
+        for out in outs:
+            for mask, part in zip(ins, np.split(out, places)):
+                tie(mask, part)
+
+
+class Places(Rule):
+    """Flatten and Reshape: of the last axes before and after, the longer has each channel of the shorter several times.
+
+    The numbers stay in their order, so a channel is an index modulo the shorter of the two.
+    """
+
+    has_sizes = True
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        if not one_input(layer, inputs) or len(layer.compute_output_shape(inputs[0])) < 2:
+            return False
+        before, after = inputs[0][-1], layer.compute_output_shape(inputs[0])[-1]
+        return bool(before and after) and max(before, after) % min(before, after) == 0
+
+    def constants(self, known, sizes):
+        return [self._constants(known[0], size) for size in sizes]
+
+    def _constants(self, value, size):
+        if size >= len(value):
+            return np.tile(value, size // len(value))
+        places = value.reshape(-1, size)
+        return np.where((places == places[0]).all(axis=0), places[0], np.nan)
+
+    def need(self, known, ins, outs):
+        for out in outs:
+            size = min(len(ins[0]), len(out))
+            tie(*ins[0].reshape(-1, size), *out.reshape(-1, size))
+
+    def cut(self, known, ins, outs):
+        if not isinstance(self.layer, layers.Reshape):
+            return {}, []
+        return {"target_shape": (*self.layer.target_shape[:-1], int(outs[0].sum()))}, []
+
+
+class Permutation(PassThrough):
+    """The last axis stays the last."""
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        return super().fits(layer, inputs) and layer.dims[-1] == len(layer.dims)
+
+
+class Affine(Rule):
+    """Dense layers and convolutions: activation(Σ x·W + b), with a matrix W, or one for every tap."""
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        return one_input(layer, inputs) and getattr(layer, "groups", 1) == 1 and is_as_built(layer)
+
+    def __init__(self, layer, *place):
+        super().__init__(layer, *place)
+        self.taps = self._taps()
+        self.bias = ops.convert_to_numpy(layer.bias) if layer.use_bias else np.zeros(self.taps.shape[-1], "float32")
+
+    @property
+    def _is_transposed(self):
+        return isinstance(self.layer, (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose))
+
+    def _taps(self):
+        """The kernel as (taps, inputs, outputs)."""
+        kernel = ops.convert_to_numpy(self.layer.kernel)
+        kernel = np.swapaxes(kernel, -1, -2) if self._is_transposed else kernel
+        return kernel.reshape(-1, *kernel.shape[-2:])
+
+    def _kernels(self, into, out):
+        """The kernels of what is kept, and the arguments that change with them."""
+        kernel = ops.convert_to_numpy(self.layer.kernel)
+        rows, columns = (out, into) if self._is_transposed else (into, out)
+        return {}, [kernel[..., rows, :][..., columns]]
+
+    def _usable(self, known):
+        """A constant is one only as long as the border does not show."""
+        borders = self._is_transposed or getattr(self.layer, "padding", "valid") != "valid"
+        return zeros_only(known[0]) if borders else known[0]
+
+    def constants(self, known, sizes):
+        if not is_elementwise(self.layer.activation):
+            return super().constants(known, sizes)
+        value = self._usable(known)
+        varies = (self.taps[:, np.isnan(value)] != 0).any(axis=(0, 1))
+        constant = _apply(self.layer.activation, self._folded(value, ~np.isnan(value)))
+        return [np.where(varies, np.nan, constant) for _ in sizes]
+
+    def _folded(self, value, channels):
+        """The bias with what these channels, which are constant, contribute."""
+        return self.bias + np.einsum("c,tcu->u", value[channels], self.taps[:, channels].astype("float64"))
+
+    def need(self, known, ins, outs):
+        (out,) = outs
+        out |= not is_elementwise(self.layer.activation)  # which, as softmax, looks at them all
+        ins[0] |= (self.taps[:, :, out] != 0).any(axis=(0, 2)) & np.isnan(self._usable(known))
+
+    def cut(self, known, ins, outs):
+        (into,), (out,) = ins, outs
+        bias = self._folded(self._usable(known), ~into & ~np.isnan(self._usable(known)))[out]
+        changes, kernels = self._kernels(into, out)
+        changes["units" if isinstance(self.layer, layers.Dense) else "filters"] = int(out.sum())
+        if not self.layer.use_bias and not bias.any():
+            return changes, kernels
+        return {**changes, "use_bias": True}, [*kernels, bias]
+
+
+class Separable(Affine):
+    """A depthwise convolution, and a matrix after it."""
+
+    def _parts(self):
+        """The two kernels as (taps, inputs, multiplier) and (inputs, multiplier, outputs)."""
+        depthwise, pointwise = map(ops.convert_to_numpy, (self.layer.depthwise_kernel, self.layer.pointwise_kernel))
+        depthwise = depthwise.reshape(-1, *depthwise.shape[-2:])
+        return depthwise, pointwise.reshape(*depthwise.shape[1:], -1)
+
+    def _taps(self):
+        return np.einsum("tcm,cmu->tcu", *(part.astype("float64") for part in self._parts()))
+
+    def _kernels(self, into, out):
+        depthwise, pointwise = self._parts()
+        depthwise, pointwise = depthwise[:, into], pointwise[into][..., out]
+        alive = depthwise.any(axis=0) & pointwise.any(axis=-1)
+        kept = first(alive, most(alive))
+        depthwise = np.take_along_axis(depthwise, kept[None], axis=2)
+        pointwise = np.take_along_axis(pointwise, kept[..., None], axis=1)
+        rank = len(self.layer.kernel_size)
+        return {"depth_multiplier": kept.shape[1]}, [
+            depthwise.reshape(*self.layer.kernel_size, *depthwise.shape[1:]),
+            pointwise.reshape(*[1] * rank, -1, pointwise.shape[-1]),
+        ]
+
+
+class Depthwise(Rule):
+    """A convolution of each channel by itself, into as many as `depth_multiplier`."""
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        return PassThrough.fits(layer, inputs)
+
+    def need(self, known, ins, outs):
+        for out in outs:
+            groups = out.reshape(len(ins[0]), -1)
+            ins[0] |= groups.any(axis=1)
+            groups |= ins[0][:, None]
+
+    def cut(self, known, ins, outs):
+        kernel, *bias = self.layer.get_weights()
+        return {}, [kernel[..., ins[0], :], *(each[outs[0]] for each in bias)]
+
+
+class Table(Rule):
+    """An embedding: its inputs are indices, its outputs the columns of a table.
+
+    Where that is smaller, rows that are the same become one: a first embedding, into one number, has the row's index.
+    """
+
+    reads_channels = False
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        return is_as_built(layer)
+
+    def constants(self, known, sizes):
+        (table,) = self.layer.get_weights()
+        return [np.where((table == table[0]).all(axis=0), table[0], np.nan) for _ in sizes]
+
+    def need(self, known, ins, outs):
+        """It needs nothing, and the table can lose any column."""
+
+    def cut(self, known, ins, outs):
+        (table,) = self.layer.get_weights()
+        table = table[:, outs[0]]
+        alone = int(self.layer.mask_zero)  # the first row is then like no other, as it is masked
+        rows, index = np.unique(table[alone:] + np.zeros((), table.dtype), axis=0, return_inverse=True)
+        rows = np.concatenate([table[:alone], rows])
+        index = np.concatenate([np.arange(alone), index.reshape(-1) + alone])
+        shape = self._common_shape()
+        if shape is None or index.size * 4 + rows.nbytes >= table.nbytes or len(rows) > _EXACT_INTEGERS:
+            return {"output_dim": table.shape[1]}, [table]
+        return self._in_two(shape, rows), [index[:, None].astype("float32"), rows]
+
+    def _common_shape(self):
+        """The shape of the inputs of all calls, with None where sizes differ; or None where that will not do."""
+        shapes = [inputs[0] for inputs in self.shapes]
+        if len({len(shape) for shape in shapes}) != 1:
+            return None
+        if self.layer.mask_zero and "int" not in self.layer.input.dtype:  # 0.5 is the word 0, but not masked
+            return None
+        shape = [sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes)]
+        return None if shape[1:].count(None) > 1 else tuple(shape)
+
+    def _in_two(self, shape, rows):
+        config = self.layer.get_config()
+        return keras.Sequential(
+            [
+                keras.Input(batch_shape=shape, dtype=self.layer.input.dtype),
+                layers.Embedding(self.layer.input_dim, 1, trainable=False, dtype="float32", name="row"),
+                layers.Reshape([-1 if size is None else size for size in shape[1:]], dtype="float32", name="shape"),
+                layers.Embedding.from_config({**config, "input_dim": len(rows), "output_dim": rows.shape[1]}),
+            ],
+            name=self.layer.name,
+        )
+
+
+_ELEMENTWISE = """celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear log_sigmoid
+    mish relu relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus squareplus tanh tanh_shrink threshold"""
+_EXACT_INTEGERS = 2**24  # in float32
+
+
+def one_input(layer, inputs):
+    return len(inputs) == 1 and getattr(layer, "data_format", "channels_last") == "channels_last"
+
+
+def is_as_built(layer):
+    """Whether its weights are those that it was built with: neither quantized nor split in two."""
+    return getattr(layer, "quantization_mode", None) is None and not getattr(layer, "lora_enabled", False)
+
+
+def _of_channels(shape):
+    """The shapes of numbers of which each channel of such an input has one."""
+    return [(*[1] * more, shape[-1]) for more in range(len(shape))]
+
+
+def is_elementwise(activation):
+    return activation is None or activation in {getattr(activations, name) for name in _ELEMENTWISE.split()}
+
+
+def _apply(function, values):
+    """A function of a tensor, of each number by itself, on an array."""
+    return ops.convert_to_numpy(function(ops.convert_to_tensor(values, "float32"))).astype("float64")
+
+
+def zeros_only(value):
+    return np.where(value == 0.0, 0.0, np.nan)
+
+
+def most(alive):
+    """How many are alive in the row in which most are, but at least 1."""
+    return max(int(alive.sum(axis=-1).max()), 1)
+
+
+def first(alive, width):
+    """Along the last axis, the indices of what is alive in each row, and then of others, so many that it is `width`."""
+    return np.argsort(~alive, axis=-1, kind="stable")[..., :width]
+
+
+def tie(*masks):
+    """What is kept in one is kept in all."""
+    union = np.logical_or.reduce(masks)
+    for mask in masks:
+        mask |= union
+
+
+def rewrapped(serialized, changes):
+    """What Keras serialized of a layer within another, with other arguments."""
+    return {
+        **{name: value for name, value in serialized.items() if name != "build_config"},
+        "config": {**serialized["config"], **changes},
+    }

@@ -1,0 +1,251 @@
+"""All layers together: what each needs of the others, until nothing changes."""
+
+import keras
+import numpy as np
+from keras import layers
+
+from keras_vdrop.compaction.attention import Attention
+from keras_vdrop.compaction.graph import graph_of
+from keras_vdrop.compaction.recurrent import Recurrent, TwoWays
+from keras_vdrop.compaction.rules import (
+    Affine,
+    Concatenation,
+    Depthwise,
+    Elementwise,
+    Merge,
+    Normalization,
+    Padding,
+    PassThrough,
+    Permutation,
+    Places,
+    Rule,
+    Scaling,
+    Separable,
+    Table,
+    rewrapped,
+)
+from keras_vdrop.conversion import is_graph, known_layers, take_over
+
+
+def shrink(model, masked=None):
+    """A model of fewer channels, of one that has only Keras's layers; `masked`: whether inputs may have masks."""
+    masked = _makes_masks(model) if masked is None else masked
+    graph = graph_of(model)
+    sizes = {key: (shape[-1] if shape else None) or 0 for key, shape in graph.shapes.items()}
+    groups = _groups(model, graph, masked)
+
+    group_of = {key: group for group in groups for call in group.calls for key in call.outputs}
+    known = {}
+    for call in graph.calls:
+        if not call.outputs:
+            continue
+        group = group_of[call.outputs[0]]
+        values = group.rule.constants(group.known(known), [sizes[key] for key in call.outputs])
+        known.update(zip(call.outputs, values))
+
+    kept = {key: np.full(size, key in graph.outputs) for key, size in sizes.items()}
+    before = None
+    while before != _count(kept):
+        before = _count(kept)
+        _grow(groups, known, kept)
+        for group in groups:
+            group.settle(kept)
+
+    changes, weights = {}, {}
+    for group in groups:
+        if group.rule.layer is not None:
+            changes[group.name], weights[group.name] = group.rule.cut(group.known(known), *group.masks(kept))
+    config = model.get_config()
+    for entry in config["layers"]:
+        entry.pop("build_config", None)  # of the sizes before
+        change = changes.get(entry["config"].get("name"), {})
+        if isinstance(change, layers.Layer):
+            entry.update(keras.saving.serialize_keras_object(change))
+        else:
+            entry["config"].update(change)
+    with known_layers(model):
+        small = type(model).from_config(config)
+    for name, values in weights.items():
+        small.get_layer(name).set_weights(values)
+    take_over(small)
+    return small
+
+
+def _makes_masks(model):
+    """Whether any layer may mask places: it says so, or is one of the user's own."""
+    return any(
+        isinstance(layer, (layers.Masking, layers.Lambda))
+        or getattr(layer, "mask_zero", False)
+        or not type(layer).__module__.startswith("keras.")
+        for layer in model._flatten_layers()
+    )
+
+
+class Nested(Rule):
+    """A model within the model: it keeps its inputs and outputs, and is compacted by itself."""
+
+    reads_channels = False
+
+    @classmethod
+    def inputs(cls, call):
+        return call.inputs
+
+    def cut(self, known, ins, outs):
+        small = shrink(self.layer, self.masked)
+        return small.get_config(), small.get_weights()
+
+
+class Wrapped(Rule):
+    """TimeDistributed: what the layer within it does, without the axis of time."""
+
+    has_sizes = True
+
+    @staticmethod
+    def _within(inputs):
+        return [(shape[0], *shape[2:]) for shape in inputs]
+
+    @classmethod
+    def fits(cls, layer, inputs):
+        kind, inputs = _kind(layer.layer), cls._within(inputs)
+        return len(inputs) == 1 and kind is not Table and kind.fits(layer.layer, inputs)
+
+    def __init__(self, layer, shapes=(), masked=True):
+        super().__init__(layer, shapes, masked)
+        self.within = _kind(layer.layer)(layer.layer, [self._within(inputs) for inputs in shapes], masked)
+        self.constants, self.need, self.settle = self.within.constants, self.within.need, self.within.settle
+
+    def cut(self, known, ins, outs):
+        changes, weights = self.within.cut(known, ins, outs)
+        return {"layer": rewrapped(self.layer.get_config()["layer"], changes)}, weights
+
+
+_SAME = """
+    Identity Dropout SpatialDropout1D SpatialDropout2D SpatialDropout3D GaussianDropout GaussianNoise AlphaDropout
+    ActivityRegularization RepeatVector UpSampling1D UpSampling2D UpSampling3D Cropping1D Cropping2D Cropping3D
+    MaxPooling1D MaxPooling2D MaxPooling3D AveragePooling1D AveragePooling2D AveragePooling3D
+    GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D
+    GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D
+"""
+
+_RULES = {
+    PassThrough: _SAME,
+    Elementwise: "Activation ReLU LeakyReLU ELU",
+    Scaling: "Rescaling",
+    Padding: "ZeroPadding1D ZeroPadding2D ZeroPadding3D",
+    Normalization: "BatchNormalization",
+    Merge: "Add Subtract Multiply Average Maximum Minimum",
+    Concatenation: "Concatenate",
+    Places: "Flatten Reshape",
+    Permutation: "Permute",
+    Affine: "Dense Conv1D Conv2D Conv3D Conv1DTranspose Conv2DTranspose Conv3DTranspose",
+    Separable: "SeparableConv1D SeparableConv2D",
+    Depthwise: "DepthwiseConv1D DepthwiseConv2D",
+    Table: "Embedding",
+    Recurrent: "LSTM GRU SimpleRNN",
+    TwoWays: "Bidirectional",
+    Attention: "MultiHeadAttention",
+    Wrapped: "TimeDistributed",
+}
+_RULE_OF = {getattr(layers, name): rule for rule, names in _RULES.items() for name in names.split()}
+
+
+def _kind(layer):
+    return Nested if isinstance(layer, keras.Model) and is_graph(layer) else _RULE_OF.get(type(layer), Rule)
+
+
+class Group:
+    """A layer that is cut, with all its calls, for which it is cut alike; or one call of any other layer.
+
+    Attributes:
+        name: Of the layer.
+        calls: Those calls.
+        rule: Its `Rule`.
+    """
+
+    def __init__(self, layer, calls, shapes, masked, kind):
+        self.name = calls[0].name
+        self.calls = calls
+        self._inputs = self._known_inputs(kind, layer, shapes)
+        if self._inputs is None:
+            kind, self._inputs = Rule, [call.inputs for call in calls]
+        masked = masked or any(call.masks for call in calls)
+        self.rule = kind(layer, [[shapes[key] for key in keys] for keys in self._inputs], masked)
+
+    def _known_inputs(self, kind, layer, shapes):
+        """The inputs of each call, in the order of the rule; None where the rule does not hold."""
+        inputs = [kind.inputs(call) for call in self.calls]
+        if None in inputs:
+            return None
+        of_calls = [[shapes[key] for key in keys] for keys in inputs]
+        if kind.reads_channels:
+            sizes = {tuple(shape[-1] if shape else None for shape in each) for each in of_calls}
+            if len(sizes) > 1 or not all(next(iter(sizes))):
+                return None
+        return inputs if all(kind.fits(layer, each) for each in of_calls) else None
+
+    def known(self, known):
+        """What is known of the inputs: of several calls' nothing, as it need not be the same."""
+        values = [known[key] for key in self._inputs[0]]
+        return values if len(self.calls) == 1 else [np.full_like(value, np.nan) for value in values]
+
+    def masks(self, kept):
+        """What any of the calls keeps of inputs and of outputs, of which a call may have more than another."""
+
+        def union(every):
+            longest = max(map(len, every))
+            return [
+                np.logical_or.reduce([kept[keys[index]] for keys in every if index < len(keys)])
+                for index in range(longest)
+            ]
+
+        inputs = self._inputs if self.rule.reads_channels else [[]]
+        return union(inputs), union([call.outputs for call in self.calls])
+
+    def grow(self, known, kept):
+        """Add what the layer needs to `kept`, of all calls alike."""
+        ins, outs = self.masks(kept)
+        self.rule.need(self.known(known), ins, outs)
+        self._keep(kept, ins, outs)
+        for call, keys in zip(self.calls, self._inputs):
+            for key in [*call.masks, *([] if self.rule.reads_channels else keys)]:
+                kept[key][:] = True
+
+    def settle(self, kept):
+        """Add what the shapes of the layer need."""
+        ins, outs = self.masks(kept)
+        self.rule.settle(outs)
+        self._keep(kept, ins, outs)
+
+    def _keep(self, kept, ins, outs):
+        for call, keys in zip(self.calls, self._inputs):
+            for key, mask in (*zip(keys, ins), *zip(call.outputs, outs)):
+                kept[key] |= mask
+
+
+def _groups(model, graph, masked):
+    by_name = {layer.name: layer for layer in model.layers}
+    groups = []
+    for name in dict.fromkeys(call.name for call in graph.calls):
+        layer, calls = by_name.get(name), [call for call in graph.calls if call.name == name]
+        kind = _kind(layer)
+        if layer is not None and (layer.weights or kind.has_sizes):
+            together = Group(layer, calls, graph.shapes, masked, kind)
+            kind = type(together.rule)
+            if kind not in (Rule, Nested):
+                groups.append(together)
+                continue
+        groups += [Group(layer, [call], graph.shapes, masked, kind) for call in calls]
+    return groups
+
+
+def _grow(groups, known, kept):
+    """Add what is needed for what is needed."""
+    before = None
+    while before != _count(kept):
+        before = _count(kept)
+        for group in reversed(groups):
+            group.grow(known, kept)
+
+
+def _count(kept):
+    return sum(int(mask.sum()) for mask in kept.values())
