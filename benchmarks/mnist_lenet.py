@@ -24,9 +24,9 @@ import common
 import keras
 import numpy as np
 from keras import layers
-from keras_vdrop.costs import file_sizes
 
 import keras_vdrop as kv
+from keras_vdrop.costs import file_sizes
 
 BATCH = 100
 

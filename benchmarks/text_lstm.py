@@ -67,7 +67,7 @@ def learn_bayesian(prior, data, size, options):
     text.compile_for(columns, data, options.rate, ends[-1])
     elbo = kv.ELBO(examples, start_epoch=1, warmup_epochs=options.columns - 1, temperature=options.temperatures[0])
     text.fit(columns, data, epochs=ends[0], callbacks=[elbo])
-    print(kv.prune(columns), flush=True)
+    print(kv.prune(columns, 3.0), flush=True)
 
     single = bayesian(prior, size, prior)
     single.set_weights(columns.get_weights())

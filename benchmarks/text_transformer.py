@@ -67,9 +67,9 @@ def learn(name, seed, data, size, options):
     text.compile_for(ours, data, options.rate, options.epochs)
     pruned_at = options.epochs - options.tuning
     text.fit(ours, data, epochs=pruned_at, callbacks=[elbo])
-    kv.prune(ours)
+    kv.prune(ours, 3.0)
     text.fit(ours, data, initial_epoch=pruned_at, epochs=options.epochs, callbacks=[elbo])
-    report = kv.prune(ours)
+    report = kv.prune(ours, 3.0)
     print(report, flush=True)
     return {**text.scores(ours, data), **text.sizes(report)}
 

@@ -146,9 +146,14 @@ class VariationalWeight(Posterior):
         loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
         return sparsity.log_alpha(loc, log_variance, **self.prior.groups)
 
+    @property
+    def threshold(self):
+        """The layer's, or the prior's where the layer was given none: the log alpha above which weights go."""
+        return self.prior.threshold if self.owner.threshold is None else self.owner.threshold
+
     def keep_mask(self, threshold=None):
-        """True where the weight is neither pruned nor would be at this threshold on log alpha; None is the layer's."""
-        threshold = self.owner.threshold if threshold is None else threshold
+        """True where the weight is neither pruned nor would be at this threshold on log alpha; None is its own."""
+        threshold = self.threshold if threshold is None else threshold
         loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
         return self._left(sparsity.keep_mask(loc, log_variance, threshold, **self.prior.groups), False)
 

@@ -144,8 +144,8 @@ def sparsity(model, threshold=None):
 
     Args:
         model: A built model or layer with at least one variational kernel.
-        threshold: Float in units of log alpha, or None for each layer's own (3.0 unless it was given another).
-            At 3 a weight that goes is at least 95 % noise.
+        threshold: Float in units of log alpha, or None for each layer's own; where it was given none, that is 3, at
+            which a weight that goes is at least 95 % noise, and 5 for groups of weights.
 
     Returns:
         `Sparsity`, with `.weights`, `.left`, `.ratio`, `.bytes`, `.bytes_left`, `.multiply_adds`, `.multiply_adds_left`
@@ -316,8 +316,8 @@ def select_threshold(
         tolerance: Float ≥ 0, in units of the metric: 0.01 of an accuracy is one point.
         metric: Its name among what `model.evaluate` returns. Not "loss", which has the KL in it.
         mode: "max" where more is better, "min" where less is, or "auto", which goes by the metric's name.
-        thresholds: The candidates, floats in units of log alpha; None for 3 and the 20 below it, each of which leaves
-            four fifths of the weights that the one before leaves.
+        thresholds: The candidates, floats in units of log alpha; None for the highest of the layers' own, 3 for single
+            weights, and the 20 below it, each of which leaves four fifths of the weights that the one before leaves.
         batch_size: As for `model.evaluate`.
 
     Returns:
@@ -372,8 +372,9 @@ def select_threshold(
     return ThresholdChoice(metric, reference, limit, tuple(candidates), chosen)
 
 
-def _candidates(weights, highest=3.0, count=20, factor=0.8):
-    """Thresholds that leave fewer weights in equal ratios."""
+def _candidates(weights, count=20, factor=0.8):
+    """Thresholds that leave fewer weights in equal ratios, below the highest of the weights' own."""
+    highest = max(weight.threshold for weight in weights)
     log_alpha = np.concatenate(
         [ops.convert_to_numpy(weight.log_alpha())[ops.convert_to_numpy(weight.mask)] for weight in weights]
     )

@@ -95,7 +95,7 @@ def test_forms_of_the_log_uniform_agree_where_all_hold(form):
 def test_pruning_by_groups():
     layer = kv.VariationalDense(3, kl_weight=0.1, kernel_prior=priors.ARD(group_axis=0), initial_log_variance=0.0)
     layer.build((None, 4))
-    layer.kernel.loc.assign(np.array([[9.0, 9, 0.01], [0.1, 0.1, 0.1], [0.01, 0.02, 0.01], [9, 9, 9]]))
+    layer.kernel.loc.assign(np.array([[9.0, 9, 0.01], [0.05, 0.05, 0.05], [0.01, 0.02, 0.01], [9, 9, 9]]))
     assert kv.prune(layer).left == 6
     np.testing.assert_array_equal(array(layer.kernel.mask).sum(axis=1), [3, 0, 0, 3])
 

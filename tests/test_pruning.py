@@ -147,7 +147,7 @@ def test_units_and_gates_of_a_recurrent_layer(cls, gates):
 def test_one_group_a_unit_prunes_units():
     layer = kv.VariationalLSTM(5, kernel_prior=kv.priors.ARD(group_axis=-1, blocks=4), kl_weight=0.1)
     layer.build((None, 4, 3))
-    noisy = np.tile([4.0, -9, 4, -9, -9], 4)
+    noisy = np.tile([6.0, -9, 6, -9, -9], 4)
     for weight in posteriors(layer):
         weight.loc.assign(np.ones(weight.shape))
         weight.log_variance.assign(np.broadcast_to(noisy, weight.shape))
@@ -285,6 +285,21 @@ def test_channels_and_filters_of_a_separable_convolution():
     (row,) = kv.sparsity(layer, 50.0).layers
     assert row.structure == {"channels": (4, 6), "filters": (3, 4)}
     assert (row.multiply_adds, row.multiply_adds_left) == (16 * 48, 16 * (16 + 18))
+
+
+@pytest.mark.parametrize(
+    ("prior", "given", "expected"),
+    [("ard", None, 3.0), (kv.priors.ARD(group_axis=-1), None, 5.0), (kv.priors.ARD(group_axis=-1), 2.0, 2.0)],
+)
+def test_threshold_of_single_weights_of_groups_and_given(prior, given, expected):
+    layer = kv.VariationalDense(2, kernel_prior=prior, threshold=given, kl_weight=0.1)
+    layer.build((None, 3))
+    layer.kernel.loc.assign(np.ones((3, 2)))
+    layer.kernel.log_variance.assign(np.repeat([[expected - 0.1, expected + 0.1]], 3, axis=0))
+    assert layer.kernel.threshold == expected
+    assert kv.sparsity(layer).left == kv.prune(layer).left == 3
+    loaded = kv.VariationalDense.from_config(layer.get_config())
+    assert loaded.threshold == given
 
 
 @pytest.fixture(scope="module")

@@ -281,7 +281,8 @@ class VariationalLayer(DropIn, StochasticLayer):
         estimator: One of `functional.estimators.ESTIMATORS`: how noise enters the output.
         kl_weight: As for `StochasticLayer`.
         initial_log_variance: Float, where log_variance starts.
-        threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up.
+        threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
+            is 3, and 5 where weights live and die in groups.
         seed: As for `StochasticLayer`.
         **kwargs: The arguments of the Keras layer.
     """
@@ -294,7 +295,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         estimator="local_reparameterization",
         kl_weight=None,
         initial_log_variance=-10.0,
-        threshold=3.0,
+        threshold=None,
         seed=None,
         **kwargs,
     ):
@@ -303,14 +304,15 @@ class VariationalLayer(DropIn, StochasticLayer):
         if estimator not in self._estimators():
             raise ValueError(f"`estimator` must be one of {self._estimators()}. Received: estimator={estimator!r}")
         check_log_variance("initial_log_variance", initial_log_variance)
-        check_finite("threshold", threshold)
+        if threshold is not None:
+            check_finite("threshold", threshold)
         kernel_prior, bias_prior = priors.get(kernel_prior), priors.get(bias_prior)
         super().__init__(kl_weight=kl_weight, seed=seed, **kwargs)
         self.kernel_prior = kernel_prior
         self.bias_prior = bias_prior
         self.estimator = estimator
         self.initial_log_variance = float(initial_log_variance)
-        self.threshold = float(threshold)
+        self.threshold = None if threshold is None else float(threshold)
 
     @classmethod
     def _estimators(cls):

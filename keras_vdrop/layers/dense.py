@@ -27,7 +27,8 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
         estimator: "local_reparameterization", "flipout" or "reparameterization": see `functional.estimators`.
         kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
         initial_log_variance: Float, where log_variance starts.
-        threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up.
+        threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
+            is 3, and 5 where weights live and die in groups.
         seed: Int for the same noise in every run, or None.
         **kwargs: `name`, `dtype`, `trainable`.
 
