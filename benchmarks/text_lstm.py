@@ -18,6 +18,7 @@ import functools
 
 import common
 import keras
+import numpy as np
 import text
 from keras import layers
 
@@ -80,6 +81,18 @@ def learn_bayesian(prior, data, size, options):
     return single, report
 
 
+def left_of_kernels(model):
+    """How many weights are left of each kernel, by what it is multiplied with."""
+    words, lstm, logit = (model.get_layer(name) for name in ("words", "lstm", "logit"))
+    weights = {
+        "embedding": words.embeddings,
+        "inputs": lstm.cell.kernel,
+        "state": lstm.cell.recurrent_kernel,
+        "outputs": logit.kernel,
+    }
+    return {name: int(keras.ops.count_nonzero(weight.mean())) for name, weight in weights.items()}
+
+
 def learn(name, seed, data, size, options):
     """One network with one seed: its scores, its weights and how many of them are left."""
     keras.utils.set_random_seed(seed)
@@ -87,7 +100,7 @@ def learn(name, seed, data, size, options):
         options = argparse.Namespace(**{**vars(options), "temperatures": options.light, "tuning": 0})
     if name.startswith("Bayesian"):
         model, report = learn_bayesian(name.split(", ")[1], data, size, options)
-        return {**text.scores(model, data), **text.sizes(report)}
+        return {**text.scores(model, data), **text.sizes(report), "kernels": left_of_kernels(model)}
     model = dropped_out(name, size, options.dropout)
     text.fit_best(model, data, 1e-3, options.epochs)
     return {**text.scores(model, data), **text.dense_sizes(model)}
@@ -108,7 +121,12 @@ def main():
     if options.quick:
         options.seeds, options.epochs, options.columns, options.single, options.tuning = 1, 1, 2, 1, 1
     data, size = text.load(options)
-    text.show(common.learn_rows(NETWORKS, options, functools.partial(learn, data=data, size=size, options=options)))
+    rows = common.learn_rows(NETWORKS, options, functools.partial(learn, data=data, size=size, options=options))
+    text.show(rows)
+    for name, each in rows.items():
+        if "kernels" in each[0]:
+            left = {of: f"{np.mean([row['kernels'][of] for row in each]):,.0f}" for of in each[0]["kernels"]}
+            print(f"{name}: left of " + ", ".join(f"{of} {count}" for of, count in left.items()))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from keras_vdrop.conversion import to_deterministic
 from keras_vdrop.layers import *  # noqa: F403
 from keras_vdrop.montecarlo import MonteCarlo
 from keras_vdrop.posterior import VariationalWeight, kl_divergence
-from keras_vdrop.pruning import prune, select_threshold, sparsity
+from keras_vdrop.pruning import prune, sparsity
 from keras_vdrop.sampling import sampling
+from keras_vdrop.selection import select_threshold
 from keras_vdrop.version import __version__
 
 __all__ = [

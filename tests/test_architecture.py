@@ -13,7 +13,7 @@ FLOORS = [
     ["layers"],
     ["costs"],
     ["pruning", "conversion"],
-    ["compaction"],
+    ["compaction", "selection"],
     ["montecarlo", "callbacks"],
     ["plots", "tfp"],
     ["__main__", "demo"],

@@ -42,8 +42,8 @@ def test_metric_against_weights():
 
 def test_metric_against_ratio():
     rows = [(3.0, 100, 1.0, 0.9, True), (0.0, 10, 10.0, 0.89, True), (-5.0, 0, np.inf, 0.1, False)]
-    candidates = tuple(kv.pruning.Candidate(*row) for row in rows)
-    choice = kv.pruning.ThresholdChoice("accuracy", 0.9, 0.88, candidates, candidates[1])
+    candidates = tuple(kv.selection.Candidate(*row) for row in rows)
+    choice = kv.selection.ThresholdChoice("accuracy", 0.9, 0.88, candidates, candidates[1])
     _, ax = plt.subplots()
     assert kv.plots.metric_against_ratio(choice, ax=ax) is ax
     assert texts(ax) == ["as it is", "limit", "chosen: threshold 0, 10x"]
