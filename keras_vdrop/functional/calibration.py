@@ -84,8 +84,8 @@ def reliability(probability, labels, num_bins=15, binning="width"):
 def expected_calibration_error(probability, labels, num_bins=15, binning="width", debiased=False):
     """ECE = Σ over bins of (rows in the bin ÷ rows)·|accuracy in the bin − mean confidence in the bin|.
 
-    Chance alone makes gaps, so that the ECE of perfect probabilities is above 0: by about √(bins ÷ (2·rows)) where
-    confidence is near ½. What is free of that is the mean square gap less the variance of the gaps,
+    Chance alone makes gaps, so that the ECE of perfect probabilities is above 0: about 0.4·√(bins ÷ rows) where
+    confidence is near ½ and bins are of equal mass. Free of that is the mean square gap less the variance of the gaps,
 
         v = Σ (rows in the bin ÷ rows)·(gap² − variance of the gap),
 

@@ -89,10 +89,11 @@ def distribution(probability):
     sums = probability.sum(axis=-1)
     if not (np.abs(sums - 1.0) < 1e-3).all() or probability.min() < 0:
         missing = np.isnan(sums).sum()
-        received = f"NaN in {missing} of {len(sums)} rows" if missing else f"sums from {sums.min()} to {sums.max()}"
+        received = f"sums from {sums.min():g} to {sums.max():g}, and values from {probability.min():g} up"
+        if missing:
+            received = f"NaN in {missing} of {len(sums)} rows"
         raise ValueError(
-            "Probabilities must be ≥ 0 and sum to 1 in every row; give the softmax of logits. "
-            f"Received: {received}, and {np.nanmin(probability) if missing < len(sums) else np.nan} at least"
+            f"Probabilities must be ≥ 0 and sum to 1 in every row; give the softmax of logits. Received: {received}"
         )
     return probability
 
