@@ -3,7 +3,9 @@
 import numpy as np
 from keras import ops
 
+from keras_vdrop.functional import calibration, checks, detection, regression
 from keras_vdrop.posterior import prunable_weights
+from keras_vdrop.pruning import row_name
 
 # Okabe and Ito's palette, which the colour-blind tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -12,7 +14,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 def _axes(ax):
     import matplotlib.pyplot as plt
 
-    return plt.subplots()[1] if ax is None else ax
+    return plt.subplots(layout="constrained")[1] if ax is None else ax
 
 
 def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
@@ -41,6 +43,52 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     ax.set(yscale="log", xlabel="log α (noise over signal)", ylabel="weights", title="How noisy each weight is")
     ax.set_ylim(top=20 * ax.get_ylim()[1])  # room for the legend
     ax.legend(loc="upper left")
+    return ax
+
+
+def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
+    """A histogram of log alpha for each variational weight, one below the other, and the threshold of each.
+
+    All of a height, whatever the number of weights; what is pruned is grey, and 0 where it has been already.
+
+    Args:
+        model: A built model with variational weights. Its biases are left out.
+        threshold: Float, in units of log alpha, or None for each layer's own.
+        ax: A matplotlib `Axes`, or None for a new one, high enough for the layers.
+        bins: Positive int.
+
+    Returns:
+        The `Axes`.
+    """
+    import matplotlib.pyplot as plt
+
+    weights = prunable_weights(model)
+    if ax is None:
+        ax = plt.subplots(figsize=(6.4, 1.4 + 0.8 * len(weights)), layout="constrained")[1]
+    values = [np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights]
+    # A weight that is 0 has no finite log alpha: counted, but out of the picture.
+    alive = [np.ravel(ops.convert_to_numpy(weight.mean())) != 0 for weight in weights]
+    limits = [weight.threshold if threshold is None else threshold for weight in weights]
+    shown = np.concatenate([value[live] for value, live in zip(values, alive)] + [np.asarray(limits, "float64")])
+    edges = np.linspace(shown.min() - 1, shown.max() + 1, bins + 1)
+    left_of = []
+    for row, (weight, value, live, limit) in enumerate(zip(weights, values, alive, limits)):
+        left = np.broadcast_to(ops.convert_to_numpy(weight.keep_mask(threshold)), weight.shape).ravel()
+        kept, pruned = (np.histogram(value[live & which], edges)[0] for which in (left, ~left))
+        left_of.append(f"{left.sum():,} of {left.size:,} left")
+        heights = np.cumsum([np.zeros_like(kept), kept, pruned], axis=0)
+        heights = -row + 0.8 * heights / max(heights.max(), 1)
+        labels = ("kept", "pruned", "threshold") if row == 0 else (None, None, None)
+        ax.stairs(heights[1], edges, baseline=heights[0], fill=True, color=COLORS[0], label=labels[0])
+        ax.stairs(heights[2], edges, baseline=heights[1], fill=True, color="0.75", label=labels[1])
+        ax.plot([limit, limit], [-row, 0.9 - row], color=COLORS[1], linestyle="--", label=labels[2])
+    layers = [row_name(model, weight) for weight in weights]
+    names = [f"{layer}/{w.name}" if layers.count(layer) > 1 else layer for layer, w in zip(layers, weights)]
+    ax.set_yticks([0.4 - row for row in range(len(weights))], [f"{a}\n{b}" for a, b in zip(names, left_of)])
+    ax.tick_params(axis="y", length=0)
+    ax.set(xlabel="log α (noise over signal)", title="How noisy the weights of each layer are", xlim=edges[[0, -1]])
+    ax.set_ylim(0.8 - len(weights), 1.6)
+    ax.legend(loc="upper left", ncols=3, fontsize="small", handlelength=1.4, columnspacing=1.2)
     return ax
 
 
@@ -102,4 +150,137 @@ def metric_against_weights(left, samples, mean=None, chosen=None, metric="accura
     ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     ax.legend(loc="lower right")
+    return ax
+
+
+def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=None):
+    """Accuracy against confidence, bin by bin; on the diagonal, a model is right as often as it says.
+
+    The bars are twice the standard error long each way: what crosses the diagonal may be chance. Below, how the rows
+    are spread over the bins.
+
+    Args:
+        probability: Array (B, C).
+        labels: Array (B,) of ints in [0, C).
+        num_bins, binning: As for `functional.calibration.expected_calibration_error`.
+        ax: A matplotlib `Axes`, or None for a new one.
+
+    Returns:
+        The `Axes`.
+    """
+    ax = _axes(ax)
+    bins = calibration.reliability(probability, labels, num_bins, binning)
+    error = calibration.expected_calibration_error(probability, labels, num_bins, binning)
+    share = bins.count / bins.count.sum()
+    # Of the accuracy that the confidence states, as there may be none but right answers in a bin.
+    spread = 2 * np.sqrt(bins.confidence * (1 - bins.confidence) / bins.count)
+    if binning == "width":
+        centre = (np.ceil(bins.confidence * num_bins - calibration.EDGE) - 0.5) / num_bins
+        ax.bar(centre, share, 0.96 / num_bins, color="0.85", label="share of the rows")
+    ax.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, label="calibrated")
+    label = f"model, ECE {100 * error:.1f} %"
+    low, high = np.minimum(spread, bins.accuracy), np.minimum(spread, 1 - bins.accuracy)
+    ax.errorbar(
+        bins.confidence, bins.accuracy, [low, high], color=COLORS[0], marker="o", markersize=5, capsize=2, label=label
+    )
+    ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy", title="How often it is right")
+    ax.legend(loc="upper left")
+    return ax
+
+
+def entropy_histogram(inside, outside, name="predictive entropy (nats)", ax=None, bins=40):
+    """Histograms of an uncertainty on data like the training data and on other data; and how far they are apart.
+
+    Args:
+        inside: Array (N,), `predictive_entropy` or any other score that is high where the model is unsure.
+        outside: Array (M,).
+        name: Of the score, with its unit, for the axis.
+        ax: A matplotlib `Axes`, or None for a new one.
+        bins: Positive int.
+
+    Returns:
+        The `Axes`.
+    """
+    from matplotlib import ticker
+
+    ax = _axes(ax)
+    area = detection.auroc(inside, outside)
+    inside, outside = checks.numbers("inside", inside), checks.numbers("outside", outside)
+    edges = np.histogram_bin_edges(np.concatenate([inside, outside]), bins)
+    sets = ((inside, "in distribution", COLORS[0]), (outside, "out of distribution", COLORS[1]))
+    for values, label, color in sets:
+        heights = np.histogram(values, edges)[0] / len(values)
+        ax.stairs(heights, edges, fill=True, color=color, alpha=0.35)
+        ax.stairs(heights, edges, color=color, linewidth=1.5, label=f"{label} ({len(values):,})")
+    ax.set(xlabel=name, ylabel="share of the rows", title=f"In and out of distribution: AUROC {area:.3f}")
+    ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
+    ax.legend(loc="best")
+    return ax
+
+
+def risk_coverage(uncertainty, loss, label="model", name="error", ax=None):
+    """The mean loss of the rows of which the model is surest, against how many they are; and in the best order.
+
+    Called again on the same `Axes`, it adds another curve.
+
+    Args:
+        uncertainty: Array (B,).
+        loss: Array (B,), such as 1 where the answer is wrong and 0 where it is right.
+        label: What the curve is of, for the legend.
+        name: Of the loss, for the axis.
+        ax: A matplotlib `Axes`, or None for a new one.
+
+    Returns:
+        The `Axes`.
+    """
+    from matplotlib import ticker
+
+    ax = _axes(ax)
+    loss = checks.numbers("loss", loss)
+    color = COLORS[len([line for line in ax.lines if line.get_linestyle() == "-"]) % len(COLORS)]
+    coverage, risk = detection.risk_coverage(uncertainty, loss)
+    area = f"AURC {detection.aurc(uncertainty, loss):.3g}"
+    ax.plot(coverage, risk, color=color, label=f"{label}, {area}")
+    ax.plot(*detection.risk_coverage(loss, loss), color=color, linestyle=":", label=f"{label}, best order")
+    ax.set(xlim=(0, 1), xlabel="coverage (rows answered, the surest first)", ylabel=f"risk ({name} of those)")
+    ax.set_title("What answering fewer rows saves")
+    ax.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
+    if loss.min() >= 0 and loss.max() <= 1:
+        ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
+    # The mean of a few rows, at the left, may be anything: it does not set the scale.
+    highest = max(line.get_ydata()[line.get_xdata() >= 0.02].max() for line in ax.lines)
+    ax.set_ylim(min(0.0, loss.min()), 1.3 * highest if highest > 0 else 1.0)
+    ax.legend(loc="best")
+    return ax
+
+
+def regression_band(x, mean, aleatoric_variance, epistemic_variance, observed=None, level=0.9, ax=None):
+    """A predicted mean over one input, with the band of the model's uncertainty within that of model and data.
+
+    Args:
+        x: Array (B,), in any order.
+        mean, aleatoric_variance, epistemic_variance: Arrays (B,), as `MonteCarlo(likelihood="normal")` gives them.
+        observed: Optional pair of arrays, the x and y of observations.
+        level: Float in (0, 1): how much of a normal distribution the bands hold.
+        ax: A matplotlib `Axes`, or None for a new one.
+
+    Returns:
+        The `Axes`.
+    """
+    ax = _axes(ax)
+    columns = checks.alike(x=x, mean=mean, aleatoric_variance=aleatoric_variance, epistemic_variance=epistemic_variance)
+    order = np.argsort(columns[0])
+    x, mean, aleatoric, epistemic = (column[order] for column in columns)
+    model, both = (np.sqrt(np.maximum(v, 1e-300)) for v in (epistemic, epistemic + aleatoric))
+    percent = f"{100 * level:g} %"
+    lower, upper = regression.normal_interval(mean, both, level)
+    ax.fill_between(x, lower, upper, color=COLORS[5], alpha=0.35, linewidth=0, label=f"{percent}, model and data")
+    lower, upper = regression.normal_interval(mean, model, level)
+    ax.fill_between(x, lower, upper, color=COLORS[0], alpha=0.45, linewidth=0, label=f"{percent}, model")
+    ax.plot(x, mean, color=COLORS[0], label="mean")
+    if observed is not None:
+        ax.plot(*observed, ".", color="0.15", markersize=4, label="observed")
+    ax.set(xlabel="x", ylabel="y", title="How sure the model is, and how noisy the data")
+    ax.margins(x=0)
+    ax.legend(loc="best")
     return ax

@@ -166,7 +166,7 @@ def sparsity(model, threshold=None):
     for weight in _prunable(model, threshold):
         mask = ops.convert_to_numpy(weight.keep_mask(threshold))
         kept.setdefault(weight.owner, {})[weight.name] = mask
-        names[weight.owner] = _row_name(model, weight)
+        names[weight.owner] = row_name(model, weight)
     all_places = places(model)
     return Sparsity(tuple(_row(names[owner], owner, kept[owner], all_places.get(id(owner))) for owner in kept))
 
@@ -230,7 +230,7 @@ def _prunable(model, threshold):
     return prunable_weights(model)
 
 
-def _row_name(model, weight):
+def row_name(model, weight):
     """The path of the layer below the model: "dense", "encoder/dense", "lstm/cell"."""
     parts = weight.loc.path.split("/")[:-1]
     if len(parts) > 1 and parts[0] == model.name:

@@ -14,7 +14,7 @@ FLOORS = [
     ["costs"],
     ["pruning", "conversion"],
     ["compaction", "selection"],
-    ["montecarlo", "callbacks"],
+    ["montecarlo", "callbacks", "metrics"],
     ["plots", "tfp"],
     ["__main__", "demo"],
 ]

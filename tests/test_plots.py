@@ -49,3 +49,105 @@ def test_metric_against_ratio():
     assert texts(ax) == ["as it is", "limit", "chosen: threshold 0, 10x"]
     np.testing.assert_allclose(ax.lines[2].get_xdata(), [1, 10])  # nothing left has no place on a log axis
     plt.close("all")
+
+
+RNG = np.random.default_rng(0)
+
+
+def test_log_alpha_by_layer_counts_what_is_left_of_each():
+    model = keras.Sequential(
+        [keras.Input((4, 2)), kv.VariationalLSTM(5, kl_weight=0.1), kv.VariationalDense(300, kl_weight=0.1)]
+    )
+    randomize(model)
+    report = kv.sparsity(model, 0.5)
+    ax = kv.plots.log_alpha_by_layer(model, 0.5)
+    lstm, dense = model.layers
+    names = [text.get_text() for text in ax.get_yticklabels()]
+    assert [name.split("\n")[0] for name in names] == [
+        f"{lstm.name}/cell/kernel",
+        f"{lstm.name}/cell/recurrent_kernel",
+        dense.name,
+    ]
+    left = [int(name.split("\n")[1].split(" of ")[0].replace(",", "")) for name in names]
+    assert sum(left) == report.left and left[2] == report.layers[1].left
+    assert texts(ax) == ["kept", "pruned", "threshold"]
+    # pruned weights are counted, have no log alpha to show, and do not stretch the picture
+    kv.prune(model, 0.5)
+    _, other = plt.subplots()
+    assert kv.plots.log_alpha_by_layer(model, 0.5, ax=other) is other
+    assert [text.get_text() for text in other.get_yticklabels()] == names and other.get_xlim()[1] < 10
+    plt.close("all")
+
+
+def test_reliability_diagram():
+    confidence = RNG.uniform(0.5, 1.0, size=400)
+    probability = np.stack([confidence, 1 - confidence], axis=-1)
+    labels = (RNG.uniform(size=400) > confidence - 0.2).astype(int)
+    bins = kv.functional.calibration.reliability(probability, labels, 10)
+    error = kv.functional.calibration.expected_calibration_error(probability, labels, 10)
+    _, ax = plt.subplots()
+    assert kv.plots.reliability_diagram(probability, labels, ax=ax) is ax
+    assert texts(ax) == ["calibrated", "share of the rows", f"model, ECE {100 * error:.1f} %"]
+    points = next(line for line in ax.lines if line.get_marker() == "o")
+    np.testing.assert_allclose(points.get_xydata(), np.stack([bins.confidence, bins.accuracy], axis=-1))
+    np.testing.assert_allclose(sum(bar.get_height() for bar in ax.patches), 1.0)
+    assert "share of the rows" not in texts(kv.plots.reliability_diagram(probability, labels, binning="mass"))
+    plt.close("all")
+
+
+def test_entropy_histogram():
+    inside, outside = RNG.uniform(0, 1, 300), RNG.uniform(0.5, 2, 100)
+    _, ax = plt.subplots()
+    assert kv.plots.entropy_histogram(inside, outside, ax=ax) is ax
+    assert texts(ax) == ["in distribution (300)", "out of distribution (100)"]
+    assert f"AUROC {kv.functional.detection.auroc(inside, outside):.3f}" in ax.get_title()
+    for patch in ax.patches:
+        np.testing.assert_allclose(patch.get_data().values.sum(), 1.0)
+    plt.close("all")
+
+
+def test_risk_coverage_draws_a_curve_a_call():
+    uncertainty, loss = RNG.uniform(size=100), RNG.integers(0, 2, size=100)
+    _, ax = plt.subplots()
+    assert kv.plots.risk_coverage(uncertainty, loss, "one", ax=ax) is ax
+    kv.plots.risk_coverage(loss, loss, "two", ax=ax)
+    area = kv.functional.detection.aurc(uncertainty, loss)
+    assert texts(ax)[:3] == [f"one, AURC {area:.3g}", "one, best order", texts(ax)[2]] and "two, AURC" in texts(ax)[2]
+    assert ax.lines[0].get_color() == ax.lines[1].get_color() != ax.lines[2].get_color()
+    np.testing.assert_allclose(ax.lines[2].get_ydata(), ax.lines[1].get_ydata())
+    # a loss of 0 has a scale, too
+    assert kv.plots.risk_coverage(uncertainty, np.zeros(100)).get_ylim() == (0, 1)
+    plt.close("all")
+
+
+def test_regression_band():
+    x = RNG.uniform(size=50)
+    mean, aleatoric, epistemic = x**2, np.full(50, 0.09), np.full(50, 0.16)
+    _, ax = plt.subplots()
+    assert kv.plots.regression_band(x, mean, aleatoric, epistemic, observed=(x, mean), level=0.5, ax=ax) is ax
+    assert texts(ax) == ["50 %, model and data", "50 %, model", "mean", "observed"]
+    order = np.argsort(x)
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), np.stack([x, mean], axis=-1)[order])
+    # the quartiles of a normal distribution are 0.674 standard deviations off, and 0.5² = 0.09 + 0.16
+    for band, scale in zip(ax.collections, (0.5, 0.4)):
+        ends = band.get_paths()[0].vertices
+        reach = [np.ptp(ends[np.isclose(ends[:, 0], x[0]), 1])]
+        np.testing.assert_allclose(reach, 2 * 0.67449 * scale, rtol=1e-5)
+    # a model that is certain
+    kv.plots.regression_band(x, mean, aleatoric, np.zeros(50))
+    plt.close("all")
+
+
+def test_a_new_axes_has_room_for_its_labels():
+    probability = np.tile([0.7, 0.3], (10, 1))
+    for ax in (
+        kv.plots.reliability_diagram(probability, np.zeros(10)),
+        kv.plots.entropy_histogram(np.arange(10), np.arange(5)),
+        kv.plots.risk_coverage(np.arange(10), np.ones(10)),
+        kv.plots.regression_band(*np.ones((4, 10))),
+    ):
+        figure = ax.figure
+        figure.canvas.draw()
+        box = ax.get_tightbbox()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    plt.close("all")

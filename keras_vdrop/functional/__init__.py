@@ -1,5 +1,25 @@
-"""Pure functions on tensors: the mathematics that the layers are made of."""
+"""Pure functions on tensors: the mathematics that the layers are made of; and on arrays, how good predictions are."""
 
-from keras_vdrop.functional import calibration, estimators, kl, noise, sparsity, uncertainty
+from keras_vdrop.functional import (
+    calibration,
+    conformal,
+    detection,
+    estimators,
+    kl,
+    noise,
+    regression,
+    sparsity,
+    uncertainty,
+)
 
-__all__ = ["calibration", "estimators", "kl", "noise", "sparsity", "uncertainty"]
+__all__ = [
+    "calibration",
+    "conformal",
+    "detection",
+    "estimators",
+    "kl",
+    "noise",
+    "regression",
+    "sparsity",
+    "uncertainty",
+]

@@ -1,6 +1,18 @@
-"""How good stated probabilities are: arrays in, numbers out."""
+"""How good stated probabilities are, and how to mend them: arrays in, numbers out.
+
+`labels` are class numbers, `probability` has a column for each class; of the probability p of 1 make
+`np.stack([1 - p, p], axis=-1)`.
+"""
+
+import typing
+import warnings
 
 import numpy as np
+
+from keras_vdrop.functional import checks
+
+# What rounding may add to a probability of float32 that lies on the edge of a bin, in widths of a bin.
+EDGE = 1e-5
 
 
 def accuracy(probability, labels):
@@ -10,7 +22,7 @@ def accuracy(probability, labels):
         probability: Array (B, C).
         labels: Array (B,) of ints in [0, C).
     """
-    probability, labels = _checked(probability, labels)
+    probability, labels = checks.classification(probability, labels)
     return float((probability.argmax(axis=-1) == labels).mean())
 
 
@@ -21,45 +33,251 @@ def negative_log_likelihood(probability, labels):
         probability: Array (B, C).
         labels: Array (B,) of ints in [0, C).
     """
-    probability, labels = _checked(probability, labels)
+    probability, labels = checks.classification(probability, labels)
     with np.errstate(divide="ignore"):
         return float(-np.log(probability[np.arange(len(labels)), labels]).mean())
 
 
-def expected_calibration_error(probability, labels, num_bins=15):
+class Reliability(typing.NamedTuple):
+    """Rows by their confidence, a bin an entry; bins without rows are left out.
+
+    Attributes:
+        count: Array (K,), rows in the bin.
+        confidence: Array (K,), the mean probability of their likeliest class.
+        accuracy: Array (K,), the fraction of them of which that is the label.
+        variance: Array (K,), the unbiased estimate of the variance of accuracy − confidence, the gap, over samples of
+            as many rows; infinite where there is one row.
+    """
+
+    count: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    variance: np.ndarray
+
+
+def reliability(probability, labels, num_bins=15, binning="width"):
+    """Accuracy against confidence, bin by bin: what `plots.reliability_diagram` draws.
+
+    Args:
+        probability, labels, num_bins, binning: As for `expected_calibration_error`.
+
+    Returns:
+        A `Reliability`.
+    """
+    probability, labels = checks.classification(probability, labels)
+    confidence = probability.max(axis=-1)
+    correct = probability.argmax(axis=-1) == labels
+    bins = _bins(confidence, num_bins, binning)
+    count = np.bincount(bins, minlength=num_bins)
+    rows = count > 0
+    count = count[rows]
+
+    def mean(values):
+        return np.bincount(bins, weights=values, minlength=num_bins)[rows] / count
+
+    gap = correct - confidence
+    spread = mean((gap - (np.bincount(bins, weights=gap) / np.maximum(np.bincount(bins), 1))[bins]) ** 2)
+    variance = np.where(count > 1, spread / np.maximum(count - 1, 1), np.inf)
+    return Reliability(count, mean(confidence), mean(correct), variance)
+
+
+def expected_calibration_error(probability, labels, num_bins=15, binning="width", debiased=False):
     """ECE = Σ over bins of (rows in the bin ÷ rows)·|accuracy in the bin − mean confidence in the bin|.
+
+    Chance alone makes gaps, so that the ECE of perfect probabilities is above 0: about 0.4·√(bins ÷ rows) where
+    confidence is near ½ and bins are of equal mass. Free of that is the mean square gap less the variance of the gaps,
+
+        v = Σ (rows in the bin ÷ rows)·(gap² − variance of the gap),
+
+    which is 0 on average where nothing is wrong, whatever the number of rows. `debiased` gives its root, with its sign:
+    sign(v)·√|v|, a root mean square where the ECE is a mean. It is negative about half the time where nothing is wrong.
 
     Args:
         probability: Array (B, C).
         labels: Array (B,) of ints in [0, C).
-        num_bins: Positive int, bins of equal width over the confidence, the probability of the likeliest class.
+        num_bins: Positive int, bins over the confidence, the probability of the likeliest class.
+        binning: "width" for bins of equal width, closed on the right; "mass" for bins of about as many rows each, equal
+            confidences in the same.
+        debiased: Whether to give sign(v)·√|v|. A bin of one row has no variance and counts as 0.
+
+    Example:
+        >>> from keras_vdrop.functional import calibration
+        >>> calibration.expected_calibration_error([[0.75, 0.25]] * 4, [0, 0, 1, 1])
+        0.25
+
+    Reference:
+        On Calibration of Modern Neural Networks, Guo et al., 2017, https://arxiv.org/abs/1706.04599; debiased:
+        Verified Uncertainty Calibration, Kumar, Liang, Ma, 2019, https://arxiv.org/abs/1909.10155 (there the rows of a
+        bin state one probability; here the variance is that of accuracy − confidence, and so may differ)
+    """
+    bins = reliability(probability, labels, num_bins, binning)
+    share = bins.count / bins.count.sum()
+    gap = bins.accuracy - bins.confidence
+    if not debiased:
+        return float((share * np.abs(gap)).sum())
+    several = bins.count > 1
+    square = (share * (gap**2 - bins.variance))[several].sum()
+    return float(np.copysign(np.sqrt(np.abs(square)), square))
+
+
+def classwise_calibration_error(probability, labels, num_bins=15, binning="width"):
+    """1/C·Σ over classes and bins of (rows in the bin ÷ rows)·|frequency of the class − its mean probability|.
+
+    Of all C probabilities of a row, where the ECE looks at the largest alone.
+
+    Args:
+        probability: Array (B, C).
+        labels: Array (B,) of ints in [0, C).
+        num_bins, binning: As for `expected_calibration_error`, of the probability of each class in turn.
+
+    Reference:
+        Beyond temperature scaling, Kull et al., 2019, https://arxiv.org/abs/1910.12656
+    """
+    probability, labels = checks.classification(probability, labels)
+    errors = [
+        np.abs(np.bincount(_bins(column, num_bins, binning), weights=(labels == number) - column)).sum()
+        for number, column in enumerate(probability.T)
+    ]
+    return float(np.mean(errors) / len(labels))
+
+
+def brier_score(probability, labels):
+    """Brier = mean of Σ over classes of (p − 1[the class is the label])²: from 0, the best, to 2.
+
+    For two classes that is twice the mean of (p − y)², which some call by the name.
+
+    Args:
+        probability: Array (B, C).
+        labels: Array (B,) of ints in [0, C).
+
+    Reference:
+        Verification of Forecasts Expressed in Terms of Probability, Brier, 1950,
+        https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2
+    """
+    probability, labels = checks.classification(probability, labels)
+    truth = np.eye(probability.shape[1])[labels]
+    return float(((probability - truth) ** 2).sum(axis=-1).mean())
+
+
+def brier_decomposition(probability, labels, num_bins=15, binning="width"):
+    """Brier = reliability − resolution + uncertainty + within, exactly; a sum over the classes of each.
+
+    Of one class, of which p is stated and y is 1 or 0, with the rows in groups of similar p, n rows in each of the B,
+    and means over a group written ⟨·⟩:
+
+        reliability = Σ n/B·(⟨p⟩ − ⟨y⟩)², what calibration would save;
+        resolution = Σ n/B·(⟨y⟩ − mean y)², how far the groups differ;
+        uncertainty = mean y·(1 − mean y), the score of always stating the frequency;
+        within = Σ n/B·(⟨(p − ⟨p⟩)²⟩ − 2·⟨(p − ⟨p⟩)(y − ⟨y⟩)⟩), what the groups hide, of either sign.
+
+    With a group for each distinct p (`num_bins=None`), `within` is 0 and the first three are Murphy's. That takes
+    forecasts of few distinct values: where each row has its own, reliability is the whole score. Bins have more rows
+    each, and what p tells inside of them goes from reliability and resolution to `within`; with few rows a bin, chance
+    raises reliability and resolution alike.
+
+    Args:
+        probability: Array (B, C).
+        labels: Array (B,) of ints in [0, C).
+        num_bins, binning: As for `expected_calibration_error`, of the probability of each class in turn;
+            `num_bins=None` for a group for each distinct probability.
+
+    Returns:
+        Dict of floats: `reliability`, `resolution`, `uncertainty`, `within`.
+
+    Reference:
+        A New Vector Partition of the Probability Score, Murphy, 1973,
+        https://doi.org/10.1175/1520-0450(1973)012<0595:ANVPOT>2.0.CO;2; within: Two Extra Components in the Brier
+        Score Decomposition, Stephenson, Coelho, Jolliffe, 2008, https://doi.org/10.1175/2007WAF2006116.1
+    """
+    probability, labels = checks.classification(probability, labels)
+    total = dict.fromkeys(("reliability", "resolution", "uncertainty", "within"), 0.0)
+    for number, p in enumerate(probability.T):
+        y = (labels == number).astype("float64")
+        if num_bins is None:
+            groups = np.unique(p, return_inverse=True)[1]
+        else:
+            groups = np.unique(_bins(p, num_bins, binning), return_inverse=True)[1]
+        stated, seen = (np.bincount(groups, weights=v)[groups] / np.bincount(groups)[groups] for v in (p, y))
+        total["reliability"] += ((stated - seen) ** 2).mean()
+        total["resolution"] += ((seen - y.mean()) ** 2).mean()
+        total["uncertainty"] += y.mean() * (1.0 - y.mean())
+        total["within"] += ((p - stated) ** 2 - 2.0 * (p - stated) * (y - seen)).mean()
+    return {name: float(value) for name, value in total.items()}
+
+
+def fit_temperature(logits, labels, bounds=(0.01, 100.0)):
+    """T = argmin of the mean of −log softmax(logits / T)[label]: one number that mends how sure a model is.
+
+    Fit it on validation data. It changes no accuracy, and the NLL is convex in 1/T, so the minimum is the only one.
+
+    Args:
+        logits: Array (B, C), not probabilities (of which the logarithm will do).
+        labels: Array (B,) of ints in [0, C).
+        bounds: The least and the greatest T. Where every label has the largest logit, the NLL falls all the way to
+            T = 0, and where logits tell less than nothing, to infinity: the bound is given then, with a warning.
+
+    Returns:
+        Float, T; above 1 for a model that is too sure.
+
+    Raises:
+        ValueError: For NaN, infinity, labels that are no classes, or bounds that are not 0 < least < greatest.
+
+    Example:
+        >>> from keras_vdrop.functional import calibration
+        >>> round(calibration.fit_temperature([[8.0, 0.0]] * 4, [0, 0, 0, 1]), 3)  # 3 of 4: 8 / log 3
+        7.282
 
     Reference:
         On Calibration of Modern Neural Networks, Guo et al., 2017, https://arxiv.org/abs/1706.04599
     """
-    probability, labels = _checked(probability, labels)
+    logits = np.asarray(logits, "float64")
+    labels = checks.classes(labels, logits.shape)
+    logits = checks.numbers("logits", logits)
+    least, greatest = bounds
+    if not 0.0 < least < greatest < np.inf:
+        raise ValueError(f"`bounds` must be 0 < least < greatest. Received: bounds={bounds}")
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    target = logits[np.arange(len(labels)), labels]
+
+    def derivatives(inverse):
+        """The first and second of the NLL with respect to 1/T."""
+        p = np.exp(inverse * logits)
+        p /= p.sum(axis=-1, keepdims=True)
+        mean = (p * logits).sum(axis=-1)
+        return (mean - target).mean(), (p * (logits - mean[:, None]) ** 2).sum(axis=-1).mean()
+
+    low, high = 1.0 / greatest, 1.0 / least
+    for edge, sign in ((low, 1.0), (high, -1.0)):
+        if sign * derivatives(edge)[0] >= 0.0:
+            warnings.warn(
+                f"The likelihood has no maximum for a temperature between {least:g} and {greatest:g}; "
+                f"{1.0 / edge:g} is given. Fit it on validation data, and on more of them.",
+                stacklevel=2,
+            )
+            return 1.0 / edge
+    inverse = np.clip(1.0, low, high)
+    for _ in range(100):
+        slope, curvature = derivatives(inverse)
+        low, high = (low, inverse) if slope > 0.0 else (inverse, high)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            step = inverse - slope / curvature
+        # Newton's step, or half of the way (of logarithms) where it would leave the bracket.
+        step = step if low < step < high else np.sqrt(low * high)
+        if abs(step - inverse) <= 1e-12 * inverse:
+            break
+        inverse = step
+    return float(1.0 / inverse)
+
+
+def _bins(values, num_bins, binning):
+    """The number of the bin, in [0, num_bins), of every one of the values in [0, 1]."""
     if num_bins < 1:
         raise ValueError(f"`num_bins` must be at least 1. Received: num_bins={num_bins}")
-    confidence = probability.max(axis=-1)
-    correct = probability.argmax(axis=-1) == labels
-    # Bins are closed on the right, so that a confidence of 1 has one.
-    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(labels))
-
-
-def _checked(probability, labels):
-    """Both as float64 and int arrays, once their shapes and sums are what they must be."""
-    probability, labels = np.asarray(probability, "float64"), np.asarray(labels)
-    if probability.ndim != 2 or labels.shape != probability.shape[:1]:
-        raise ValueError(
-            "Expected probabilities of shape (B, C) and labels of shape (B,). "
-            f"Received: shapes {probability.shape} and {labels.shape}"
-        )
-    sums = probability.sum(axis=-1)
-    if not (np.abs(sums - 1.0) < 1e-3).all() or probability.min() < 0:
-        raise ValueError(
-            "Probabilities must be ≥ 0 and sum to 1 in every row; give the softmax of logits. "
-            f"Received: sums from {sums.min()} to {sums.max()}"
-        )
-    return probability, labels.astype(int)
+    if binning == "width":
+        # Closed on the right, so that a confidence of 1 has a bin.
+        return np.clip(np.ceil(values * num_bins - EDGE).astype(int) - 1, 0, num_bins - 1)
+    if binning == "mass":
+        # By rank, with the middle one of equal values for all of them.
+        first, behind = (np.searchsorted(np.sort(values), values, side) for side in ("left", "right"))
+        return (first + behind - 1) // 2 * num_bins // len(values)
+    raise ValueError(f'`binning` must be "width" or "mass". Received: binning={binning!r}')

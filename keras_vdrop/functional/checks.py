@@ -1,0 +1,105 @@
+"""What arrays must be like before they are scored: each check returns NumPy arrays, or says what is wrong."""
+
+import numpy as np
+
+
+def numbers(name, values, ndim=None, infinite=False):
+    """Those values as a float64 array with at least one row.
+
+    Args:
+        name: Of the argument, for the message.
+        values: Array-like.
+        ndim: The number of axes that it must have, or None for any.
+        infinite: Whether ±∞ may be among them.
+
+    Raises:
+        ValueError: For NaN, infinity unless allowed, no rows, or another number of axes.
+    """
+    values = np.asarray(values, "float64")
+    if values.ndim == 0 or len(values) == 0 or (ndim is not None and values.ndim != ndim):
+        axes = "at least one axis" if ndim is None else f"{ndim} axis" if ndim == 1 else f"{ndim} axes"
+        raise ValueError(f"`{name}` must have {axes} and at least one row. Received: shape {values.shape}")
+    bad = np.isnan(values) if infinite else ~np.isfinite(values)
+    if bad.any():
+        rows = bad.reshape(len(values), -1).any(axis=1).sum()
+        what = "NaN" if infinite else "NaN or infinity"
+        raise ValueError(f"`{name}` must not hold {what}. Received: {what} in {rows} of {len(values)} rows")
+    return values
+
+
+def alike(**arrays):
+    """Float64 arrays of one shape, in the order given.
+
+    Raises:
+        ValueError: For shapes that differ, and as `numbers` does.
+    """
+    checked = {name: numbers(name, values) for name, values in arrays.items()}
+    if len({values.shape for values in checked.values()}) > 1:
+        shapes = ", ".join(f"`{name}` {values.shape}" for name, values in checked.items())
+        raise ValueError(f"Expected arrays of one shape. Received: {shapes}")
+    return tuple(checked.values())
+
+
+def positive(name, values):
+    """Those values, once they are all above 0; for standard deviations."""
+    values = np.asarray(values, "float64")
+    if not (values > 0).all():
+        raise ValueError(
+            f"`{name}` must be above 0: a standard deviation, not its logarithm. Received: {values.min()} at least"
+        )
+    return values
+
+
+def fraction(name, value):
+    """That number, once it lies in (0, 1)."""
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"`{name}` must lie between 0 and 1, as 0.9 does. Received: {name}={value}")
+    return float(value)
+
+
+def classes(labels, shape):
+    """Labels (B,) as ints, for rows of scores of the shape (B, C).
+
+    Raises:
+        ValueError: For other shapes, or a label that is no int in [0, C).
+    """
+    labels = np.asarray(labels)
+    if len(shape) != 2 or labels.shape != shape[:1] or 0 in shape:
+        raise ValueError(
+            "Expected an array of shape (B, C) and labels of shape (B,); of the probability p of 1, make "
+            f"np.stack([1 - p, p], axis=-1). Received: shapes {shape} and {labels.shape}"
+        )
+    numbers("labels", labels)
+    if (labels != labels.astype(int)).any() or labels.min() < 0 or labels.max() >= shape[1]:
+        raise ValueError(
+            f"Labels must be ints from 0 to {shape[1] - 1}. Received: labels from {labels.min()} to {labels.max()}"
+        )
+    return labels.astype(int)
+
+
+def distribution(probability):
+    """Class probabilities (B, C) as float64, once every row is ≥ 0 and sums to 1.
+
+    Raises:
+        ValueError: For NaN, a sum that is not 1 within 1e-3, or another number of axes.
+    """
+    probability = np.asarray(probability, "float64")
+    if probability.ndim != 2 or 0 in probability.shape:
+        raise ValueError(f"Expected probabilities of shape (B, C). Received: shapes {probability.shape}")
+    sums = probability.sum(axis=-1)
+    if not (np.abs(sums - 1.0) < 1e-3).all() or probability.min() < 0:
+        missing = np.isnan(sums).sum()
+        received = f"sums from {sums.min():g} to {sums.max():g}, and values from {probability.min():g} up"
+        if missing:
+            received = f"NaN in {missing} of {len(sums)} rows"
+        raise ValueError(
+            f"Probabilities must be ≥ 0 and sum to 1 in every row; give the softmax of logits. Received: {received}"
+        )
+    return probability
+
+
+def classification(probability, labels):
+    """Both, as `distribution` and `classes` check them."""
+    probability = np.asarray(probability, "float64")
+    labels = classes(labels, probability.shape)
+    return distribution(probability), labels

@@ -1,0 +1,209 @@
+"""Calibration while a model trains: metrics for `compile(metrics=[...])`, over all batches of an epoch.
+
+Each equals the function of `functional` that it names, on all the rows that it has seen. What Keras has itself is not
+here: NLL (`SparseCategoricalCrossentropy`), accuracy, `AUC`.
+"""
+
+import math
+import statistics
+
+import keras
+from keras import ops
+
+from keras_vdrop.functional.calibration import EDGE
+from keras_vdrop.layers.base import check_positive_int
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class ExpectedCalibrationError(keras.metrics.Metric):
+    """`functional.calibration.expected_calibration_error`, in bins of equal width.
+
+    Args:
+        num_bins: Positive int.
+        from_logits: Whether the model gives logits.
+        name: In the logs.
+        dtype: Of the sums.
+
+    Call arguments:
+        y_true: Class numbers (B, ...) or (B, ..., 1).
+        y_pred: Probabilities or logits (B, ..., C); with C = 1, of class 1.
+        sample_weight: Optional, one for each class number or each row: how many rows it stands for.
+
+    Example:
+        >>> import keras_vdrop as kv
+        >>> metric = kv.metrics.ExpectedCalibrationError()
+        >>> metric.update_state([0, 0, 1, 1], [[0.75, 0.25]] * 4)
+        >>> float(metric.result())
+        0.25
+    """
+
+    def __init__(self, num_bins=15, from_logits=False, name="ece", dtype=None):
+        check_positive_int("num_bins", num_bins)
+        super().__init__(name=name, dtype=dtype)
+        self.num_bins = num_bins
+        self.from_logits = from_logits
+        self._direction = "down"
+        self.gaps = self.add_variable((num_bins,), initializer="zeros", name="gaps")
+        self.rows = self.add_variable((), initializer="zeros", name="rows")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        labels, probability = _classification(y_true, y_pred, self.from_logits, self.dtype)
+        weight = _weight(labels, y_pred, sample_weight, self.dtype)
+        confidence = ops.max(probability, axis=-1)
+        correct = ops.cast(ops.equal(ops.cast(ops.argmax(probability, axis=-1), labels.dtype), labels), self.dtype)
+        bins = ops.cast(ops.ceil(confidence * self.num_bins - EDGE), "int32") - 1
+        bins = ops.clip(bins, 0, self.num_bins - 1)
+        gaps = ops.reshape(weight * (correct - confidence), (-1,))
+        self.gaps.assign_add(ops.segment_sum(gaps, ops.reshape(bins, (-1,)), num_segments=self.num_bins))
+        self.rows.assign_add(ops.sum(weight))
+
+    def result(self):
+        return ops.divide_no_nan(ops.sum(ops.abs(self.gaps)), self.rows)
+
+    def get_config(self):
+        return {**super().get_config(), "num_bins": self.num_bins, "from_logits": self.from_logits}
+
+
+class _Mean(keras.metrics.Metric):
+    """The weighted mean of a number for every row, which a subclass gives."""
+
+    def __init__(self, name, dtype=None):
+        super().__init__(name=name, dtype=dtype)
+        self.total = self.add_variable((), initializer="zeros", name="total")
+        self.rows = self.add_variable((), initializer="zeros", name="rows")
+
+    def values(self, y_true, y_pred):
+        raise NotImplementedError
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        values = self.values(y_true, y_pred)
+        weight = _weight(values, y_pred, sample_weight, self.dtype)
+        self.total.assign_add(ops.sum(weight * values))
+        self.rows.assign_add(ops.sum(weight))
+
+    def result(self):
+        return ops.divide_no_nan(self.total, self.rows)
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class BrierScore(_Mean):
+    """`functional.calibration.brier_score`: the mean of Σ over classes of (p − 1[the class is the label])², 0 to 2.
+
+    Args:
+        from_logits: Whether the model gives logits.
+        name: In the logs.
+        dtype: Of the sums.
+
+    Call arguments:
+        y_true, y_pred, sample_weight: As for `ExpectedCalibrationError`.
+
+    Example:
+        >>> import keras_vdrop as kv
+        >>> metric = kv.metrics.BrierScore()
+        >>> metric.update_state([0, 1], [[0.5, 0.5], [0.0, 1.0]])
+        >>> float(metric.result())
+        0.25
+    """
+
+    def __init__(self, from_logits=False, name="brier", dtype=None):
+        super().__init__(name, dtype)
+        self.from_logits = from_logits
+        self._direction = "down"
+
+    def values(self, y_true, y_pred):
+        labels, probability = _classification(y_true, y_pred, self.from_logits, self.dtype)
+        truth = ops.one_hot(labels, probability.shape[-1], dtype=self.dtype)
+        return ops.sum(ops.square(probability - truth), axis=-1)
+
+    def get_config(self):
+        return {**super().get_config(), "from_logits": self.from_logits}
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class NormalCRPS(_Mean):
+    """`functional.regression.normal_crps` of a model that gives a loc and a raw scale, softplus of which is the scale.
+
+    Args:
+        name: In the logs.
+        dtype: Of the sums.
+
+    Call arguments:
+        y_true: Numbers (B, ...) or (B, ..., 1).
+        y_pred: The model's outputs (B, ..., 2), as `MonteCarlo(likelihood="normal")` takes them.
+        sample_weight: Optional, one for each number or each row.
+    """
+
+    def __init__(self, name="crps", dtype=None):
+        super().__init__(name, dtype)
+        self._direction = "down"
+
+    def values(self, y_true, y_pred):
+        scale, z = _standardised(y_true, y_pred, self.dtype)
+        density = ops.exp(-0.5 * ops.square(z)) / math.sqrt(2.0 * math.pi)
+        return scale * (z * ops.erf(z / math.sqrt(2.0)) + 2.0 * density - 1.0 / math.sqrt(math.pi))
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class NormalCoverage(_Mean):
+    """`functional.regression.interval_coverage` of the `normal_interval` of such a model: `level`, if it is calibrated.
+
+    Args:
+        level: Float in (0, 1).
+        name: In the logs.
+        dtype: Of the sums.
+
+    Call arguments:
+        y_true, y_pred, sample_weight: As for `NormalCRPS`.
+    """
+
+    def __init__(self, level=0.9, name="coverage", dtype=None):
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"`level` must lie between 0 and 1, as 0.9 does. Received: level={level}")
+        super().__init__(name, dtype)
+        self.level = level
+
+    def values(self, y_true, y_pred):
+        _, z = _standardised(y_true, y_pred, self.dtype)
+        return ops.cast(ops.abs(z) <= statistics.NormalDist().inv_cdf(0.5 + 0.5 * self.level), self.dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "level": self.level}
+
+
+def _targets(y_true, y_pred, what):
+    """The targets (B, ...) of outputs (B, ..., n)."""
+    if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1:
+        y_true = ops.squeeze(y_true, axis=-1)
+    if len(y_true.shape) != len(y_pred.shape) - 1:
+        raise ValueError(f"Expected {what}. Received: shapes {tuple(y_true.shape)} and {tuple(y_pred.shape)}")
+    return y_true
+
+
+def _classification(y_true, y_pred, from_logits, dtype):
+    """Class numbers (B, ...) and probabilities (B, ..., C)."""
+    y_true, y_pred = ops.convert_to_tensor(y_true), ops.cast(y_pred, dtype)
+    labels = _targets(y_true, y_pred, "class numbers (B, ...), not one-hot, and predictions (B, ..., C)")
+    if y_pred.shape[-1] == 1:
+        positive = ops.sigmoid(y_pred) if from_logits else y_pred
+        return ops.cast(labels, "int32"), ops.concatenate([1.0 - positive, positive], axis=-1)
+    return ops.cast(labels, "int32"), ops.softmax(y_pred) if from_logits else y_pred
+
+
+def _standardised(y_true, y_pred, dtype):
+    """The scale, and (y − loc) / scale."""
+    y_true, y_pred = ops.cast(y_true, dtype), ops.cast(y_pred, dtype)
+    y = _targets(y_true, y_pred, "numbers (B, ...) and predictions (B, ..., 2), the loc and the raw scale")
+    scale = ops.softplus(y_pred[..., 1])
+    return scale, (y - y_pred[..., 0]) / scale
+
+
+def _weight(values, y_pred, sample_weight, dtype):
+    """The weight of every one of the values: 0 where the outputs are masked, as in Keras's own metrics."""
+    weight = ops.ones(ops.shape(values), dtype)
+    if sample_weight is not None:
+        given = ops.cast(sample_weight, dtype)
+        if len(given.shape) == len(values.shape) + 1 and given.shape[-1] == 1:
+            given = ops.squeeze(given, axis=-1)
+        weight = weight * ops.reshape(given, (*ops.shape(given), *[1] * (len(values.shape) - len(given.shape))))
+    mask = getattr(y_pred, "_keras_mask", None)
+    return weight if mask is None else weight * ops.cast(mask, dtype)

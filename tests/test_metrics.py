@@ -1,0 +1,168 @@
+"""Metrics over batches equal the functions on all rows, with weights and masks, within `fit` and out of it."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_vdrop as kv
+from keras_vdrop.functional import calibration, regression
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(size=(200, 4)).astype("float32") * 2
+PROBABILITY = np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True)
+LABELS = RNG.integers(0, 4, size=200)
+OUTPUTS = RNG.normal(size=(200, 2)).astype("float32")
+Y = RNG.normal(size=200).astype("float32")
+
+
+def normal(outputs):
+    return outputs[:, 0], np.log1p(np.exp(outputs[:, 1].astype("float64")))
+
+
+def coverage(outputs, y):
+    return regression.interval_coverage(*regression.normal_interval(*normal(outputs), 0.8), y)
+
+
+# metric, its outputs, its targets, the function of (outputs, targets) that it equals
+CASES = {
+    "ece": (
+        lambda: kv.metrics.ExpectedCalibrationError(10, from_logits=True),
+        LOGITS,
+        LABELS,
+        lambda p, y: calibration.expected_calibration_error(softmax(p), y, 10),
+    ),
+    "brier": (
+        lambda: kv.metrics.BrierScore(from_logits=True),
+        LOGITS,
+        LABELS,
+        lambda p, y: calibration.brier_score(softmax(p), y),
+    ),
+    "crps": (kv.metrics.NormalCRPS, OUTPUTS, Y, lambda p, y: regression.normal_crps(*normal(p), y)),
+    "coverage": (lambda: kv.metrics.NormalCoverage(0.8), OUTPUTS, Y, coverage),
+}
+METRICS = pytest.mark.parametrize("make, outputs, y, function", CASES.values(), ids=CASES)
+
+
+def softmax(logits):
+    exp = np.exp(logits.astype("float64"))
+    return exp / exp.sum(-1, keepdims=True)
+
+
+def value(metric):
+    return float(keras.ops.convert_to_numpy(metric.result()))
+
+
+@METRICS
+def test_batches_add_up(make, outputs, y, function):
+    metric = make()
+    assert value(metric) == 0.0
+    for rows in np.array_split(np.arange(200), 7):
+        metric.update_state(y[rows], outputs[rows])
+    np.testing.assert_allclose(value(metric), function(outputs, y), rtol=1e-5)
+    metric.reset_state()
+    metric.update_state(y[:50, None], outputs[:50])  # targets as columns
+    np.testing.assert_allclose(value(metric), function(outputs[:50], y[:50]), rtol=1e-5)
+
+
+@METRICS
+def test_weights_and_masks_count_rows(make, outputs, y, function):
+    weight = RNG.integers(0, 4, size=200)
+    expected = function(np.repeat(outputs, weight, axis=0), np.repeat(y, weight))
+    for shape in ((200,), (200, 1)):
+        metric = make()
+        metric.update_state(y, outputs, sample_weight=weight.reshape(shape))
+        np.testing.assert_allclose(value(metric), expected, rtol=1e-5)
+    # 40 sequences of 5 steps: a weight for each sequence, and a mask of steps
+    mask = RNG.uniform(size=(40, 5)) < 0.7
+    count = np.ravel(weight[:40, None] * mask)
+    steps = keras.ops.convert_to_tensor(outputs.reshape(40, 5, -1))
+    steps._keras_mask = keras.ops.convert_to_tensor(mask)
+    metric = make()
+    metric.update_state(y.reshape(40, 5), steps, sample_weight=weight[:40])
+    np.testing.assert_allclose(
+        value(metric), function(np.repeat(outputs, count, axis=0), np.repeat(y, count)), rtol=1e-5
+    )
+
+
+@METRICS
+def test_config_is_complete(make, outputs, y, function):
+    metric = make()
+    again = keras.metrics.deserialize(keras.metrics.serialize(metric))
+    assert type(again) is type(metric) and again.get_config() == metric.get_config()
+    for one in (metric, again):
+        one.update_state(y, outputs)
+    assert value(metric) == value(again)
+
+
+def test_probabilities_and_two_classes():
+    for metric, function in (
+        (kv.metrics.ExpectedCalibrationError, calibration.expected_calibration_error),
+        (kv.metrics.BrierScore, calibration.brier_score),
+    ):
+        plain = metric()
+        plain.update_state(LABELS, PROBABILITY)
+        np.testing.assert_allclose(value(plain), function(softmax(LOGITS), LABELS), rtol=1e-5)
+        labels, logits = LABELS % 2, LOGITS[:, :1]
+        chance = 1 / (1 + np.exp(-logits[:, 0].astype("float64")))
+        expected = function(np.stack([1 - chance, chance], axis=-1), labels)
+        for one in (metric(from_logits=True), metric()):
+            one.update_state(labels, logits if one.from_logits else chance[:, None])
+            np.testing.assert_allclose(value(one), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_in_compile(jit):
+    """After an epoch and in `evaluate`, with the weights that Keras gives weighted metrics, and in mixed precision."""
+    x = RNG.normal(size=(50, 3)).astype("float32")
+    weight = RNG.integers(1, 4, size=50).astype("float32")
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            kv.VariationalDense(8, kl_weight=0.01, dtype="mixed_bfloat16"),
+            keras.layers.Dense(4, dtype="float32"),
+        ]
+    )
+    model.compile(
+        "sgd",
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[CASES["ece"][0](), CASES["brier"][0]()],
+        weighted_metrics=[kv.metrics.BrierScore(from_logits=True, name="weighted")],
+        jit_compile=jit,
+    )
+    history = model.fit(x, LABELS[:50], batch_size=16, sample_weight=weight, verbose=0).history
+    assert {"ece", "brier", "weighted"} <= set(history) and np.isfinite(history["ece"]).all()
+    logs = model.evaluate(x, LABELS[:50], batch_size=16, sample_weight=weight, verbose=0, return_dict=True)
+    probability, count = softmax(model.predict(x, verbose=0)), weight.astype(int)
+    np.testing.assert_allclose(
+        logs["ece"], calibration.expected_calibration_error(probability, LABELS[:50], 10), rtol=1e-4
+    )
+    np.testing.assert_allclose(logs["brier"], calibration.brier_score(probability, LABELS[:50]), rtol=1e-4)
+    expected = calibration.brier_score(np.repeat(probability, count, axis=0), np.repeat(LABELS[:50], count))
+    np.testing.assert_allclose(logs["weighted"], expected, rtol=1e-4)
+
+
+def test_a_compiled_model_comes_back_with_its_metrics(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), kv.VariationalDense(2, kl_weight=0.01)])
+    metrics = [kv.metrics.NormalCRPS(), kv.metrics.NormalCoverage(0.5, name="half")]
+    model.compile("sgd", "mse", metrics=metrics)
+    model.save(tmp_path / "m.keras")
+    x, y = RNG.normal(size=(20, 3)).astype("float32"), Y[:20, None] * np.ones((1, 1), "float32")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    expected = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert {"crps", "half"} <= set(expected)
+    assert loaded.evaluate(x, y, verbose=0, return_dict=True) == pytest.approx(expected)
+
+
+def test_a_checkpoint_knows_which_way_is_better():
+    assert kv.metrics.ExpectedCalibrationError()._direction == kv.metrics.BrierScore()._direction == "down"
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="num_bins"):
+        kv.metrics.ExpectedCalibrationError(num_bins=0)
+    with pytest.raises(ValueError, match="level=90"):
+        kv.metrics.NormalCoverage(90)
+    with pytest.raises(ValueError, match="not one-hot"):
+        kv.metrics.BrierScore().update_state(np.eye(4)[LABELS], PROBABILITY)
+    with pytest.raises(ValueError, match="raw scale"):
+        kv.metrics.NormalCRPS().update_state(OUTPUTS, OUTPUTS)
