@@ -1,6 +1,6 @@
 """Variational dropout for Keras 3: swap a layer, train with `fit`, and the network learns which weights it needs."""
 
-from keras_vdrop import functional, layers, metrics, plots, priors, tfp
+from keras_vdrop import functional, layers, losses, metrics, plots, priors, tfp
 from keras_vdrop.callbacks import ELBO, SparsityLogger
 from keras_vdrop.compaction import compact
 from keras_vdrop.conversion import to_deterministic
@@ -22,6 +22,7 @@ __all__ = [
     "compact",
     "functional",
     "kl_divergence",
+    "losses",
     "metrics",
     "plots",
     "priors",

@@ -40,11 +40,16 @@ class ELBO(keras.callbacks.Callback):
         per: "epoch" or "batch": how often β changes.
         temperature: Float ≥ 0, a constant factor of the KL; 1 for the ELBO. Below 1 (a "cold" posterior) data count
             for more than they are, and more weights stay.
+        likelihood_scale: Float > 0, σ, where the loss is the mean squared error: the standard deviation of the data
+            around the prediction, in the units of y. The loss is then the negative ELBO of N(prediction, σ²) in units
+            of D / (2σ²), less a constant, for D numbers an example: the KL is weighed by 2σ²/D more. Without it, a mean
+            squared error is that of σ = √(D/2). None for losses that are likelihoods, such as `losses.NormalNLL`.
         free_bits: Float ≥ 0, in nats for each weight: the KL of a weight tensor that costs nothing, on average over its
             weights: max(KL, free_bits·weights) takes its place. Its gradient is 0 below.
 
     Raises:
-        ValueError: For a value that is out of range; in `fit`, for a model without variational weights, or a callable
+        ValueError: For a value that is out of range; in `fit`, for a model without variational weights, a
+            `likelihood_scale` where the model has several outputs or one of unknown size, or a callable
             of the batch that resumes at an epoch of which Keras does not know how many batches came before.
 
     Example:
@@ -72,6 +77,7 @@ class ELBO(keras.callbacks.Callback):
         per="epoch",
         temperature=1.0,
         free_bits=0.0,
+        likelihood_scale=None,
     ):
         super().__init__()
         for name, value, least in (
@@ -84,6 +90,10 @@ class ELBO(keras.callbacks.Callback):
             check_finite(name, value)
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}. Received: {name}={value!r}")
+        if likelihood_scale is not None:
+            check_finite("likelihood_scale", likelihood_scale)
+            if likelihood_scale <= 0:
+                raise ValueError(f"`likelihood_scale` must be above 0. Received: likelihood_scale={likelihood_scale!r}")
         if not callable(schedule) and schedule not in SCHEDULES:
             raise ValueError(
                 f"`schedule` must be one of {sorted(SCHEDULES)} or a callable of the step. "
@@ -98,6 +108,7 @@ class ELBO(keras.callbacks.Callback):
         self.per = per
         self.temperature = temperature
         self.free_bits = free_bits
+        self.likelihood_scale = likelihood_scale
 
     def beta(self, epoch, batch=0):
         """The factor of the KL in that epoch (with `per="batch"`, at that batch of it), 1 for the ELBO itself."""
@@ -123,6 +134,20 @@ class ELBO(keras.callbacks.Callback):
     def set_model(self, model):
         require_posteriors(model)
         super().set_model(model)
+        self._units = self._loss_units()
+
+    def _loss_units(self):
+        """In what nats the loss is: 2σ²/D of them for the mean of D squared errors."""
+        if self.likelihood_scale is None:
+            return 1.0
+        shape = self.model.output_shape
+        if isinstance(shape, (list, dict)) or None in shape[1:]:
+            raise ValueError(
+                "`likelihood_scale` takes a model with one output of known size. Received: "
+                f"likelihood_scale={self.likelihood_scale!r} for outputs of shape {shape}; give the KL's weight by "
+                "`temperature`."
+            )
+        return 2.0 * self.likelihood_scale**2 / math.prod(shape[1:])
 
     def on_train_begin(self, logs=None):
         self._steps = (self.params or {}).get("steps")
@@ -144,7 +169,7 @@ class ELBO(keras.callbacks.Callback):
 
         By way of `self.model`, always: that is what makes the JAX trainer take note of what is assigned.
         """
-        kl_weight = self.temperature * self.beta(epoch, batch) / self.num_examples
+        kl_weight = self._units * self.temperature * self.beta(epoch, batch) / self.num_examples
         for owner in {id(posterior.owner): posterior.owner for posterior in require_posteriors(self.model)}.values():
             owner.kl_weight = kl_weight
             owner.free_bits = self.free_bits

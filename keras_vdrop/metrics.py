@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_vdrop.functional.calibration import EDGE
 from keras_vdrop.layers.base import check_positive_int
+from keras_vdrop.losses import targets
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -170,19 +171,10 @@ class NormalCoverage(_Mean):
         return {**super().get_config(), "level": self.level}
 
 
-def _targets(y_true, y_pred, what):
-    """The targets (B, ...) of outputs (B, ..., n)."""
-    if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1:
-        y_true = ops.squeeze(y_true, axis=-1)
-    if len(y_true.shape) != len(y_pred.shape) - 1:
-        raise ValueError(f"Expected {what}. Received: shapes {tuple(y_true.shape)} and {tuple(y_pred.shape)}")
-    return y_true
-
-
 def _classification(y_true, y_pred, from_logits, dtype):
     """Class numbers (B, ...) and probabilities (B, ..., C)."""
     y_true, y_pred = ops.convert_to_tensor(y_true), ops.cast(y_pred, dtype)
-    labels = _targets(y_true, y_pred, "class numbers (B, ...), not one-hot, and predictions (B, ..., C)")
+    labels = targets(y_true, y_pred, "class numbers (B, ...), not one-hot, and predictions (B, ..., C)")
     if y_pred.shape[-1] == 1:
         positive = ops.sigmoid(y_pred) if from_logits else y_pred
         return ops.cast(labels, "int32"), ops.concatenate([1.0 - positive, positive], axis=-1)
@@ -192,7 +184,7 @@ def _classification(y_true, y_pred, from_logits, dtype):
 def _standardised(y_true, y_pred, dtype):
     """The scale, and (y − loc) / scale."""
     y_true, y_pred = ops.cast(y_true, dtype), ops.cast(y_pred, dtype)
-    y = _targets(y_true, y_pred, "numbers (B, ...) and predictions (B, ..., 2), the loc and the raw scale")
+    y = targets(y_true, y_pred, "numbers (B, ...) and predictions (B, ..., 2), the loc and the raw scale")
     scale = ops.softplus(y_pred[..., 1])
     return scale, (y - y_pred[..., 0]) / scale
 

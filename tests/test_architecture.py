@@ -11,7 +11,7 @@ FLOORS = [
     ["sampling", "priors"],
     ["posterior"],
     ["layers"],
-    ["costs"],
+    ["costs", "losses"],
     ["pruning", "conversion"],
     ["compaction", "selection"],
     ["montecarlo", "callbacks", "metrics"],

@@ -1,0 +1,45 @@
+"""log p(y) of the distributions that the losses are made of: tensors in, tensors out, in nats."""
+
+import math
+
+from keras import ops
+
+
+def normal(y, loc, scale):
+    """−½·log(2π) − log scale − ½·((y − loc) / scale)²
+
+    Args:
+        y, loc, scale: Tensors of shapes that broadcast, in the units of y; `scale`, the standard deviation, > 0.
+    """
+    return -0.5 * math.log(2.0 * math.pi) - ops.log(scale) - 0.5 * ops.square((y - loc) / scale)
+
+
+def laplace(y, loc, scale):
+    """−log(2·scale) − |y − loc| / scale
+
+    Args:
+        y, loc, scale: As for `normal`; the standard deviation is √2·scale.
+    """
+    return -math.log(2.0) - ops.log(scale) - ops.abs(y - loc) / scale
+
+
+def student_t(y, df, loc, scale):
+    """log Γ((df + 1)/2) − log Γ(df/2) − ½·log(π·df) − log scale − (df + 1)/2·log(1 + ((y − loc) / scale)² / df)
+
+    Args:
+        y, loc, scale: As for `normal`; the standard deviation is scale·√(df / (df − 2)) for df > 2, else infinite.
+        df: Float > 0, the degrees of freedom: the fewer, the heavier the tails; ∞ is the normal distribution.
+    """
+    constant = math.lgamma(0.5 * (df + 1.0)) - math.lgamma(0.5 * df) - 0.5 * math.log(math.pi * df)
+    return constant - ops.log(scale) - 0.5 * (df + 1.0) * ops.log1p(ops.square((y - loc) / scale) / df)
+
+
+def normal_mixture(y, logits, loc, scale):
+    """log Σ_k softmax(logits)_k·N(y; loc_k, scale_k²)
+
+    Args:
+        y: Tensor (B, ...).
+        logits, loc, scale: Tensors (B, ..., K), of K normal distributions; `scale` > 0.
+    """
+    parts = normal(ops.expand_dims(y, axis=-1), loc, scale)
+    return ops.logsumexp(ops.log_softmax(logits, axis=-1) + parts, axis=-1)

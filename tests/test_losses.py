@@ -1,0 +1,158 @@
+"""Likelihoods: SciPy's densities, sums over what an example holds, and the ELBO that they make."""
+
+import keras
+import numpy as np
+import pytest
+from scipy import stats
+
+import keras_vdrop as kv
+from keras_vdrop import losses
+from keras_vdrop.functional import likelihoods
+from tests.cases import array, posteriors
+
+RNG = np.random.default_rng(0)
+Y = RNG.normal(size=(6, 3)).astype("float32")
+LOC = RNG.normal(size=(6, 3)).astype("float32")
+RAW = RNG.normal(size=(6, 3)).astype("float32")
+SCALE = np.log1p(np.exp(RAW.astype("float64")))
+TWO = np.stack([LOC, RAW], axis=-1)
+
+
+def mixture():
+    """Outputs of three components, and the log density of each number of Y."""
+    logits, loc, raw = (RNG.normal(size=(6, 3, 3)).astype("float32") for _ in range(3))
+    weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    density = (weights * stats.norm.pdf(Y[..., None], loc, np.log1p(np.exp(raw)))).sum(axis=-1)
+    return np.concatenate([logits, loc, raw], axis=-1), np.log(density)
+
+
+THREE, OF_MIXTURE = mixture()
+CASES = {
+    "normal": (losses.NormalNLL, {}, TWO, stats.norm.logpdf(Y, LOC, SCALE)),
+    "laplace": (losses.LaplaceNLL, {}, TWO, stats.laplace.logpdf(Y, LOC, SCALE)),
+    "student_t": (losses.StudentTNLL, {"df": 3.0}, TWO, stats.t.logpdf(Y, 3.0, LOC, SCALE)),
+    "mixture": (losses.NormalMixtureNLL, {"num_components": 3}, THREE, OF_MIXTURE),
+}
+OVER_CASES = pytest.mark.parametrize("cls, arguments, outputs, log_prob", CASES.values(), ids=CASES)
+
+
+@OVER_CASES
+def test_sum_over_an_example_and_mean_over_examples(cls, arguments, outputs, log_prob):
+    loss = cls(**arguments)
+    np.testing.assert_allclose(array(loss(Y, outputs)), -log_prob.sum(axis=1).mean(), rtol=1e-5)
+    each = cls(**arguments, reduction="none")(Y, outputs)
+    np.testing.assert_allclose(array(each), -log_prob.sum(axis=1), rtol=1e-4)
+    weights = np.arange(6.0)
+    weighted = loss(Y, outputs, sample_weight=weights)
+    np.testing.assert_allclose(array(weighted), -(weights * log_prob.sum(axis=1)).mean(), rtol=1e-5)
+
+
+@OVER_CASES
+def test_a_last_axis_of_one_and_a_single_number(cls, arguments, outputs, log_prob):
+    loss = cls(**arguments)
+    expected = -log_prob[:, 0].mean()
+    for y in (Y[:, 0], Y[:, :1]):
+        np.testing.assert_allclose(array(loss(y, outputs[:, 0])), expected, rtol=1e-5)
+    np.testing.assert_allclose(array(loss(Y[:, :1], outputs[:, :1])), expected, rtol=1e-5)
+
+
+@OVER_CASES
+def test_learns_is_saved_and_goes_on(cls, arguments, outputs, log_prob, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(outputs.shape[-1], seed=0)])
+    model.compile(keras.optimizers.Adam(0.01), cls(**arguments))
+    x, y = RNG.normal(size=(64, 4)).astype("float32"), RNG.normal(size=64).astype("float32")
+    history = model.fit(x, y, epochs=3, callbacks=[kv.ELBO(64)], verbose=0).history
+    assert history["nll"][-1] < history["nll"][0]
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(again.evaluate(x, y, verbose=0), model.evaluate(x, y, verbose=0), rtol=1e-6)
+
+
+def test_few_degrees_of_freedom_are_heavy_tails_and_many_are_normal():
+    y, one = np.array([6.0], "float32"), np.ones(1, "float32")
+    few, many, normal = (
+        float(array(value)[0])
+        for value in (
+            likelihoods.student_t(y, 2.0, 0.0 * one, one),
+            likelihoods.student_t(y, 1e5, 0.0 * one, one),
+            likelihoods.normal(y, 0.0 * one, one),
+        )
+    )
+    assert few > normal + 10
+    np.testing.assert_allclose(many, normal, rtol=0.02)
+
+
+def test_a_learned_scale_is_that_of_the_residuals():
+    x = RNG.uniform(-1, 1, size=(512, 1)).astype("float32")
+    y = (2 * x + 0.3 * RNG.normal(size=x.shape)).astype("float32")
+    inputs = keras.Input((1,))
+    model = keras.Model(inputs, losses.learned_scale(keras.layers.Dense(1)(inputs)))
+    model.compile(keras.optimizers.Adam(0.05), losses.NormalNLL())
+    model.fit(x, y, batch_size=64, epochs=30, verbose=0)
+    outputs = model.predict(x, verbose=0)
+    scale = np.log1p(np.exp(outputs[..., 1]))
+    residual = y - outputs[..., 0]
+    assert np.ptp(scale) == 0
+    np.testing.assert_allclose(scale[0, 0], np.sqrt((residual**2).mean()), rtol=0.1)
+    np.testing.assert_allclose(array(kv.compact(model)(x)), outputs, atol=1e-6)
+
+
+def test_monte_carlo_reads_what_the_normal_likelihood_is_given():
+    inputs = keras.Input((4,))
+    hidden = kv.VariationalDense(3, kl_weight=0.1, initial_log_variance=-2.0)(inputs)
+    model = keras.Model(inputs, losses.learned_scale(hidden))
+    found = kv.MonteCarlo(model, num_samples=8, likelihood="normal").predict(np.ones((5, 4), "float32"), verbose=0)
+    raw_scale = array(model.get_layer("raw_scale").bias)
+    expected = np.broadcast_to(np.log1p(np.exp(raw_scale)) ** 2, (5, 3))
+    np.testing.assert_allclose(found["aleatoric_variance"], expected, rtol=1e-5)
+    assert (found["epistemic_variance"] > 0).all()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TFP is for TensorFlow")
+def test_any_distribution():
+    from tensorflow_probability import distributions as tfd
+
+    @keras.saving.register_keras_serializable(package="tests")
+    def counts(outputs):
+        return tfd.Poisson(log_rate=outputs)
+
+    loss = losses.DistributionNLL(counts)
+    y = np.array([[0.0, 2.0], [3.0, 1.0]])
+    log_prob = stats.poisson.logpmf(y, np.exp(LOC[:2, :2]))
+    np.testing.assert_allclose(array(loss(y, LOC[:2, :2])), -log_prob.sum(axis=1).mean(), rtol=1e-5)
+    again = losses.DistributionNLL.from_config(loss.get_config())
+    np.testing.assert_allclose(array(again(y, LOC[:2, :2])), array(loss(y, LOC[:2, :2])))
+
+
+def test_scale_of_a_mean_squared_error():
+    """mse·D/(2σ²) + KL/N and mse + (2σ²/D)·KL/N have one minimum: the KL's weight is that of the latter."""
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2)])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x, y = np.ones((8, 4), "float32"), np.ones((8, 2), "float32")
+    model.fit(x, y, callbacks=[kv.ELBO(8, likelihood_scale=0.5)], verbose=0)
+    (weight,) = posteriors(model)
+    np.testing.assert_allclose(array(weight.owner.kl_weight), 2 * 0.5**2 / 2 / 8, rtol=1e-6)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="df=0"):
+        losses.StudentTNLL(df=0)
+    with pytest.raises(ValueError, match="num_components=0"):
+        losses.NormalMixtureNLL(0)
+    with pytest.raises(ValueError, match="distribution_fn='normal'"):
+        losses.DistributionNLL("normal")
+    with pytest.raises(ValueError, match=r"\(6, 3\) and \(6, 3\)"):
+        losses.NormalNLL()(Y, LOC)
+    with pytest.raises(ValueError, match=r"parameters \(B, \.\.\., 2\).*\(6, 3, 9\)"):
+        losses.NormalNLL()(Y, THREE)
+    steps = keras.Sequential([keras.Input((3, 2)), keras.layers.Masking(), keras.layers.Dense(2)])
+    steps.compile("sgd", losses.NormalNLL())
+    with pytest.raises(ValueError, match="mask"):
+        steps.fit(np.zeros((4, 3, 2)), np.zeros((4, 3)), verbose=0)
+    with pytest.raises(ValueError, match="likelihood_scale=0"):
+        kv.ELBO(8, likelihood_scale=0)
+    inputs = keras.Input((None, 4))
+    model = keras.Model(inputs, kv.VariationalDense(2)(inputs))
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="one output of known size"):
+        model.fit(np.ones((2, 3, 4)), np.ones((2, 3, 2)), callbacks=[kv.ELBO(2, likelihood_scale=1.0)], verbose=0)
