@@ -24,6 +24,26 @@ def targets(y_true, y_pred, what):
     return y_true
 
 
+def mask_of(tensor):
+    """The mask that Keras keeps with a tensor, or None. Keras tells layers of it, and nobody else."""
+    if not ops.is_tensor(tensor):
+        return None
+    found = []
+    _MaskReader(found.append)(tensor)
+    return found[0]
+
+
+class _MaskReader(layers.Layer):
+    def __init__(self, tell):
+        super().__init__(name="mask_reader", autocast=False)
+        self.supports_masking = True
+        self._tell = tell
+
+    def call(self, inputs, mask=None):
+        self._tell(mask)
+        return inputs
+
+
 class NegativeLogLikelihood(keras.losses.Loss):
     """−Σ log p(y | outputs), over all that an example's y holds. A subclass defines `log_prob`.
 
@@ -44,7 +64,7 @@ class NegativeLogLikelihood(keras.losses.Loss):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        if getattr(y_pred, "_keras_mask", None) is not None:
+        if mask_of(y_pred) is not None:
             raise ValueError(
                 f"{self.name!r} sums over all that an example holds, and cannot leave out the steps that the outputs' "
                 "mask does. End the mask before the outputs, or predict one step an example."

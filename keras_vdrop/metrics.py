@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_vdrop.functional.calibration import EDGE
 from keras_vdrop.layers.base import check_positive_int
-from keras_vdrop.losses import targets
+from keras_vdrop.losses import mask_of, targets
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -197,5 +197,5 @@ def _weight(values, y_pred, sample_weight, dtype):
         if len(given.shape) == len(values.shape) + 1 and given.shape[-1] == 1:
             given = ops.squeeze(given, axis=-1)
         weight = weight * ops.reshape(given, (*ops.shape(given), *[1] * (len(values.shape) - len(given.shape))))
-    mask = getattr(y_pred, "_keras_mask", None)
+    mask = mask_of(y_pred)
     return weight if mask is None else weight * ops.cast(mask, dtype)

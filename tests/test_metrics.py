@@ -72,13 +72,21 @@ def test_weights_and_masks_count_rows(make, outputs, y, function):
         metric = make()
         metric.update_state(y, outputs, sample_weight=weight.reshape(shape))
         np.testing.assert_allclose(value(metric), expected, rtol=1e-5)
-    # 40 sequences of 5 steps: a weight for each sequence, and a mask of steps
-    mask = RNG.uniform(size=(40, 5)) < 0.7
-    count = np.ravel(weight[:40, None] * mask)
-    steps = keras.ops.convert_to_tensor(outputs.reshape(40, 5, -1))
-    steps._keras_mask = keras.ops.convert_to_tensor(mask)
+    # 40 sequences of 5 steps: a weight for each sequence
     metric = make()
-    metric.update_state(y.reshape(40, 5), steps, sample_weight=weight[:40])
+    metric.update_state(y.reshape(40, 5), outputs.reshape(40, 5, -1), sample_weight=weight[:40])
+    count = np.repeat(weight[:40], 5)
+    np.testing.assert_allclose(
+        value(metric), function(np.repeat(outputs, count, axis=0), np.repeat(y, count)), rtol=1e-5
+    )
+    # or for each step, some of which are masked
+    mask, weight = RNG.uniform(size=(40, 5)) < 0.7, weight.reshape(40, 5)
+    count = np.ravel(weight * mask)
+    steps = outputs.reshape(40, 5, -1) * mask[..., None]
+    model = keras.Sequential([keras.Input(steps.shape[1:]), keras.layers.Masking(0.0)])
+    metric = make()
+    model.compile(loss=lambda y, outputs: 0.0 * keras.ops.sum(outputs, axis=-1), weighted_metrics=[metric])
+    model.evaluate(steps, y.reshape(40, 5), sample_weight=weight, verbose=0)
     np.testing.assert_allclose(
         value(metric), function(np.repeat(outputs, count, axis=0), np.repeat(y, count)), rtol=1e-5
     )
