@@ -15,7 +15,6 @@ import pytest
 
 from keras_vdrop.layers import base
 
-
 _TESTS = itertools.count(1)
 
 
