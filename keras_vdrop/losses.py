@@ -45,7 +45,7 @@ class _MaskReader(layers.Layer):
 
 
 class NegativeLogLikelihood(keras.losses.Loss):
-    """−Σ log p(y | outputs), over all that an example's y holds. A subclass defines `log_prob`.
+    """−Σ log p(y | outputs), over all that an example's y holds. A subclass defines `log_prob` and `moments`.
 
     Args:
         name, reduction, dtype: As for every Keras loss.
@@ -74,6 +74,10 @@ class NegativeLogLikelihood(keras.losses.Loss):
     def log_prob(self, y, parameters):
         """log p of each number: a tensor of the shape of y, (B, ...)."""
         raise NotImplementedError(f"{type(self).__name__} must define log_prob(y, parameters).")
+
+    def moments(self, parameters):
+        """The mean and the variance of each number: two tensors (B, ...)."""
+        raise NotImplementedError(f"{type(self).__name__} must define moments(parameters).")
 
     def call(self, y_true, y_pred):
         what = f"numbers (B, ...) and parameters (B, ..., {self.num_parameters})"
@@ -110,6 +114,9 @@ class NormalNLL(NegativeLogLikelihood):
     def log_prob(self, y, parameters):
         return likelihoods.normal(y, parameters[..., 0], ops.softplus(parameters[..., 1]))
 
+    def moments(self, parameters):
+        return parameters[..., 0], ops.square(ops.softplus(parameters[..., 1]))
+
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class LaplaceNLL(NegativeLogLikelihood):
@@ -125,6 +132,9 @@ class LaplaceNLL(NegativeLogLikelihood):
 
     def log_prob(self, y, parameters):
         return likelihoods.laplace(y, parameters[..., 0], ops.softplus(parameters[..., 1]))
+
+    def moments(self, parameters):
+        return parameters[..., 0], 2.0 * ops.square(ops.softplus(parameters[..., 1]))
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -154,6 +164,11 @@ class StudentTNLL(NegativeLogLikelihood):
 
     def log_prob(self, y, parameters):
         return likelihoods.student_t(y, self.df, parameters[..., 0], ops.softplus(parameters[..., 1]))
+
+    def moments(self, parameters):
+        if self.df <= 2:
+            raise ValueError(f"With 2 degrees of freedom or fewer, the variance is infinite. Received: df={self.df:g}")
+        return parameters[..., 0], self.df / (self.df - 2.0) * ops.square(ops.softplus(parameters[..., 1]))
 
     def get_config(self):
         return {**super().get_config(), "df": self.df}
@@ -188,6 +203,13 @@ class NormalMixtureNLL(NegativeLogLikelihood):
         logits, loc, raw_scale = ops.split(parameters, 3, axis=-1)
         return likelihoods.normal_mixture(y, logits, loc, ops.softplus(raw_scale))
 
+    def moments(self, parameters):
+        logits, loc, raw_scale = ops.split(parameters, 3, axis=-1)
+        share = ops.softmax(logits, axis=-1)
+        mean = ops.sum(share * loc, axis=-1, keepdims=True)
+        variance = ops.square(ops.softplus(raw_scale)) + ops.square(loc - mean)
+        return ops.squeeze(mean, axis=-1), ops.sum(share * variance, axis=-1)
+
     def get_config(self):
         return {**super().get_config(), "num_components": self.num_components}
 
@@ -220,6 +242,11 @@ class DistributionNLL(keras.losses.Loss):
 
     def call(self, y_true, y_pred):
         return _total(-self.distribution_fn(y_pred).log_prob(y_true))
+
+    def moments(self, parameters):
+        """The mean and the variance of the distribution."""
+        distribution = self.distribution_fn(parameters)
+        return distribution.mean(), distribution.variance()
 
     def get_config(self):
         function = keras.saving.serialize_keras_object(self.distribution_fn)

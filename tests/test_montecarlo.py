@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from scipy import stats
 
 import keras_vdrop as kv
 from tests.cases import CASES, array, randomize
@@ -136,6 +137,207 @@ def test_statistics_are_those_of_the_samples():
     np.testing.assert_allclose(statistics["variance"], draws.var(axis=1), rtol=1e-3)
 
 
+@pytest.mark.parametrize("sample_batch_size", [1, 4, 16, 64])
+@pytest.mark.parametrize("consistent", [False, True])
+def test_side_by_side_are_the_draws_that_follow_each_other(sample_batch_size, consistent):
+    """With a remainder, without one, and with fewer samples than fit."""
+    arguments = dict(seed=3, consistent=consistent)
+    model = network()
+    draws = samples(model, X, 16, sample_batch_size=3, **arguments)
+    other = samples(model, X, 16, sample_batch_size=sample_batch_size, **arguments)
+    np.testing.assert_allclose(draws, other, rtol=1e-5, atol=1e-6)
+    sampler = kv.MonteCarlo(model, 16, likelihood="normal", sample_batch_size=sample_batch_size, **arguments)
+    statistics = sampler.predict(X, verbose=0)
+    np.testing.assert_allclose(statistics["mean"], draws[..., 0].mean(axis=1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(statistics["epistemic_variance"], draws[..., 0].var(axis=1), rtol=1e-3)
+    np.testing.assert_allclose(
+        statistics["aleatoric_variance"], (np.log1p(np.exp(draws[..., 1])) ** 2).mean(axis=1), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("dense", "conv_2d", "lstm", "attention")], ids=str
+)
+def test_side_by_side_in_every_kind_of_layer(case):
+    model = case.model()
+    randomize(model)
+    x = case.inputs()
+    one, other = (samples(model, x, 5, seed=3, sample_batch_size=size) for size in (1, 2))
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_consistent_layer_draws_the_same_however_often_it_is_called():
+    layer = kv.VariationalDense(4, kl_weight=0.1)
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Subtract()([layer(inputs), layer(inputs)]))
+    randomize(model)
+    np.testing.assert_allclose(samples(model, X, 3, consistent=True), 0.0, atol=1e-6)
+    assert np.abs(samples(model, X, 3)).min() > 0
+
+
+def test_outputs_of_any_structure():
+    inputs = keras.Input((4,))
+    h = kv.VariationalDense(3, kl_weight=0.1)(inputs)
+    model = keras.Model(inputs, {"one": h, "other": layers.Dense(2)(h)})
+    randomize(model)
+    draws = samples(model, X, 5, seed=3, sample_batch_size=2)
+    assert draws["one"].shape == (3, 5, 3) and draws["other"].shape == (3, 5, 2)
+    result = kv.MonteCarlo(model, 5, seed=3).predict(X, verbose=0)
+    np.testing.assert_allclose(result["variance"]["other"], draws["other"].var(axis=1), rtol=1e-3)
+    assert result.uncertainty().shape == (3,)
+    with pytest.raises(ValueError, match="of one output"):
+        kv.MonteCarlo(model, 5, likelihood="categorical").predict(X, verbose=0)
+
+
+def test_half_precision_has_its_statistics_in_single():
+    model = network(dtype="mixed_bfloat16")
+    result = kv.MonteCarlo(model, 5).predict(X, verbose=0)
+    assert result["mean"].dtype == result["variance"].dtype == np.float32
+
+
+LOSSES = [
+    kv.losses.NormalNLL(),
+    kv.losses.LaplaceNLL(),
+    kv.losses.StudentTNLL(df=5.0),
+    kv.losses.NormalMixtureNLL(num_components=3),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_a_loss_as_the_likelihood(loss, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(loss.num_parameters, kl_weight=0.1)])
+    randomize(model)
+    sampler = kv.MonteCarlo(model, 7, likelihood=loss, seed=3)
+    draws = np.swapaxes(samples(model, X, 7, seed=3), 0, 1)
+    mean, variance = map(array, loss.moments(keras.ops.convert_to_tensor(draws)))
+    statistics = sampler.predict(X, verbose=0)
+    np.testing.assert_allclose(statistics["mean"], mean.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(statistics["aleatoric_variance"], variance.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(statistics["epistemic_variance"], mean.var(0), rtol=1e-3)
+    sampler.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.likelihood.get_config() == loss.get_config()
+
+
+TARGETS = {"categorical": np.array([0, 1, 1]), "bernoulli": np.eye(2)[[0, 1, 1]], "normal": np.array([0.3, -1.0, 2.0])}
+
+
+def expected_loss(likelihood, y, statistics):
+    if likelihood == "normal":
+        scale = np.sqrt(statistics["aleatoric_variance"] + statistics["epistemic_variance"])
+        return -stats.norm.logpdf(y, statistics["mean"], scale)
+    p = statistics["probability"]
+    if likelihood == "categorical":
+        return -np.log(p[np.arange(3), y])
+    return -np.log(np.where(y == 1, p, 1 - p)).mean(axis=1)
+
+
+@pytest.mark.parametrize("likelihood", TARGETS)
+@pytest.mark.parametrize("weight", [None, np.array([1.0, 0.5, 3.0])], ids=["plain", "weighted"])
+def test_evaluate_gives_the_nll_of_the_prediction(likelihood, weight):
+    """And not the KL of the wrapped model, which has a `kl_weight`."""
+    sampler = kv.MonteCarlo(network(), 8, likelihood=likelihood, seed=3, consistent=True)
+    sampler.compile()
+    y = TARGETS[likelihood]
+    result = sampler.evaluate(X, y, sample_weight=weight, verbose=0, return_dict=True)
+    statistics = sampler.predict(X, verbose=0)
+    losses = expected_loss(likelihood, y, statistics)
+    np.testing.assert_allclose(result["loss"], np.mean(losses if weight is None else losses * weight), rtol=1e-4)
+
+
+def test_evaluate_with_metrics_and_a_loss():
+    model = kv.MonteCarlo(network(), 8, likelihood="categorical", seed=3, consistent=True)
+    model.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    result = model.evaluate(X, TARGETS["categorical"], verbose=0, return_dict=True)
+    statistics = model.predict(X, verbose=0)
+    right = statistics["probability"].argmax(-1) == TARGETS["categorical"]
+    np.testing.assert_allclose(result["accuracy"], right.mean())
+    np.testing.assert_allclose(
+        result["loss"], expected_loss("categorical", TARGETS["categorical"], statistics).mean(), rtol=1e-4
+    )
+    with pytest.raises(ValueError, match="samples"):
+        drawn = kv.MonteCarlo(network(), 2, output="samples")
+        drawn.compile(loss="mse")
+        drawn.evaluate(X, X[:, :2], verbose=0)
+
+
+def test_it_does_not_learn():
+    model = kv.MonteCarlo(network(), 2)
+    model.compile("sgd", "mse")
+    with pytest.raises(NotImplementedError, match="fit the model that it wraps"):
+        model.fit(X, X[:, :2])
+    with pytest.raises(NotImplementedError, match="fit the model that it wraps"):
+        model.train_on_batch(X, X[:, :2])
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras exports from TensorFlow.")
+@pytest.mark.parametrize("functional", [False, True], ids=["sequential", "functional"])
+def test_export(functional, tmp_path):
+    import tensorflow as tf
+
+    model = network()
+    if functional:
+        model = keras.Model(model.inputs[0], model.outputs[0])
+    model = kv.MonteCarlo(model, 6, likelihood="categorical", seed=3, consistent=True)
+    model.export(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(tmp_path / "served")
+    exported = served.serve(X)
+    statistics = model.predict(X, verbose=0)
+    for name, values in statistics.items():
+        np.testing.assert_allclose(exported[name], values, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_with_nan_are_counted():
+    model = kv.MonteCarlo(network(), 3, likelihood="categorical")
+    x = X.copy()
+    x[1, 0] = np.nan
+    with pytest.warns(UserWarning, match="1 of 3 rows"):
+        result = model.predict(x, verbose=0)
+    assert list(result.abstain(coverage=0.5)) == [False, True, False]
+    with pytest.warns(UserWarning, match="1 of 3 rows"):
+        samples(network(), x, 2)
+
+
+def test_logits_for_probabilities_and_the_other_way_round():
+    softmax = keras.Sequential([network(), layers.Softmax()])
+    sigmoid = keras.Sequential([network(), layers.Dense(1, activation="sigmoid")])
+    for model, likelihood in ((softmax, "categorical"), (sigmoid, "bernoulli")):
+        with pytest.raises(ValueError, match="from_logits=False"):
+            kv.MonteCarlo(model, 2, likelihood=likelihood)
+        kv.MonteCarlo(model, 2, likelihood=likelihood, from_logits=False).predict(X, verbose=0)
+    for likelihood in ("categorical", "bernoulli"):
+        with pytest.raises(ValueError, match="from_logits=True"):
+            kv.MonteCarlo(network(), 2, likelihood=likelihood, from_logits=False).predict(10 * X, verbose=0)
+
+
+def predictions(likelihood):
+    return kv.MonteCarlo(network(), 16, likelihood=likelihood, seed=3).predict(X, verbose=0)
+
+
+@pytest.mark.parametrize("likelihood", STATISTICS)
+def test_abstain_hands_over_the_most_uncertain(likelihood):
+    result = predictions(likelihood)
+    least = result.uncertainty().argmin()
+    assert [result.abstain(coverage).sum() for coverage in (1.0, 0.7, 2 / 3, 0.5, 0.0)] == [0, 0, 1, 1, 3]
+    assert list(result.abstain(1 / 3)) == [row != least for row in range(3)]
+    with pytest.raises(ValueError, match="coverage="):
+        result.abstain(95)
+
+
+def test_bald():
+    categorical, bernoulli, normal = map(predictions, ("categorical", "bernoulli", "normal"))
+    np.testing.assert_array_equal(categorical.bald(), categorical["mutual_information"])
+    np.testing.assert_allclose(bernoulli.bald(), bernoulli["mutual_information"].sum(axis=1), rtol=1e-6)
+    total = normal["aleatoric_variance"] + normal["epistemic_variance"]
+    np.testing.assert_allclose(
+        normal.bald(),
+        stats.norm(0, total**0.5).entropy() - stats.norm(0, normal["aleatoric_variance"] ** 0.5).entropy(),
+        rtol=1e-4,
+    )
+    with pytest.raises(ValueError, match="likelihood"):
+        predictions(None).bald()
+
+
 def test_from_probabilities():
     model = keras.Sequential([network(), layers.Softmax()])
     from_logits = kv.MonteCarlo(model.layers[0], 16, likelihood="categorical", seed=3).predict(X, verbose=0)
@@ -155,7 +357,15 @@ def test_saves_and_loads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"num_samples": 0}, {"num_samples": 2.5}, {"likelihood": "poisson"}, {"output": "mean"}]
+    "arguments",
+    [
+        {"num_samples": 0},
+        {"num_samples": 2.5},
+        {"sample_batch_size": 0},
+        {"likelihood": "poisson"},
+        {"likelihood": keras.losses.MeanSquaredError()},
+        {"output": "mean"},
+    ],
 )
 def test_bad_arguments(arguments):
     (name,) = arguments

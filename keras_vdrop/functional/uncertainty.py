@@ -1,21 +1,33 @@
 """What a set of Monte-Carlo samples says: predictive moments, entropies, mutual information.
 
-Samples lie along the first axis, (S, B, ...). Entropies are in nats.
+Samples lie along the first axis, (S, B, ...). Entropies are in nats. Every statistic is a function of means over the
+samples, which so need not be kept: a `Summary` says which means, and which function.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import keras
 from keras import ops
 
 
-def moments(samples):
-    """Mean and variance over the samples.
+class Summary(NamedTuple):
+    """How statistics come of means over samples.
 
-    Args:
-        samples: Tensor (S, B, ...).
-
-    Returns:
-        Two tensors (B, ...).
+    Attributes:
+        terms: Callable from samples (S, B, ...) and an origin (B, ...) to a dict of tensors (S, B, ...), to be averaged
+            over S. The origin is any of the samples: squares of what is far from 0 would cancel.
+        statistics: Callable from the averages (B, ...) and that origin to the dict of statistics.
     """
-    return ops.mean(samples, axis=0), ops.var(samples, axis=0)
+
+    terms: Callable
+    statistics: Callable
+
+    def of(self, samples):
+        """The statistics of samples that are at hand."""
+        origin = keras.tree.map_structure(lambda each: each[0], samples)
+        means = keras.tree.map_structure(lambda each: ops.mean(each, axis=0), self.terms(samples, origin))
+        return self.statistics(means, origin)
 
 
 def entropy(probability):
@@ -29,6 +41,18 @@ def entropy(probability):
     """
     tiny = ops.cast(1e-37, probability.dtype) if probability.dtype != "float16" else 6e-8
     return -ops.sum(probability * ops.log(ops.maximum(probability, tiny)), axis=-1)
+
+
+def moments(samples):
+    """Mean and variance over the samples.
+
+    Args:
+        samples: Tensor (S, B, ...), or a structure of such tensors.
+
+    Returns:
+        Dict of `mean` and `variance`, each (B, ...), or a structure of such tensors.
+    """
+    return MOMENTS.of(samples)
 
 
 def categorical(probability):
@@ -45,15 +69,7 @@ def categorical(probability):
     Reference:
         Uncertainty in Deep Learning, Gal, 2016, section 3.3
     """
-    mean = ops.mean(probability, axis=0)
-    predictive = entropy(mean)
-    expected = ops.mean(entropy(probability), axis=0)
-    return {
-        "probability": mean,
-        "predictive_entropy": predictive,
-        "expected_entropy": expected,
-        "mutual_information": ops.maximum(predictive - expected, 0.0),
-    }
+    return CATEGORICAL.of(probability)
 
 
 def bernoulli(probability):
@@ -65,8 +81,7 @@ def bernoulli(probability):
     Returns:
         Dict as of `categorical`, all of shape (B, ...).
     """
-    result = categorical(ops.stack([1.0 - probability, probability], axis=-1))
-    return {**result, "probability": result["probability"][..., 1]}
+    return BERNOULLI.of(probability)
 
 
 def normal(loc, scale):
@@ -79,6 +94,64 @@ def normal(loc, scale):
     Returns:
         Dict of `mean`, `aleatoric_variance` (the data's) and `epistemic_variance` (the model's), all (B, ...).
     """
-    mean, epistemic = moments(loc)
-    aleatoric = ops.mean(ops.square(scale), axis=0)
-    return {"mean": mean, "aleatoric_variance": aleatoric, "epistemic_variance": epistemic}
+    return TOTAL_VARIANCE.of((loc, ops.square(scale)))
+
+
+def _moment_terms(samples, origin):
+    deviation = keras.tree.map_structure(ops.subtract, samples, origin)
+    return {"deviation": deviation, "square": keras.tree.map_structure(ops.square, deviation)}
+
+
+def _moment_statistics(means, origin):
+    variance = keras.tree.map_structure(
+        lambda square, deviation: ops.maximum(square - ops.square(deviation), 0.0), means["square"], means["deviation"]
+    )
+    return {"mean": keras.tree.map_structure(ops.add, origin, means["deviation"]), "variance": variance}
+
+
+def _categorical_terms(probability, origin):
+    return {"probability": probability, "entropy": entropy(probability)}
+
+
+def _categorical_statistics(means, origin):
+    predictive, expected = entropy(means["probability"]), means["entropy"]
+    return {
+        "probability": means["probability"],
+        "predictive_entropy": predictive,
+        "expected_entropy": expected,
+        "mutual_information": ops.maximum(predictive - expected, 0.0),
+    }
+
+
+def _two_classes(probability):
+    return ops.stack([1.0 - probability, probability], axis=-1)
+
+
+def _bernoulli_terms(probability, origin):
+    return {"probability": probability, "entropy": entropy(_two_classes(probability))}
+
+
+def _bernoulli_statistics(means, origin):
+    result = _categorical_statistics({**means, "probability": _two_classes(means["probability"])}, origin)
+    return {**result, "probability": means["probability"]}
+
+
+def _total_variance_terms(samples, origin):
+    (loc, variance), (origin, _) = samples, origin
+    return {"loc": _moment_terms(loc, origin), "variance": variance}
+
+
+def _total_variance_statistics(means, origin):
+    loc = _moment_statistics(means["loc"], origin[0])
+    return {
+        "mean": loc["mean"],
+        "aleatoric_variance": means["variance"],
+        "epistemic_variance": loc["variance"],
+    }
+
+
+MOMENTS = Summary(_moment_terms, _moment_statistics)
+CATEGORICAL = Summary(_categorical_terms, _categorical_statistics)
+BERNOULLI = Summary(_bernoulli_terms, _bernoulli_statistics)
+# Of samples (loc, variance), the mean and the variance of y under every draw.
+TOTAL_VARIANCE = Summary(_total_variance_terms, _total_variance_statistics)

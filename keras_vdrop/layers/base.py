@@ -20,7 +20,7 @@ from keras import ops
 from keras_vdrop import priors
 from keras_vdrop.functional import estimators
 from keras_vdrop.posterior import VariationalWeight, posteriors
-from keras_vdrop.sampling import FixedSeeds, is_consistent, is_sampling, sampling, seed_generator
+from keras_vdrop.sampling import FixedSeeds, advance, drawing, is_consistent, is_sampling, seed_generator, seeds
 
 # Built layers whose `kl_weight` nobody has set, and of which nobody has been told.
 _unset = weakref.WeakSet()
@@ -156,23 +156,24 @@ class StochasticLayer(keras.layers.Layer):
         replay = self._replay.get()
         return bool(training) or is_sampling() if replay is None else replay.noisy
 
-    @property
-    def _seeds(self):
-        """Where the next seed comes from."""
-        return self._replay.get() or self.seed_generator
+    def _seeds(self, purpose="noise"):
+        """Where the next seed comes from, for what is called so."""
+        return self._replay.get() or seeds(self.seed_generator, purpose)
 
     _replay = contextvars.ContextVar("replay", default=None)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """As in Keras (within `keras.RematScope`), but so that the second computation draws the noise of the first."""
         # Keras tells the layers within this one of `training` at the first computation only.
-        state, noisy, consistent = self.seed_generator.next(), self._noisy(kwargs.get("training")), is_consistent()
+        state = ops.convert_to_tensor(self.seed_generator.state)
+        advance(self.seed_generator)
+        noisy, consistent = self._noisy(kwargs.get("training")), is_consistent()
 
         @functools.wraps(layer_call)
         def call(*args):
             token = self._replay.set(_Replay(state, noisy))
             try:
-                with sampling(consistent):  # whether there is noise, `noisy` says
+                with drawing(consistent):  # whether there is noise, `noisy` says
                     return layer_call(*args, **kwargs)
             finally:
                 self._replay.reset(token)
@@ -380,7 +381,8 @@ class VariationalLayer(DropIn, StochasticLayer):
         if not isinstance(weight, VariationalWeight):
             return linear(x, ops.cast(weight, self.compute_dtype))
         sign_axes = sign_axes or self._sign_axes()
-        return weight.apply(linear, x, noisy=noisy, seed=self._seeds, sign_axes=sign_axes, dtype=self.compute_dtype)
+        seed = self._seeds(weight.name)
+        return weight.apply(linear, x, noisy=noisy, seed=seed, sign_axes=sign_axes, dtype=self.compute_dtype)
 
     # Saving
 

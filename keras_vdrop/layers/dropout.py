@@ -120,7 +120,7 @@ class VariationalGaussianDropout(StochasticLayer):
             return self._fixed(inputs) if noisy else inputs
         axes = (tuple(range(len(inputs.shape))),) * 2
         dtype = self.compute_dtype
-        return self.scale.apply(self._multiply, inputs, noisy=noisy, seed=self._seeds, sign_axes=axes, dtype=dtype)
+        return self.scale.apply(self._multiply, inputs, noisy=noisy, seed=self._seeds(), sign_axes=axes, dtype=dtype)
 
     def _multiply(self, x, scale):
         shape = [1] * len(x.shape)
@@ -128,7 +128,7 @@ class VariationalGaussianDropout(StochasticLayer):
         return x * ops.reshape(scale, shape)
 
     def _fixed(self, x):
-        epsilon = noise.normal(mask_shape(ops.shape(x)), self._seeds)
+        epsilon = noise.normal(mask_shape(ops.shape(x)), self._seeds())
         return x * ops.cast(1.0 + math.exp(0.5 * self._initial_log_alpha) * epsilon, x.dtype)
 
     def compute_output_shape(self, input_shape):
@@ -265,7 +265,7 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
             kept = (0, self._channel_axis() % len(shape))
             shape = tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
         logit = ops.convert_to_tensor(self.rate_logit)
-        dropped = noise.concrete(mask_shape(shape), logit, self.temperature, self._seeds)
+        dropped = noise.concrete(mask_shape(shape), logit, self.temperature, self._seeds())
         return x * ops.cast((1.0 - dropped) / (1.0 - self.rate), x.dtype)
 
     def compute_output_shape(self, input_shape):
@@ -353,7 +353,7 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
             shape[axis] = shape[axis] if size is None else size
         if not self.per_example:
             shape[0] = 1
-        keep = noise.bernoulli(mask_shape(shape), 1.0 - self.rate, self._seeds, inputs.dtype)
+        keep = noise.bernoulli(mask_shape(shape), 1.0 - self.rate, self._seeds(), inputs.dtype)
         return inputs * (keep / (1.0 - self.rate)) if self.rate < 1.0 else ops.zeros_like(inputs)
 
     def get_config(self):

@@ -12,7 +12,7 @@ from keras import ops
 from keras_vdrop.functional import noise
 from keras_vdrop.layers.base import DropIn, VariationalLayer, check_positive_int, check_rate
 from keras_vdrop.posterior import VariationalWeight
-from keras_vdrop.sampling import FixedSeeds, is_consistent, mask_shape
+from keras_vdrop.sampling import FixedSeeds, advance, is_consistent, mask_shape
 
 # The operands of a cell's two products, and the rows of a bias that has one for each.
 _INPUTS, _STATE = 0, 1
@@ -143,15 +143,14 @@ class RecurrentCell(VariationalLayer):
     def reset_dropout_mask(self):
         """Forget what was drawn, and move on if it was used; `keras.layers.RNN` calls this after the last step."""
         if self._held is not None and self._held.used:
-            self.seed_generator.next()
+            advance(self.seed_generator)
         self._held = None
 
     def reset_recurrent_dropout_mask(self):
         """Nothing is left to forget."""
 
-    @property
-    def _seeds(self):
-        return self.seed_generator if self._held is None else self._held.seeds
+    def _seeds(self, purpose="noise"):
+        return super()._seeds(purpose) if self._held is None else self._held.seeds
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """A step is not worth computing twice, and must not draw."""
@@ -171,13 +170,13 @@ class RecurrentCell(VariationalLayer):
         flips, signs = None, None
         if self.estimator == "flipout" and not is_consistent():
             shape = ops.shape(like)[0], weight.shape[-1]
-            signs = noise.rademacher(shape, self._seeds, self.compute_dtype)
+            signs = noise.rademacher(shape, self._seeds(), self.compute_dtype)
         if isinstance(weight, VariationalWeight):
             delta = self._perturbation(weight)
             if signs is None:
                 matrix = matrix + delta
             else:
-                flips = delta, noise.rademacher(ops.shape(like), self._seeds, self.compute_dtype), signs
+                flips = delta, noise.rademacher(ops.shape(like), self._seeds(), self.compute_dtype), signs
         if weight_rate:
             keep = self._bernoulli(weight.shape, weight_rate)
             matrix = matrix * keep
@@ -192,7 +191,7 @@ class RecurrentCell(VariationalLayer):
         return ops.cast(weight.mean() if isinstance(weight, VariationalWeight) else weight, self.compute_dtype)
 
     def _perturbation(self, weight):
-        return ops.cast(weight.perturbation(self._seeds), self.compute_dtype)
+        return ops.cast(weight.perturbation(self._seeds()), self.compute_dtype)
 
     def _bias_row(self, row, of):
         """What `of(bias)` adds to the product: all of it to the inputs', or its rows to the inputs' and the state's."""
@@ -208,7 +207,7 @@ class RecurrentCell(VariationalLayer):
 
     def _bernoulli(self, shape, rate):
         """Bernoulli(1 − rate) / (1 − rate)."""
-        return ops.cast(noise.bernoulli(shape, 1.0 - rate, self._seeds) / (1.0 - rate), self.compute_dtype)
+        return ops.cast(noise.bernoulli(shape, 1.0 - rate, self._seeds()) / (1.0 - rate), self.compute_dtype)
 
     # What the equations of a step are written in
 

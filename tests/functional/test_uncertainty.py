@@ -15,9 +15,15 @@ def arrays(result):
 
 def test_moments():
     samples = RNG.normal(size=(7, 3, 2)).astype("float32")
-    mean, variance = uncertainty.moments(samples)
-    np.testing.assert_allclose(array(mean), samples.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(array(variance), samples.var(0), rtol=1e-5)
+    result = arrays(uncertainty.moments(samples))
+    np.testing.assert_allclose(result["mean"], samples.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(result["variance"], samples.var(0), rtol=1e-5)
+
+
+def test_a_small_variance_far_from_zero_is_not_lost():
+    samples = (1e4 + 0.1 * RNG.normal(size=(50, 3))).astype("float32")
+    result = arrays(uncertainty.moments(samples))
+    np.testing.assert_allclose(result["variance"], samples.astype("float64").var(0), rtol=1e-3)
 
 
 def test_categorical_against_scipy():
