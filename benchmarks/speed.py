@@ -1,13 +1,23 @@
-"""How long a training step takes beside Keras's own layers: ratios within one run, medians of interleaved repeats.
-
-An LSTM of 256 units on 64 steps of 128 inputs, in batches of 32. Every network is compiled before the clock starts;
-then each takes one step in turn, so that what else the machine does meets all of them alike.
+"""How long things take beside the other ways to do them: ratios within one run, medians of interleaved repeats.
 
     python benchmarks/speed.py --out benchmarks/results/speed.json
     pip install --no-deps bayesian-torch  # adds its LSTM, beside PyTorch's own
+
+Two topics, each with XLA and without. Everything is compiled before the clock starts; then each takes its turn, so that
+what else the machine does meets all of them alike.
+
+- training: a step of an LSTM of 256 units on 64 steps of 128 inputs, in batches of 32, beside Keras's own layers.
+- prediction: the mean probability of 100 draws for 1,000 rows, by `MonteCarlo` and by the ways around it: a Python loop
+  over `model(x, training=True)`, the same loop over a compiled function, and one call of that on every row
+  100 times. Beside it is how far the process's memory rises above what it is with the model at hand, in a process of
+  its own.
 """
 
+import concurrent.futures
+import functools
 import importlib.util
+import multiprocessing
+import resource
 
 import common
 import keras
@@ -65,6 +75,104 @@ def torch_steps(units, x, y):
     }
 
 
+# Prediction
+
+ROWS, SAMPLES = 1_000, 100
+
+
+def _mlp():
+    return [(784,), *(kv.VariationalDense(width, activation="relu", **KL) for width in (300, 100))]
+
+
+def _cnn():
+    convolution = functools.partial(kv.VariationalConv2D, strides=2, padding="same", activation="relu", **KL)
+    dense = kv.VariationalDense(128, activation="relu", **KL)
+    return [(28, 28, 1), convolution(16, 5), convolution(32, 3), keras.layers.Flatten(), dense]
+
+
+def _lstm():
+    return [(32, 32), kv.VariationalLSTM(64, **KL)]
+
+
+PREDICTED = {"784-300-100-10": _mlp, "CNN": _cnn, "LSTM": _lstm}
+WAYS = ("MonteCarlo", "loop", "compiled loop", "rows repeated")
+
+
+def predicted_model(name):
+    shape, *hidden = PREDICTED[name]()
+    return keras.Sequential([keras.Input(shape), *hidden, kv.VariationalDense(10, **KL)])
+
+
+def prediction_step(way, model, x, samples, jit):
+    """The mean probability of that many draws, as a function without arguments."""
+    if way == "MonteCarlo":
+        sampler = kv.MonteCarlo(model, samples, likelihood="categorical")
+        sampler.compile(jit_compile=jit)
+        return lambda: sampler.predict_on_batch(x)
+    draw = functools.partial(model, training=True) if way == "loop" else compiled(model, jit)
+    if way == "rows repeated":
+
+        def run():
+            logits = draw(keras.ops.tile(x, (samples, *[1] * (len(x.shape) - 1))))
+            return _probability(keras.ops.reshape(logits, (samples, x.shape[0], -1)))
+    else:
+
+        def run():
+            return _probability(keras.ops.stack([draw(x) for _ in range(samples)]))
+
+    return run
+
+
+def _probability(logits):
+    return keras.ops.convert_to_numpy(keras.ops.mean(keras.ops.softmax(logits), axis=0))
+
+
+def compiled(model, jit):
+    """`model(x, training=True)` as a compiled function that draws anew at each call."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(functools.partial(model, training=True), jit_compile=jit)
+    import jax
+
+    @jax.jit
+    def call(trainable, others, x):
+        return model.stateless_call(trainable, others, x, training=True)
+
+    def draw(x):
+        variables = model.non_trainable_variables
+        outputs, others = call([v.value for v in model.trainable_variables], [v.value for v in variables], x)
+        for variable, value in zip(variables, others):
+            variable.assign(value)
+        return outputs
+
+    return draw
+
+
+def predicted_rows(model, rows):
+    x = np.random.default_rng(0).normal(size=(rows, *model.input_shape[1:])).astype("float32")
+    return keras.ops.convert_to_tensor(x)
+
+
+def memory(name, way, rows, samples, jit):
+    """By how many MB the process grows when it predicts so, in one of its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_growth, name, way, rows, samples, jit).result()
+
+
+def _growth(name, way, rows, samples, jit):
+    model = predicted_model(name)
+    x = predicted_rows(model, rows)
+    model(x[:10])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    prediction_step(way, model, x, samples, jit)()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # from KB, as Linux has it
+
+
+# The whole
+
+
 def summary(seconds):
     """Of every step the median in milliseconds, and of its ratio to the first one in the same round."""
     base = next(iter(seconds.values()))
@@ -75,21 +183,17 @@ def summary(seconds):
 
 
 def show(title, rows):
-    print(f"\n{title:<44}{'ms a step':>10}{'ratio':>8}")
+    print(f"\n{title:<60}{'ms a step':>10}{'ratio':>8}" + ("      MB" if "MB" in next(iter(rows.values())) else ""))
     for name, row in rows.items():
-        print(f"{name:<44}{row['ms']:>10.1f}{row['ratio']:>8.2f}", flush=True)
+        grown = f"{row['MB']:>8.0f}" if "MB" in row else ""
+        print(f"{name:<60}{row['ms']:>10.1f}{row['ratio']:>8.2f}{grown}", flush=True)
 
 
-def main():
-    parser = common.parser(__doc__, learns=False)
-    parser.add_argument("--repeats", type=int, default=30, help="steps of each network")
-    options = parser.parse_args()
-    batch, steps, inputs, units = BATCH, STEPS, INPUTS, UNITS
-    if options.quick:
-        batch, steps, inputs, units, options.repeats = 4, 5, 6, 8, 3
+def training(options):
+    """{title: rows}."""
+    batch, steps, inputs, units = (4, 5, 6, 8) if options.quick else (BATCH, STEPS, INPUTS, UNITS)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(batch, steps, inputs)).astype("float32"), rng.normal(size=(batch, 1)).astype("float32")
-
     result = {}
     for jit in (False, True):
         made = {name: keras_step(make(units), x, y, jit) for name, make in LAYERS.items()}
@@ -99,7 +203,41 @@ def main():
     if importlib.util.find_spec("bayesian_torch"):
         result["LSTM, torch"] = summary(common.measure(torch_steps(units, x, y), max(3, options.repeats // 5)))
         show("LSTM, torch", result["LSTM, torch"])
-    common.keep(options.out, {"shape": [batch, steps, inputs, units], "repeats": options.repeats, "steps": result})
+    return result
+
+
+def prediction(options):
+    """{title: rows}."""
+    rows, samples = (5, 3) if options.quick else (ROWS, SAMPLES)
+    result = {}
+    for name in list(PREDICTED)[: 1 if options.quick else None]:
+        for jit in (False, True):
+            model = predicted_model(name)
+            x = predicted_rows(model, rows)
+            made = {way: prediction_step(way, model, x, samples, jit) for way in WAYS}
+            each = summary(common.measure(made, max(3, options.repeats // 5)))
+            for way in WAYS[: 1 if options.quick else None]:
+                each[way]["MB"] = memory(name, way, rows, samples, jit)
+            title = f"{samples} draws, {rows} rows: {name}, {keras.backend.backend()}, jit_compile={jit}"
+            result[title] = each
+            show(title, each)
+    return result
+
+
+TOPICS = {"training": training, "prediction": prediction}
+
+
+def main():
+    parser = common.parser(__doc__, learns=False)
+    parser.add_argument("--topics", nargs="+", choices=list(TOPICS), default=list(TOPICS))
+    parser.add_argument("--repeats", type=int, default=30, help="steps of each network; a fifth, where they are long")
+    options = parser.parse_args()
+    if options.quick:
+        options.repeats = 3
+    result = {}
+    for topic in options.topics:
+        result[topic] = TOPICS[topic](options)
+        common.keep(options.out, {"repeats": options.repeats, "steps": result})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,28 @@ def normal_negative_log_likelihood(loc, scale, y):
     return float((0.5 * math.log(2.0 * math.pi) + np.log(scale) + 0.5 * z**2).mean())
 
 
+def normal_mixture_negative_log_likelihood(loc, scale, y):
+    """NLL = mean of −log (1/S)·Σ_s N(y; loc_s, scale_s²), in nats: of the mean of S predicted distributions.
+
+    Of the samples of a `MonteCarlo(output="samples")`, or of the members of an ensemble, this is the likelihood that
+    papers report; the normal distribution with the same mean and variance is an approximation of the mixture.
+
+    Args:
+        loc, scale: Arrays (S, B, ...), in the units of y; scale > 0.
+        y: Array (B, ...).
+    """
+    scale = checks.positive("scale", checks.numbers("scale", scale))
+    loc, y = checks.numbers("loc", loc), checks.numbers("y", y)
+    if loc.shape != scale.shape or loc.shape[1:] != y.shape:
+        raise ValueError(
+            "Expected `loc` and `scale` of shape (S, B, ...) and `y` of shape (B, ...). "
+            f"Received: shapes {loc.shape}, {scale.shape} and {y.shape}"
+        )
+    each = -0.5 * math.log(2.0 * math.pi) - np.log(scale) - 0.5 * ((y - loc) / scale) ** 2
+    highest = each.max(axis=0)
+    return float(-(highest + np.log(np.exp(each - highest).mean(axis=0))).mean())
+
+
 def normal_crps(loc, scale, y):
     """CRPS = mean of scale·(z·(2·Φ(z) − 1) + 2·φ(z) − 1/√π), z = (y − loc) / scale; in the units of y, 0 the best.
 

@@ -16,6 +16,27 @@ def test_nll_is_that_of_scipys_normal():
     np.testing.assert_allclose(regression.normal_negative_log_likelihood(LOC, SCALE, Y), expected)
 
 
+def test_mixture_nll_takes_the_mean_of_the_densities_row_by_row():
+    loc, scale = RNG.normal(size=(7, 20)), RNG.uniform(0.1, 3.0, size=(7, 20))
+    expected = -np.log(stats.norm(loc, scale).pdf(Y).mean(axis=0)).mean()
+    np.testing.assert_allclose(regression.normal_mixture_negative_log_likelihood(loc, scale, Y), expected)
+    alone = regression.normal_mixture_negative_log_likelihood(LOC[None], SCALE[None], Y)
+    np.testing.assert_allclose(alone, regression.normal_negative_log_likelihood(LOC, SCALE, Y))
+
+
+def test_mixture_nll_far_from_every_component():
+    far = regression.normal_mixture_negative_log_likelihood([[0.0], [1.0]], [[1.0], [1.0]], [100.0])
+    np.testing.assert_allclose(far, 0.5 * np.log(2 * np.pi) + 0.5 * 99.0**2 + np.log(2.0))
+
+
+def test_mixture_nll_of_shapes_that_do_not_fit():
+    for loc, scale, y in ((LOC, SCALE, Y), ([LOC], SCALE, Y), ([LOC], [SCALE], [Y])):
+        with pytest.raises(ValueError, match="shapes"):
+            regression.normal_mixture_negative_log_likelihood(loc, scale, y)
+    with pytest.raises(ValueError, match="above 0"):
+        regression.normal_mixture_negative_log_likelihood([LOC], [-SCALE], Y)
+
+
 def test_normal_crps_is_the_integral():
     def crps(loc, scale, y):
         normal = stats.norm(loc, scale)

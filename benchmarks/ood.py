@@ -1,0 +1,159 @@
+"""Does the network know what it does not know? Digits and clothes: learn one, and tell the other by the uncertainty.
+
+    python benchmarks/ood.py --images mnist --data DIR --out benchmarks/results/ood_mnist.json
+
+One small convolutional network of six kinds, each learning for as many epochs:
+
+- plain, and an ensemble of five of it;
+- dropout: `MonteCarloDropout` before the dense layers, drawn at prediction;
+- bayesian: ours, with each prior.
+
+All that is predicted is the mean probability of the draws, or of the members. The scores are of MNIST's or
+Fashion-MNIST's test images: accuracy, NLL and ECE; and how well the images of the other set, or of `--ood`, are told
+from them (AUROC) by the predictive entropy, which is all that is uncertain, and by the mutual information, which is
+what the draws or members disagree about.
+
+DIR holds mnist.npz and fashion_mnist.npz with x_train, y_train, x_test, y_test: images of 28×28 bytes, and labels.
+"""
+
+import functools
+import pathlib
+
+import common
+import keras
+import numpy as np
+from keras import layers, ops
+
+import keras_vdrop as kv
+from keras_vdrop.functional import calibration, detection, uncertainty
+
+OTHER = {"mnist": "fashion_mnist", "fashion_mnist": "mnist"}
+PRIORS = ("log_uniform", "ard", "normal")
+NETWORKS = ("plain", "ensemble", "dropout", *(f"bayesian, {prior}" for prior in PRIORS))
+MEMBERS, NUM_SAMPLES = 5, 32
+SCORES = ("accuracy", "nll", "ece", "auroc_entropy", "auroc_information")
+
+
+# Data and networks
+
+
+def load(options):
+    """To learn from, to judge by, and the other images: (x, y), (x, y), x."""
+    if options.quick:
+        rng = np.random.default_rng(0)
+        y = rng.integers(0, 10, 400)
+        x = rng.normal(size=(400, 28, 28, 1)) + (np.arange(28) == 2 * y[:, None] + 4)[:, None, :, None]
+        return (x[:300], y[:300]), (x[300:], y[300:]), rng.normal(size=(100, 28, 28, 1))
+    with np.load(common.data_file(options.data, f"{options.images}.npz")) as file:
+        parts = [(_scaled(file[f"x_{part}"]), file[f"y_{part}"].astype("int64")) for part in ("train", "test")]
+    with np.load(options.ood or common.data_file(options.data, f"{OTHER[options.images]}.npz")) as file:
+        return (*parts, _scaled(file["x_test"]))
+
+
+def _scaled(images):
+    return images.reshape(-1, 28, 28, 1).astype("float32") / 255
+
+
+def network(dense, convolution, dropout=None):
+    """From images to ten logits, of the classes given."""
+    noise = layers.Identity if dropout is None else functools.partial(kv.MonteCarloDropout, dropout)
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            convolution(16, 5, strides=2, padding="same", activation="relu"),
+            convolution(32, 3, strides=2, padding="same", activation="relu"),
+            layers.Flatten(),
+            noise(),
+            dense(128, activation="relu"),
+            noise(),
+            dense(10),
+        ]
+    )
+
+
+def made(name):
+    if not name.startswith("bayesian"):
+        return network(layers.Dense, layers.Conv2D, 0.5 if name == "dropout" else None)
+    arguments = {"kernel_prior": name.split(", ")[1], "initial_log_variance": -8.0}
+    return network(*(functools.partial(cls, **arguments) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
+
+
+def fit(model, x, y, options, callbacks=()):
+    batch = 128
+    steps = options.epochs * -(-len(x) // batch)
+    rate = keras.optimizers.schedules.PolynomialDecay(2e-3, steps, 0.0)
+    model.compile(keras.optimizers.Adam(rate), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(x, y, batch_size=batch, epochs=options.epochs, callbacks=list(callbacks), verbose=0)
+    return model
+
+
+# Scores
+
+
+def predictor(name, x, y, options):
+    """Learn; a function from images to the probability under each draw, (S, B, 10)."""
+    if name in ("plain", "ensemble"):
+        members = [fit(made(name), x, y, options) for _ in range(MEMBERS if name == "ensemble" else 1)]
+        return lambda x: np.stack([_softmax(model.predict(x, batch_size=500, verbose=0)) for model in members])
+    callbacks = []
+    if name.startswith("bayesian"):
+        warmup = max(1, options.epochs // 3)
+        callbacks.append(kv.ELBO(len(x), warmup_epochs=warmup, temperature=options.temperature))
+    sampler = kv.MonteCarlo(fit(made(name), x, y, options, callbacks), NUM_SAMPLES, output="samples")
+    return lambda x: _softmax(sampler.predict(x, batch_size=500, verbose=0)).swapaxes(0, 1)
+
+
+def _softmax(logits):
+    return ops.convert_to_numpy(ops.softmax(logits))
+
+
+def learn(name, seed, data, options):
+    """One network with one seed."""
+    keras.utils.set_random_seed(seed)
+    (x, y), (x_test, y_test), other = data
+    predict = predictor(name, x, y, options)
+    inside, outside = (
+        {key: ops.convert_to_numpy(value) for key, value in uncertainty.categorical(predict(images)).items()}
+        for images in (x_test, other)
+    )
+    probability = inside["probability"]
+    auroc = {
+        f"auroc_{short}": detection.auroc(inside[key], outside[key])
+        for short, key in (("entropy", "predictive_entropy"), ("information", "mutual_information"))
+    }
+    return {
+        "accuracy": 100 * calibration.accuracy(probability, y_test),
+        "nll": calibration.negative_log_likelihood(probability, y_test),
+        "ece": 100 * calibration.expected_calibration_error(probability, y_test),
+        **(auroc if name != "plain" else {"auroc_entropy": auroc["auroc_entropy"]}),
+    }
+
+
+def show(rows):
+    print(f"\n{'':<24}{'accuracy %':>16}{'NLL':>16}{'ECE %':>16}{'AUROC, entropy':>18}{'information':>18}")
+    for name, each in rows.items():
+        cells = [
+            f"{np.mean([row[key] for row in each]):.4f} ± {np.std([row[key] for row in each], ddof=len(each) > 1):.4f}"
+            if key in each[0]
+            else "-"
+            for key in SCORES
+        ]
+        print(f"{name:<24}" + "".join(f"{cell:>{18 if at > 2 else 16}}" for at, cell in enumerate(cells)))
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("--images", choices=[*OTHER], default="mnist", help="what to learn")
+    parser.add_argument("--ood", type=pathlib.Path, help="a file with x_test (N, 28, 28) in place of the other set")
+    parser.add_argument("--epochs", type=int, default=12, help="of all")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the KL: 1 is the ELBO")
+    options = parser.parse_args()
+    if options.quick:
+        options.epochs, options.seeds = 1, 1
+    options.ood = None if options.ood is None else str(options.ood)
+    learn_this = functools.partial(learn, data=load(options), options=options)
+    show(common.learn_rows(NETWORKS, options, learn_this))
+
+
+if __name__ == "__main__":
+    main()

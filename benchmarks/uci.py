@@ -1,0 +1,316 @@
+"""Regression on UCI's sets: test error and log-likelihood, beside what was published for the same splits.
+
+    python benchmarks/uci.py --data DIR --out benchmarks/results/uci.json
+
+DIR/uci holds NAME.npz with X (n, d), y (n,), train (splits, n_train) and test (splits, n_test), the rows of each split;
+`--sets` names others than the seven below. Every network has one hidden layer of 50 units (protein 100), two outputs,
+the mean and the noise, and learns for the same number of epochs:
+
+- bayesian, ard and bayesian, normal: ours, with that prior of the weights (normal: of the standard deviation 0.3);
+- bayesian ensemble: five of ours with the ARD prior, 40 draws of each;
+- concrete dropout: the rates learned;
+- mc dropout: `MonteCarloDropout` before both layers, and a weight decay;
+- ensemble: five plain networks with a weight decay.
+
+What is to be chosen (whether the noise depends on the input, the scale of the prior, the rate of dropout, the weight
+decay) is chosen for each split by the log-likelihood of a fifth of its training rows, from networks that did not learn
+from these. The log-likelihood is log (1/S) Σ p(y | x, w_s), of 200 draws or of the 5 networks, the error the
+root of the mean square; both in the units of y, as mean ± standard error over the splits.
+
+The networks of all splits are one model, whose kernels have an axis for the splits: they share no weight, and learn at
+once.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import common
+import keras
+import numpy as np
+from keras import layers, ops
+
+import keras_vdrop as kv
+from keras_vdrop.functional import regression
+
+SETS = (
+    "bostonHousing",
+    "concrete",
+    "energy",
+    "wine-quality-red",
+    "power-plant",
+    "naval-propulsion-plant",
+    "protein-tertiary-structure",
+)
+UNITS = {"protein-tertiary-structure": 100}
+MEMBERS = 5
+
+# Test error and log-likelihood: Gal's splits with one hidden layer, of Mukhoti et al., 2018; Lakshminarayanan et al.,
+# 2017; Gal et al., 2017, with other splits and networks.
+PUBLISHED = {
+    "bostonHousing": {"mc dropout": (2.90, -2.40), "deep ensembles": (3.28, -2.41), "concrete dropout": (2.65, -2.72)},
+    "concrete": {"mc dropout": (4.82, -2.93), "deep ensembles": (6.03, -3.06), "concrete dropout": (4.46, -3.51)},
+    "energy": {"mc dropout": (0.54, -1.21), "deep ensembles": (2.09, -1.38), "concrete dropout": (0.46, -2.30)},
+    "naval-propulsion-plant": {
+        "mc dropout": (0.00, 4.45),
+        "deep ensembles": (0.00, 5.63),
+        "concrete dropout": (0.00, 5.87),
+    },
+    "power-plant": {"mc dropout": (4.01, -2.80), "deep ensembles": (4.11, -2.79), "concrete dropout": (3.70, -2.75)},
+    "protein-tertiary-structure": {
+        "mc dropout": (4.27, -2.87),
+        "deep ensembles": (4.71, -2.83),
+        "concrete dropout": (3.85, -2.81),
+    },
+    "wine-quality-red": {
+        "mc dropout": (0.62, -0.93),
+        "deep ensembles": (0.64, -0.94),
+        "concrete dropout": (0.62, -1.70),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is chosen on the rows held out.
+
+    Attributes:
+        heteroscedastic: Whether the noise depends on the input.
+        amount: Of what regularises: the KL's temperature or the rate of dropout.
+        decay: The precision of a normal prior of the weights, whose log density is the weight decay.
+    """
+
+    heteroscedastic: bool
+    amount: float = 1.0
+    decay: float = 0.0
+
+
+def _grid(amounts=(1.0,), decays=(0.0,)):
+    return [Choice(*each) for each in itertools.product((True, False), amounts, decays)]
+
+
+GRIDS = {
+    "bayesian, ard": _grid(amounts=(0.3, 1.0)),
+    "bayesian, normal": _grid(amounts=(0.3, 1.0)),
+    "bayesian ensemble": _grid(amounts=(0.3, 1.0)),
+    "concrete dropout": _grid(),
+    "mc dropout": _grid(amounts=(0.005, 0.02, 0.1), decays=(0.1, 1.0)),
+    "ensemble": _grid(decays=(0.01, 0.1, 1.0)),
+}
+
+
+# Data
+
+
+@dataclasses.dataclass
+class Rows:
+    """Rows of every split: x (n, splits, d) and y (n, splits), by the mean and the scale of what is learned from."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Splits:
+    """A set and its splits, in the units of what is learned from."""
+
+    def __init__(self, x, y, train, test):
+        self.x, self.y, self.train, self.test = x, y, train, test
+
+    def __len__(self):
+        return len(self.train)
+
+    def hold_out(self, seed=0):
+        """A fifth of the training rows in place of the test rows."""
+        rng = np.random.default_rng(seed)
+        train = np.stack([rng.permutation(rows) for rows in self.train])
+        cut = train.shape[1] * 4 // 5
+        return Splits(self.x, self.y, train[:, :cut], train[:, cut:])
+
+    def rows(self):
+        """To learn from, and to judge by."""
+        x, y = self.x[self.train], self.y[self.train]
+        scale = x.std(axis=1, keepdims=True)
+        scale[scale == 0.0] = 1.0
+
+        def standardised(rows):
+            x_rows = (self.x[rows] - x.mean(axis=1, keepdims=True)) / scale
+            y_rows = (self.y[rows] - y.mean(axis=1, keepdims=True)) / self.unit[:, None]
+            return Rows(x_rows.swapaxes(0, 1).astype("float32"), y_rows.swapaxes(0, 1).astype("float32"))
+
+        return standardised(self.train), standardised(self.test)
+
+    @property
+    def unit(self):
+        """The standard deviation of y of each split."""
+        return self.y[self.train].std(axis=1)
+
+
+def load(name, options):
+    if options.quick:
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(60, 3))
+        rows = np.stack([rng.permutation(60) for _ in range(3)])
+        return Splits(x, x[:, 0] + 0.1 * rng.normal(size=60), rows[:, :50], rows[:, 50:])
+    with np.load(common.data_file(options.data, "uci", f"{name}.npz")) as file:
+        return Splits(*(file[key] for key in ("X", "y", "train", "test")))
+
+
+# Networks
+
+
+def network(method, choice, units, rows):
+    """From (B, splits, d) to (B, splits, 2), the mean and the raw scale of the noise."""
+    inputs = keras.Input(rows.x.shape[1:])
+    outputs = 2 if choice.heteroscedastic else 1
+    if method == "concrete dropout":
+        # A rate is that of a layer, so every split has layers of its own.
+        parts = [_concrete(inputs[:, split], units, outputs) for split in range(inputs.shape[1])]
+        h = ops.stack(parts, axis=1)
+    else:
+        h = _layers(method, choice, inputs, units, outputs, len(rows.x))
+    return keras.Model(inputs, h if choice.heteroscedastic else kv.losses.learned_scale(h[..., 0]))
+
+
+def _concrete(x, units, outputs):
+    for width, activation in ((units, "relu"), (outputs, None)):
+        x = kv.ConcreteDropout(layers.Dense(width, activation=activation, kernel_initializer="he_normal"))(x)
+    return x
+
+
+def _layers(method, choice, h, units, outputs, num_examples):
+    for width, activation in ((units, "relu"), (outputs, None)):
+        arguments = {
+            "bias_axes": "so",
+            "activation": activation,
+            "kernel_initializer": keras.initializers.RandomNormal(stddev=math.sqrt(2.0 / h.shape[-1])),
+        }
+        if method.startswith("bayesian"):
+            prior = kv.priors.Normal(0.3) if method.endswith("normal") else "ard"
+            layer = functools.partial(
+                kv.VariationalEinsumDense, kernel_prior=prior, initial_log_variance=-7.0, **arguments
+            )
+        else:
+            if method == "mc dropout":
+                h = kv.MonteCarloDropout(choice.amount)(h)
+            decay = keras.regularizers.L2(0.5 * choice.decay / num_examples)
+            layer = functools.partial(layers.EinsumDense, kernel_regularizer=decay, **arguments)
+        h = layer("bsi,sio->bso", (h.shape[1], width))(h)
+    return h
+
+
+def learn(model, method, choice, rows, options):
+    count, batch = len(rows.x), batch_size(len(rows.x))
+    epochs = options.epochs or epochs_of(count)
+    steps = epochs * -(-count // batch)
+    rate = keras.optimizers.schedules.CosineDecay(options.rate, steps)
+    model.compile(keras.optimizers.Adam(rate), kv.losses.NormalNLL(), jit_compile=True)
+    callbacks = []
+    if method.startswith("bayesian") or method == "concrete dropout":
+        temperature = choice.amount
+        callbacks.append(kv.ELBO(count, warmup_epochs=max(1, epochs // 5), temperature=temperature))
+    model.fit(rows.x, rows.y, batch_size=batch, epochs=epochs, callbacks=callbacks, verbose=0)
+
+
+def batch_size(count):
+    return 32 if count < 2_000 else 256
+
+
+def epochs_of(count):
+    """What takes about 10,000 steps."""
+    return round(10_000 * batch_size(count) / count)
+
+
+def draws(model, method, x, num_samples):
+    """The mean and the scale of the noise under every draw, of every member: twice (S, n, splits)."""
+    if method == "ensemble":
+        outputs = model.predict(x, batch_size=256, verbose=0)[:, None]
+    else:
+        sampler = kv.MonteCarlo(model, num_samples // members(method), output="samples")
+        outputs = sampler.predict(x, batch_size=256, verbose=0)
+    outputs = outputs.reshape(*outputs.shape[:2], members(method), -1, 2).astype("float64")
+    loc, raw_scale = outputs.reshape(len(x), -1, *outputs.shape[3:]).transpose(3, 1, 0, 2)
+    return loc, np.logaddexp(0.0, raw_scale)
+
+
+def members(method):
+    """How many networks each split has."""
+    return MEMBERS if method.endswith("ensemble") else 1
+
+
+def scores(method, choice, splits, units, options, num_samples):
+    """Of a network that learns: error and log-likelihood of each split, in the units of y."""
+    keras.utils.set_random_seed(0)
+    learned, judged = splits.rows()
+    count = members(method)
+    learned = Rows(np.tile(learned.x, (1, count, 1)), np.tile(learned.y, (1, count)))
+    model = network(method, choice, units, learned)
+    learn(model, method, choice, learned, options)
+    loc, scale = draws(model, method, np.tile(judged.x, (1, count, 1)), num_samples)
+    error = splits.unit * np.sqrt(np.mean((loc.mean(axis=0) - judged.y) ** 2, axis=0))
+    likelihood = [
+        -regression.normal_mixture_negative_log_likelihood(loc[..., i], scale[..., i], judged.y[:, i])
+        for i in range(len(splits))
+    ]
+    return error, np.array(likelihood) - np.log(splits.unit)
+
+
+# The whole
+
+
+def row_of(name, method, options):
+    """Choose for each split on the rows held out, and learn anew from all of its training rows."""
+    splits, units = load(name, options), UNITS.get(name, 50)
+    grid = GRIDS[method][:1] if options.quick else GRIDS[method]
+    held_out = [scores(method, choice, splits.hold_out(), units, options, 50)[1] for choice in grid]
+    chosen = np.argmax(held_out, axis=0)
+    error, likelihood = np.empty(len(splits)), np.empty(len(splits))
+    for index in np.unique(chosen):
+        of_choice = scores(method, grid[index], splits, units, options, 200)
+        for all_splits, ours in zip((error, likelihood), of_choice):
+            all_splits[chosen == index] = ours[chosen == index]
+    return {
+        "chosen": [dataclasses.asdict(grid[index]) for index in chosen],
+        "error": error.tolist(),
+        "log_likelihood": likelihood.tolist(),
+    }
+
+
+def standard_error(values):
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.3f}"
+
+
+def show(rows):
+    """Our rows beside what was published."""
+    print(f"\n{'':<62}{'RMSE':>18}{'log-likelihood':>18}")
+    for name, ((row),) in rows.items():
+        print(f"{name:<62}{standard_error(row['error']):>18}{standard_error(row['log_likelihood']):>18}")
+        of_set, _, method = name.partition(": ")
+        if method == list(GRIDS)[-1]:
+            for source, (error, likelihood) in PUBLISHED.get(of_set, {}).items():
+                print(f"{f'{of_set}: {source}, published':<62}{error:>18.2f}{likelihood:>18.2f}")
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("--sets", nargs="+", default=list(SETS), help="names of files")
+    parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
+    parser.add_argument("--epochs", type=int, help="in place of 10,000 steps")
+    parser.add_argument("--rate", type=float, default=5e-3, help="Adam's first rate")
+    options = parser.parse_args()
+    options.seeds = 1
+    if options.quick:
+        options.sets, options.epochs = options.sets[:1], 2
+    names = [f"{name}: {method}" for name in options.sets for method in options.methods]
+    # They say which rows to make, and nothing about a row.
+    del options.sets, options.methods
+
+    def learn_this(name, seed):
+        of_set, _, method = name.partition(": ")
+        return row_of(of_set, method, options)
+
+    show(common.learn_rows(names, options, learn_this))
+
+
+if __name__ == "__main__":
+    main()
