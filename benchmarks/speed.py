@@ -16,8 +16,9 @@ what else the machine does meets all of them alike.
 import concurrent.futures
 import functools
 import importlib.util
+import math
 import multiprocessing
-import resource
+import pathlib
 
 import common
 import keras
@@ -165,9 +166,16 @@ def _growth(name, way, rows, samples, jit):
     model = predicted_model(name)
     x = predicted_rows(model, rows)
     model(x[:10])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
     prediction_step(way, model, x, samples, jit)()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # from KB, as Linux has it
+    return _resident("VmHWM") - before
+
+
+def _resident(kind):
+    """The memory of this process in MB, now or at most, as Linux tells it; NaN where it does not."""
+    status = pathlib.Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(kind)), math.nan)
 
 
 # The whole

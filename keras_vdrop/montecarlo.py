@@ -24,6 +24,8 @@ class MonteCarlo(keras.Model):
     that is not variational stays in inference mode. A stateful RNN starts every draw from the state that it holds, and
     keeps it.
 
+    In TensorFlow it runs without XLA unless `compile(jit_compile=True)` asks for it: on a CPU it is faster so.
+
     `evaluate` compares y with the `probability` or the `mean`, after `compile(metrics=[...])`. The loss, unless
     `compile` is given one, is −log p(y): of the mean probability, or of the normal distribution of that mean
     and both variances.
@@ -45,7 +47,8 @@ class MonteCarlo(keras.Model):
         consistent: Whether a draw serves all rows, in all batches and calls, instead of each its own: S functions
             drawn from the posterior, with one mask for the whole prediction.
         sample_batch_size: Positive int, how many draws are taken side by side. What comes before the first noise is
-            computed once for all of them, and accelerators are better filled; memory grows with it.
+            computed once for all of them, and accelerators are better filled; memory grows with it. It changes no
+            result. (In TensorFlow under XLA, which gains nothing by it, draws are taken one after the other.)
         **kwargs: `name`, `dtype`.
 
     Returns:
@@ -111,6 +114,7 @@ class MonteCarlo(keras.Model):
         self.from_logits = from_logits
         self.output_kind = output
         self.consistent = bool(consistent)
+        self.jit_compile = not _in_tensorflow()
         self.built = True
 
     def build(self, input_shape):
@@ -138,10 +142,12 @@ class MonteCarlo(keras.Model):
         shape = self.num_samples, len(generator_states(self.model))
         generator = FixedSeeds(self.seed_generator.state) if self.consistent else self.seed_generator
         seeds = keras.random.randint(shape, 0, 2**31 - 1, seed=generator)
-        first = self.num_samples % self.sample_batch_size or min(self.sample_batch_size, self.num_samples)
+        # Of what TensorFlow makes of loops side by side, such as an RNN's, XLA does not see the end.
+        together = 1 if _in_tensorflow() and self.jit_compile else self.sample_batch_size
+        first = self.num_samples % together or min(together, self.num_samples)
         if first == self.num_samples:
             return seeds, None
-        return seeds[:first], ops.reshape(seeds[first:], (-1, self.sample_batch_size, shape[1]))
+        return seeds[:first], ops.reshape(seeds[first:], (-1, together, shape[1]))
 
     def _draws(self, seeds, inputs):
         """The outputs (s, B, ...) under s draws, side by side."""
@@ -215,6 +221,10 @@ class MonteCarlo(keras.Model):
         return self.likelihood.moments(outputs)
 
     # What Keras's models do
+
+    def compile(self, *args, jit_compile=None, **kwargs):
+        """As in Keras; in TensorFlow `jit_compile` is False unless it is given."""
+        super().compile(*args, jit_compile=not _in_tensorflow() if jit_compile is None else jit_compile, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         """As in Keras; gives `Predictions`, or an array of samples."""
@@ -360,11 +370,15 @@ def _each_row(values):
     return values.reshape(len(values), -1).sum(axis=1)
 
 
+def _in_tensorflow():
+    return keras.backend.backend() == "tensorflow"
+
+
 def _side_by_side(function, elements):
     """`function` of each element, stacked; all at once where the backend can do so with random numbers in it."""
     if elements.shape[0] == 1:
         return keras.tree.map_structure(lambda each: each[None], function(elements[0]))
-    if keras.backend.backend() == "tensorflow":
+    if _in_tensorflow():
         import tensorflow as tf
 
         # Not Keras's, which warns that random numbers are drawn one element after the other.

@@ -184,7 +184,7 @@ def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=No
         bins.confidence, bins.accuracy, [low, high], color=COLORS[0], marker="o", markersize=5, capsize=2, label=label
     )
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy", title="How often it is right")
-    ax.legend(loc="upper left")
+    ax.legend(loc="best")
     return ax
 
 
@@ -282,5 +282,7 @@ def regression_band(x, mean, aleatoric_variance, epistemic_variance, observed=No
         ax.plot(*observed, ".", color="0.15", markersize=4, label="observed")
     ax.set(xlabel="x", ylabel="y", title="How sure the model is, and how noisy the data")
     ax.margins(x=0)
-    ax.legend(loc="best")
+    low, high = ax.get_ylim()
+    ax.set_ylim(top=high + 0.3 * (high - low))  # room for the legend
+    ax.legend(loc="upper center", ncols=2)
     return ax

@@ -91,6 +91,17 @@ def test_jit():
     assert_variance(draws, X**2 @ np.exp(array(kernel.log_variance)))
 
 
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="PyTorch compiles by other means.")
+def test_a_loop_within_the_model_under_jit():
+    model = keras.Sequential([keras.Input((40, 4)), kv.VariationalLSTM(3, kl_weight=0.1)])
+    x = np.random.default_rng(0).normal(size=(3, 40, 4)).astype("float32")
+    sampler = kv.MonteCarlo(model, 6, output="samples", sample_batch_size=3)
+    sampler.compile(jit_compile=True)
+    draws = sampler.predict(x, verbose=0)
+    assert len(np.unique(draws[0, :, 0])) == 6
+    np.testing.assert_allclose(draws.mean(axis=1), model.predict(x, verbose=0), atol=0.3)
+
+
 def test_everything_else_stays_in_inference_mode():
     model = keras.Sequential(
         [keras.Input((4,)), layers.BatchNormalization(), layers.Dropout(0.9), kv.VariationalDense(2, kl_weight=0.1)]
