@@ -114,7 +114,8 @@ class MonteCarlo(keras.Model):
         self.from_logits = from_logits
         self.output_kind = output
         self.consistent = bool(consistent)
-        self.jit_compile = not _in_tensorflow()
+        if _in_tensorflow():
+            self.jit_compile = False
         self.built = True
 
     def build(self, input_shape):
@@ -222,9 +223,11 @@ class MonteCarlo(keras.Model):
 
     # What Keras's models do
 
-    def compile(self, *args, jit_compile=None, **kwargs):
-        """As in Keras; in TensorFlow `jit_compile` is False unless it is given."""
-        super().compile(*args, jit_compile=not _in_tensorflow() if jit_compile is None else jit_compile, **kwargs)
+    def compile(self, *args, jit_compile="auto", **kwargs):
+        """As in Keras; in TensorFlow, "auto" is False."""
+        if jit_compile == "auto" and _in_tensorflow():
+            jit_compile = False
+        super().compile(*args, jit_compile=jit_compile, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         """As in Keras; gives `Predictions`, or an array of samples."""
