@@ -215,17 +215,20 @@ class NormalMixtureNLL(NegativeLogLikelihood):
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
-class DistributionNLL(keras.losses.Loss):
+class DistributionNLL(NegativeLogLikelihood):
     """−log p(y) of any `tfp.distributions.Distribution` that a function makes of the outputs. TensorFlow only.
 
     Args:
-        distribution_fn: Callable from the outputs to a distribution, whose `log_prob` takes what `fit` is given as y;
-            register it by `keras.saving.register_keras_serializable` to save a compiled model with it.
+        distribution_fn: Callable from the outputs to a distribution, of as many numbers as an example's y has; register
+            it by `keras.saving.register_keras_serializable` to save a compiled model with it.
         name, reduction, dtype: As for every Keras loss.
 
     Call arguments:
-        y_true: (B, ...).
+        y_true: (B, ...), the shape of a draw of the distribution, but for a last axis of 1 that either may have.
         y_pred: Outputs (B, ...), as the function takes them.
+
+    Raises:
+        ValueError: For y of another shape: its numbers would be compared with those of other examples.
 
     Example, of counts:
         tfd = tensorflow_probability.distributions
@@ -240,8 +243,23 @@ class DistributionNLL(keras.losses.Loss):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.distribution_fn = distribution_fn
 
+    def log_prob(self, y, parameters):
+        return self.distribution_fn(parameters).log_prob(y)
+
     def call(self, y_true, y_pred):
-        return _total(-self.distribution_fn(y_pred).log_prob(y_true))
+        distribution = self.distribution_fn(y_pred)
+        drawn = (*distribution.batch_shape, *distribution.event_shape)
+        y = y_true
+        if len(y.shape) == len(drawn) + 1 and y.shape[-1] == 1:
+            y = ops.squeeze(y, axis=-1)
+        elif len(y.shape) == len(drawn) - 1 and drawn[-1] == 1:
+            y = ops.expand_dims(y, axis=-1)
+        if len(y.shape) != len(drawn) or any(None not in pair and pair[0] != pair[1] for pair in zip(y.shape, drawn)):
+            raise ValueError(
+                f"Expected y of the shape of a draw of the distribution. Received: shapes {tuple(y_true.shape)} and "
+                f"{drawn}"
+            )
+        return _total(-distribution.log_prob(y))
 
     def moments(self, parameters):
         """The mean and the variance of the distribution."""

@@ -13,6 +13,7 @@ from keras_vdrop.sampling import FixedSeeds, drawing, generator_states, seed_gen
 
 _LIKELIHOODS = (None, "categorical", "bernoulli", "normal")
 _OUTPUTS = ("statistics", "samples")
+_SEED_STATE = "seed_state"
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -22,7 +23,7 @@ class MonteCarlo(keras.Model):
     The draws are taken inside one compiled graph, `sample_batch_size` of them side by side and the others after them,
     so memory is that of so many, whatever S. The wrapped model stays as it is and deterministic, and everything in it
     that is not variational stays in inference mode. A stateful RNN starts every draw from the state that it holds, and
-    keeps it.
+    keeps it. Steps that the model masks have statistics like all others, and count in `evaluate`.
 
     In TensorFlow it runs without XLA unless `compile(jit_compile=True)` asks for it: on a CPU it is faster so.
 
@@ -104,6 +105,8 @@ class MonteCarlo(keras.Model):
             raise ValueError(
                 f"The model {model.name!r} ends in an activation that makes probabilities. Give `from_logits=False`."
             )
+        # Its own arithmetic, and what it hands on: the wrapped model sees to its own precision.
+        kwargs.setdefault("dtype", "float64" if model.compute_dtype == "float64" else "float32")
         super().__init__(**kwargs)
         self.model = model
         self.seed = seed
@@ -152,20 +155,17 @@ class MonteCarlo(keras.Model):
 
     def _draws(self, seeds, inputs):
         """The outputs (s, B, ...) under s draws, side by side."""
-        trainable = [ops.convert_to_tensor(variable) for variable in self.model.trainable_variables]
-        states = {id(state) for state in generator_states(self.model)}
+        states = generator_states(self.model)
+        ids = {id(state) for state in states}
+        held = [(v, ops.convert_to_tensor(v)) for v in self.model.variables if id(v) not in ids]
 
         def draw(seeds):
             """The outputs when every generator of noise starts from a seed of its own, and all else is as it is."""
-            seeds = iter(ops.unstack(seeds))
-            others = [
-                ops.cast(ops.stack([next(seeds), 0]), variable.dtype)
-                if id(variable) in states
-                else ops.convert_to_tensor(variable)
-                for variable in self.model.non_trainable_variables
+            started = [
+                (state, ops.cast(ops.stack([seed, 0]), state.dtype)) for state, seed in zip(states, ops.unstack(seeds))
             ]
-            with drawing(self.consistent):
-                outputs, _ = self.model.stateless_call(trainable, others, inputs, training=False)
+            with keras.StatelessScope(state_mapping=started + held), drawing(self.consistent):
+                outputs = self.model(inputs, training=False)
             return outputs
 
         return _side_by_side(draw, seeds)
@@ -223,11 +223,14 @@ class MonteCarlo(keras.Model):
 
     # What Keras's models do
 
-    def compile(self, *args, jit_compile="auto", **kwargs):
-        """As in Keras; in TensorFlow, "auto" is False."""
+    def compile(self, optimizer=None, *args, jit_compile="auto", **kwargs):
+        """As in Keras; there is no optimizer, and in TensorFlow a `jit_compile` of "auto" is False."""
         if jit_compile == "auto" and _in_tensorflow():
             jit_compile = False
-        super().compile(*args, jit_compile=jit_compile, **kwargs)
+        super().compile(optimizer, *args, jit_compile=jit_compile, **kwargs)
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
 
     def predict(self, x, *args, **kwargs):
         """As in Keras; gives `Predictions`, or an array of samples."""
@@ -266,19 +269,27 @@ class MonteCarlo(keras.Model):
             one_hot = len(y.shape) == len(point.shape) and y.shape[-1] == point.shape[-1]
             loss = keras.losses.CategoricalCrossentropy if one_hot else keras.losses.SparseCategoricalCrossentropy
             return loss()(y, point, sample_weight)
-        scale = ops.sqrt(y_pred["aleatoric_variance"] + y_pred["epistemic_variance"])
-        values = -likelihoods.normal(ops.reshape(ops.cast(y, point.dtype), ops.shape(point)), point, scale)
-        each = ops.sum(ops.reshape(values, (ops.shape(values)[0], -1)), axis=-1)
-        return ops.mean(each if sample_weight is None else each * ops.cast(sample_weight, each.dtype))
+        variance = y_pred["aleatoric_variance"] + y_pred["epistemic_variance"]
+        return _NormalNLL(name="nll")(y, ops.stack([y_pred["mean"], variance], axis=-1), sample_weight)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         return super().compute_metrics(x, y, self._point(y_pred), sample_weight)
 
     def _point(self, statistics):
-        """What y is compared with."""
+        """What y is compared with; of rank 2 at least, as Keras takes the mean over the last axis."""
         if self.output_kind == "samples":
             raise ValueError('`evaluate` compares y with a statistic. Received: output="samples"')
-        return statistics["probability" if "probability" in statistics else "mean"]
+        point = statistics["probability" if "probability" in statistics else "mean"]
+        return keras.tree.map_structure(lambda each: each[:, None] if len(each.shape) == 1 else each, point)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store[_SEED_STATE] = self.seed_generator.state
+
+    def load_own_variables(self, store):
+        keys = set(store.keys())  # a store is not quite a dict
+        super().load_own_variables({key: store[key] for key in keys - {_SEED_STATE}})
+        self.seed_generator.state.assign(store[_SEED_STATE])
 
     def get_config(self):
         loss = self.likelihood is not None and not isinstance(self.likelihood, str)
@@ -301,6 +312,15 @@ class MonteCarlo(keras.Model):
             if isinstance(config[name], dict):
                 config[name] = keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
         return cls(**config)
+
+
+class _NormalNLL(keras.losses.Loss):
+    """−log N(y; mean, variance), summed over all that a row holds; outputs (B, ..., 2) are that mean and variance."""
+
+    def call(self, y_true, y_pred):
+        mean, variance = y_pred[..., 0], y_pred[..., 1]
+        values = -likelihoods.normal(ops.reshape(y_true, ops.shape(mean)), mean, ops.sqrt(variance))
+        return ops.sum(ops.reshape(values, (ops.shape(values)[0], -1)), axis=-1)
 
 
 class Predictions(dict):
@@ -398,7 +418,14 @@ def _at_least_float32(x):
 
 def _ends_in_probabilities(model):
     """Whether the last thing that the model does is a softmax or a sigmoid, as far as it can be seen."""
-    last = (getattr(model, "operations", None) or model.layers)[-1]
+    if isinstance(model, keras.Sequential):
+        last = model.layers[-1]
+    elif hasattr(model, "operations"):
+        last = model.operations[-1]
+    else:
+        return False
+    while isinstance(last, keras.layers.Wrapper):
+        last = last.layer
     if isinstance(last, keras.Model):
         return _ends_in_probabilities(last)
     probabilities = (keras.activations.softmax, keras.activations.sigmoid)

@@ -124,6 +124,25 @@ def test_any_distribution():
     np.testing.assert_allclose(array(again(y, LOC[:2, :2])), array(loss(y, LOC[:2, :2])))
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TFP is for TensorFlow")
+def test_a_distributions_y_has_the_shape_of_a_draw():
+    """Or (B,) would be compared with (B, 1) as every example with every other."""
+    from tensorflow_probability import distributions as tfd
+
+    column = losses.DistributionNLL(lambda outputs: tfd.Poisson(log_rate=outputs))
+    flat = losses.DistributionNLL(lambda outputs: tfd.Poisson(log_rate=outputs[..., 0]))
+    y, outputs = np.array([0.0, 2.0, 3.0], "float32"), LOC[:3, :1]
+    expected = -stats.poisson.logpmf(y, np.exp(outputs[:, 0])).mean()
+    for loss in (column, flat):
+        for shape in ((3,), (3, 1)):
+            np.testing.assert_allclose(array(loss(y.reshape(shape), outputs)), expected, rtol=1e-5)
+        with pytest.raises(ValueError, match="shape of a draw"):
+            loss(np.zeros((3, 2), "float32"), outputs)
+    vectors = losses.DistributionNLL(lambda outputs: tfd.MultivariateNormalDiag(outputs))
+    y, outputs = np.zeros((3, 2), "float32"), LOC[:3, :2]
+    np.testing.assert_allclose(array(vectors(y, outputs)), -stats.norm.logpdf(outputs).sum(axis=1).mean(), rtol=1e-5)
+
+
 def test_scale_of_a_mean_squared_error():
     """mse·D/(2σ²) + KL/N and mse + (2σ²/D)·KL/N have one minimum: the KL's weight is that of the latter."""
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2)])

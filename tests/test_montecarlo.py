@@ -256,6 +256,102 @@ def test_evaluate_gives_the_nll_of_the_prediction(likelihood, weight):
     np.testing.assert_allclose(result["loss"], np.mean(losses if weight is None else losses * weight), rtol=1e-4)
 
 
+@pytest.mark.parametrize("likelihood", ["normal", "bernoulli"])
+def test_evaluate_weighs_rows_and_not_batches(likelihood):
+    """Of outputs with one number a row, in batches of two and one."""
+    inputs = keras.Input((4,))
+    outputs = kv.VariationalDense(2, kl_weight=0.1)(inputs)
+    model = keras.Model(inputs, outputs if likelihood == "normal" else outputs[:, 0])
+    randomize(model)
+    y = np.array([1.0, 0.0, 1.0])
+    weight = np.array([1.0, 0.5, 3.0])
+    sampler = kv.MonteCarlo(model, 8, likelihood=likelihood, seed=3, consistent=True)
+    statistics = sampler.predict(X, verbose=0)
+    point = statistics["mean" if likelihood == "normal" else "probability"]
+    nll = (
+        expected_loss("normal", y, statistics)
+        if likelihood == "normal"
+        else -np.log(np.where(y == 1, point, 1 - point))
+    )
+    for shape in ((3,), (3, 1)):
+        sampler.compile(metrics=["mse"], weighted_metrics=["mae"])
+        result = sampler.evaluate(
+            X, y.reshape(shape), sample_weight=weight.reshape(shape), batch_size=2, verbose=0, return_dict=True
+        )
+        np.testing.assert_allclose(result["mse"], np.mean((point - y) ** 2), rtol=1e-4)
+        np.testing.assert_allclose(result["mae"], np.average(np.abs(point - y), weights=weight), rtol=1e-4)
+        np.testing.assert_allclose(result["loss"], np.mean(nll * weight), rtol=1e-4)
+
+
+def test_a_compiled_one_evaluates_after_loading(tmp_path):
+    model = kv.MonteCarlo(network(), 4, likelihood="categorical", consistent=True)
+    model.compile(metrics=["accuracy"])
+    before = model.evaluate(X, TARGETS["categorical"], verbose=0, return_dict=True)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.optimizer is None
+    after = again.evaluate(X, TARGETS["categorical"], verbose=0, return_dict=True)
+    # The same functions, though it has no seed.
+    assert before.keys() == after.keys()
+    np.testing.assert_allclose([after[key] for key in before], list(before.values()), rtol=1e-4)
+
+
+def test_after_loading_it_goes_on_where_it_was(tmp_path):
+    model = kv.MonteCarlo(network(), 4, output="samples", seed=5)
+    first = model.predict(X, verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras").predict(X, verbose=0)
+    assert not np.allclose(again, first)
+    np.testing.assert_allclose(again, model.predict(X, verbose=0), rtol=1e-5)
+
+
+def test_a_global_policy_is_the_wrapped_models_matter():
+    model = network()
+    x = np.full((3, 4), 2023.0, "float32")  # 2024 in bfloat16
+    expected = samples(model, x, 2, seed=3)
+    policy = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        np.testing.assert_array_equal(samples(model, x, 2, seed=3), expected)
+    finally:
+        keras.config.set_dtype_policy(policy)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Subclassed(keras.Model):
+    """Its `call` takes no `training`, and the layer that comes last is not the one assigned last."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = kv.VariationalDense(2, kl_weight=0.1)
+        self.gate = layers.Dense(4, activation="sigmoid")
+
+    def call(self, inputs):
+        return self.head(self.gate(inputs))
+
+
+def test_subclassed():
+    model = Subclassed()
+    model(X)
+    randomize(model)
+    result = kv.MonteCarlo(model, 8, likelihood="categorical").predict(X, verbose=0)
+    assert result["mutual_information"].max() > 0
+
+
+def test_a_stateful_rnn_starts_from_its_state_and_keeps_it():
+    inputs = keras.Input((5, 4), batch_size=3)
+    model = keras.Model(inputs, kv.VariationalLSTM(2, stateful=True, kl_weight=0.1)(inputs))
+    randomize(model)
+    x = np.random.default_rng(0).normal(size=(3, 5, 4)).astype("float32")
+    model.predict(x, verbose=0, batch_size=3)
+    state = [array(each) for each in model.layers[-1].states]
+    draws = kv.MonteCarlo(model, 4, output="samples", seed=3)
+    one = draws.predict(x, verbose=0, batch_size=3)
+    for before, after in zip(state, model.layers[-1].states):
+        np.testing.assert_array_equal(before, array(after))
+    assert len(np.unique(one[0, :, 0])) == 4
+
+
 def test_evaluate_with_metrics_and_a_loss():
     model = kv.MonteCarlo(network(), 8, likelihood="categorical", seed=3, consistent=True)
     model.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -312,7 +408,8 @@ def test_rows_with_nan_are_counted():
 def test_logits_for_probabilities_and_the_other_way_round():
     softmax = keras.Sequential([network(), layers.Softmax()])
     sigmoid = keras.Sequential([network(), layers.Dense(1, activation="sigmoid")])
-    for model, likelihood in ((softmax, "categorical"), (sigmoid, "bernoulli")):
+    wrapped = keras.Sequential([keras.Input((4,)), kv.ConcreteDropout(layers.Dense(2, activation="softmax"))])
+    for model, likelihood in ((softmax, "categorical"), (sigmoid, "bernoulli"), (wrapped, "categorical")):
         with pytest.raises(ValueError, match="from_logits=False"):
             kv.MonteCarlo(model, 2, likelihood=likelihood)
         kv.MonteCarlo(model, 2, likelihood=likelihood, from_logits=False).predict(X, verbose=0)
