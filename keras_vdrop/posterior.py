@@ -9,6 +9,9 @@ from keras import ops
 from keras_vdrop.functional import estimators, sparsity
 from keras_vdrop.sampling import is_consistent
 
+# Added to a log variance, it leaves a variance that is 0 in every type.
+_NO_VARIANCE = -1e9
+
 
 class Posterior:
     """Whatever has a KL in the loss. A regularizer, `KLPenalty`, puts it there.
@@ -126,17 +129,17 @@ class VariationalWeight(Posterior):
     def variables(self):
         return [self.loc, self.log_variance, self.mask, *self.prior_parameters.values()]
 
-    def _left(self, values, otherwise):
-        """`values`, and a constant where the weight is pruned."""
-        return ops.where(ops.convert_to_tensor(self.mask), values, ops.cast(otherwise, values.dtype))
+    def _left(self):
+        """1 where the weight is left and 0 where it is pruned: a product with it costs less than `where`."""
+        return ops.cast(self.mask, self.loc.dtype)
 
     def mean(self):
         """The weight that prediction uses: `loc`, and 0 where pruned."""
-        return self._left(ops.convert_to_tensor(self.loc), 0.0)
+        return ops.convert_to_tensor(self.loc) * self._left()
 
     def _noise_log_variance(self):
-        """`log_variance`, and −inf where pruned: such a weight is 0 without noise."""
-        return self._left(ops.convert_to_tensor(self.log_variance), -float("inf"))
+        """`log_variance`, and that of no noise at all where pruned: such a weight is 0."""
+        return ops.convert_to_tensor(self.log_variance) + _NO_VARIANCE * (1.0 - self._left())
 
     def log_alpha(self):
         """log(exp(log_variance) / loc²), not clipped; a weight above 3 is 95 % noise.
@@ -155,7 +158,8 @@ class VariationalWeight(Posterior):
         """True where the weight is neither pruned nor would be at this threshold on log alpha; None is its own."""
         threshold = self.threshold if threshold is None else threshold
         loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
-        return self._left(sparsity.keep_mask(loc, log_variance, threshold, **self.prior.groups), False)
+        keep = sparsity.keep_mask(loc, log_variance, threshold, **self.prior.groups)
+        return ops.logical_and(ops.convert_to_tensor(self.mask), keep)
 
     def prune(self, threshold=None):
         """Set to 0, now and through further training, every weight whose log alpha is above the threshold."""
@@ -168,7 +172,7 @@ class VariationalWeight(Posterior):
         parameters = {name: ops.convert_to_tensor(value) for name, value in self.prior_parameters.items()}
         loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
         elementwise = self.prior.kl(loc, log_variance, **parameters)
-        return ops.sum(self._left(elementwise, 0.0))
+        return ops.sum(elementwise * self._left())
 
     def apply(self, linear, x, *, noisy, seed, sign_axes, dtype):
         """`linear(x, w)`: with the posterior mean, or with noise.

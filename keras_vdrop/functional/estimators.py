@@ -63,7 +63,7 @@ def local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATC
     # float16 ends at 65504, so the square of 300 is already infinite in it. The square of a row of a lookup is itself.
     squared = x if _is_lookup(x) else ops.square(ops.cast(x, log_variance.dtype))
     variance = linear(squared, ops.exp(log_variance))
-    scale = ops.sqrt(ops.maximum(variance, _SMALLEST_VARIANCE))
+    scale = ops.sqrt(variance + _SMALLEST_VARIANCE)
     epsilon = noise.normal(ops.shape(mean), seed, log_variance.dtype)
     return mean + ops.cast(scale * epsilon, mean.dtype)
 

@@ -33,6 +33,30 @@ def _signal_to_noise(loc, log_variance):
     return ops.abs(loc) * ops.exp(-0.5 * log_variance)
 
 
+def _by_signal_to_noise(kl, loc, log_variance):
+    """A KL that depends on t = 1/alpha = loc²/variance alone, with its gradient by half the operations.
+
+    Args:
+        kl: Function of t that returns the KL and its derivative.
+        loc, log_variance: As for all functions here.
+    """
+
+    @ops.custom_gradient
+    def value(loc, log_variance):
+        loc_over_variance = loc * ops.exp(-log_variance)
+        t = loc * loc_over_variance
+        values, slope = kl(t)
+
+        def gradient(*arguments, upstream=None):  # by position or, in PyTorch, by name
+            by_t = slope * (arguments[0] if upstream is None else upstream)
+            return 2.0 * by_t * loc_over_variance, -by_t * t
+
+        return values, gradient
+
+    # TensorFlow lets such a function read no variables: their values are copies.
+    return value(ops.copy(loc), ops.copy(log_variance))
+
+
 def log_uniform(loc, log_variance):
     """KL to the log-uniform prior p(|w|) ∝ 1/|w|, normalised to 0 for alpha → ∞.
 
@@ -53,11 +77,15 @@ def log_uniform(loc, log_variance):
         Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
         https://arxiv.org/abs/1701.05369
     """
-    s = _signal_to_noise(loc, log_variance)
-    # The cube stays finite in float32; past the bound its term is constant to 1e-27.
-    bounded = ops.minimum(s, 1e9)
-    cube = _EXP_MINUS_K2 * bounded * bounded * bounded
-    return _K1 - _K1 / (1.0 + cube) + 0.5 * ops.log1p(s * s)
+    return _by_signal_to_noise(_log_uniform, loc, log_variance)
+
+
+def _log_uniform(t):
+    # The root's cube stays finite in float32; past the bound its term is constant to 1e-27.
+    root = ops.sqrt(ops.minimum(t, 1e18))
+    cube = _EXP_MINUS_K2 * root * root * root
+    left, half = 1.0 / (1.0 + cube), 0.5 / (1.0 + t)
+    return _K1 - _K1 * left + 0.5 * ops.log1p(t), 1.5 * _K1 * _EXP_MINUS_K2 * root * left * left + half
 
 
 def log_uniform_exact(loc, log_variance):
@@ -140,8 +168,12 @@ def ard(loc, log_variance, group_axis=None, blocks=1):
         https://arxiv.org/abs/1811.00596
     """
     if group_axis is None:
-        return 0.5 * ops.log1p(ops.square(_signal_to_noise(loc, log_variance)))
+        return _by_signal_to_noise(_ard, loc, log_variance)
     return 0.5 * (ops.log(ard_variance(loc, log_variance, group_axis, blocks)) - log_variance)
+
+
+def _ard(t):
+    return 0.5 * ops.log1p(t), 0.5 / (1.0 + t)
 
 
 def ard_variance(loc, log_variance, group_axis=None, blocks=1):
@@ -197,6 +229,7 @@ def scale_mixture(loc, log_variance, probability, scale, narrow_scale):
     """
     c = math.log((1.0 - probability) * scale / (probability * narrow_scale))
     k = 0.5 * (narrow_scale**-2 - scale**-2)
+    loc, log_variance = ops.convert_to_tensor(loc), ops.convert_to_tensor(log_variance)
     deviation = ops.exp(0.5 * log_variance)
     # Where the integrand is below e^−16 of its greatest value; beyond 6 deviations q is.
     reach = math.sqrt((max(c, 0.0) + 16.0) / k)

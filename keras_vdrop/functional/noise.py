@@ -2,12 +2,18 @@
 
 With TensorFlow the default generator of `keras.random` spends, under XLA on a CPU, twenty to a hundred times
 what the numbers cost: the scrambling of its key is fused into every element. Philox, asked for by name, does not.
+Its normal draws still cost two to three times what they can on a CPU, where they are made here.
 """
 
+import functools
 import hashlib
+import math
 
 import keras
 from keras import ops
+
+# sin(½πz) ≈ z·P(z²) within 1e-8 for |z| ≤ 1: least squares at Chebyshev's nodes, ascending powers.
+_SINE = (1.57079632, -0.6459637604, 0.0796899226, -0.00467415067, 0.000151675118)
 
 
 def hash_seed(seed, *salt):
@@ -44,8 +50,47 @@ def normal(shape, seed, dtype="float32"):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
+        if dtype == "float32" and not _has_gpu():
+            return _box_muller(shape, _philox_seed(seed))
         return tf.random.stateless_normal(shape, _philox_seed(seed), dtype=dtype, alg="philox")
     return keras.random.normal(shape, dtype=dtype, seed=seed)
+
+
+@functools.cache
+def _has_gpu():
+    import tensorflow as tf
+
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def _box_muller(shape, seed):
+    """Draws of N(0, 1) in float32 by few operations that vectorise, with and without XLA: r·cos 2θ and r·sin 2θ.
+
+    r = sqrt(−2·log u) and θ uniform on [−½π, ½π], where a polynomial is its sine, and its cosine a square root.
+
+    Reference:
+        A Note on the Generation of Random Normal Deviates, Box, Muller, 1958,
+        https://doi.org/10.1214/aoms/1177706645
+    """
+    import tensorflow as tf
+
+    count = math.prod(shape) if all(isinstance(size, int) for size in shape) else tf.reduce_prod(tf.stack(shape))
+    # In one XLA program, a second draw of 32 bits of the same shape costs six times the first; one of 64 bits does not.
+    bits = tf.random.stateless_uniform(((count + 1) // 2,), seed, None, None, "int64", alg="philox")
+    high = tf.cast(tf.cast(tf.bitwise.right_shift(bits, 32), "int32"), "float32")
+    low = tf.cast(tf.cast(bits, "int32"), "float32")
+    u = tf.maximum(2.0**-32 * high + 0.5, 2.0**-26)
+    r = tf.sqrt(-2.0 * tf.math.log(u))
+    z = 2.0**-31 * low
+    w = z * z
+    sine = _SINE[-1]
+    for coefficient in _SINE[-2::-1]:
+        sine = sine * w + coefficient
+    sine *= z
+    square = sine * sine
+    cosine = tf.sqrt(tf.maximum(1.0 - square, 0.0))
+    draws = tf.concat([r * (1.0 - 2.0 * square), 2.0 * r * sine * cosine], axis=0)
+    return tf.reshape(draws[:count], shape)
 
 
 def rademacher(shape, seed, dtype="float32"):
