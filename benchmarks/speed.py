@@ -1,12 +1,12 @@
 """How long things take beside the other ways to do them: ratios within one run, medians of interleaved repeats.
 
     python benchmarks/speed.py --out benchmarks/results/speed.json
-    pip install --no-deps bayesian-torch  # adds its LSTM, beside PyTorch's own
 
 Two topics, each with XLA and without. Everything is compiled before the clock starts; then each takes its turn, so that
 what else the machine does meets all of them alike.
 
-- training: a step of an LSTM of 256 units on 64 steps of 128 inputs, in batches of 32, beside Keras's own layers.
+- training: a step of two networks of dense layers, of LeNet-5 and of an LSTM: Keras's own layers, ours, and those of
+  TensorFlow Probability and of packages for PyTorch, where they are installed (peers.py says how).
 - prediction: the mean probability of 100 draws for 1,000 rows, by `MonteCarlo` and by the ways around it: a Python loop
   over `model(x, training=True)`, the same loop over a compiled function, and one call of that on every row
   100 times. Beside it is how far the process's memory rises above what it is with the model at hand, in a process of
@@ -15,7 +15,6 @@ what else the machine does meets all of them alike.
 
 import concurrent.futures
 import functools
-import importlib.util
 import math
 import multiprocessing
 import pathlib
@@ -23,15 +22,53 @@ import pathlib
 import common
 import keras
 import numpy as np
+import peers
 
 import keras_vdrop as kv
 
+# Training
+
+# The size of a batch, the shape of an example, and the layers, as peers.py has them.
+NETWORKS = {
+    "784-300-100-10, batch 128": (128, (784,), [("dense", 300), ("dense", 100), ("dense", 10)]),
+    "1024-1024-1024-10, batch 512": (512, (1024,), [("dense", 1024), ("dense", 1024), ("dense", 10)]),
+    "LeNet-5, batch 100": (
+        100,
+        (28, 28, 1),
+        [
+            ("convolution", 20, 5),
+            ("pool",),
+            ("convolution", 50, 5),
+            ("pool",),
+            ("flatten",),
+            ("dense", 500),
+            ("dense", 10),
+        ],
+    ),
+}
+LSTM = "LSTM, batch 32 of 64 steps of 128, 256 units"
 BATCH, STEPS, INPUTS, UNITS = 32, 64, 128, 256
 MASKS = {"dropout": 0.25, "recurrent_dropout": 0.25}
-KL = {"kl_weight": 1e-4}
+KL = {"kl_weight": peers.KL_WEIGHT}
 
-# The first of them is what the others are compared with.
-LAYERS = {
+# How each network is made variational; the first of them is what the others are compared with.
+WEIGHTS = {
+    "keras.layers": (keras.layers.Dense, keras.layers.Conv2D),
+    **{
+        estimator: tuple(
+            functools.partial(cls, estimator=estimator, **KL) for cls in (kv.VariationalDense, kv.VariationalConv2D)
+        )
+        for estimator in ("local_reparameterization", "flipout", "reparameterization")
+    },
+}
+# Noise after every hidden dense layer of Keras's own.
+NOISES = {
+    "keras.layers.Dropout": lambda: keras.layers.Dropout(0.5),
+    "keras.layers.GaussianDropout": lambda: keras.layers.GaussianDropout(0.5),
+    "MonteCarloDropout": lambda: kv.MonteCarloDropout(0.5),
+    "VariationalGaussianDropout": lambda: kv.VariationalGaussianDropout(0.5, **KL),
+}
+LSTMS = {
     "keras.layers.LSTM": lambda units: keras.layers.LSTM(units),
     "keras.layers.LSTM, two dropout rates": lambda units: keras.layers.LSTM(units, **MASKS),
     "classic: masks only": lambda units: kv.VariationalLSTM(units, kernel_prior=None, **MASKS),
@@ -40,40 +77,51 @@ LAYERS = {
 }
 
 
-def keras_step(layer, x, y, jit):
+def keras_network(network, shape, dense, convolution, noise=None):
+    """The layers of a network of peers.py, as a model."""
+    model = keras.Sequential([keras.Input(shape)])
+    for index, (kind, *sizes) in enumerate(network):
+        hidden = index < len(network) - 1
+        if kind == "dense":
+            model.add(dense(*sizes, activation="relu" if hidden else None))
+            if hidden and noise is not None:
+                model.add(noise())
+        elif kind == "convolution":
+            model.add(convolution(*sizes))
+        else:
+            model.add(keras.layers.MaxPooling2D(2) if kind == "pool" else keras.layers.Flatten())
+    return model
+
+
+def keras_step(model, optimizer, loss, x, y, jit):
     """One training step as a function without arguments."""
-    model = keras.Sequential([keras.Input(x.shape[1:]), layer, keras.layers.Dense(1)])
-    model.compile(keras.optimizers.SGD(1e-3), "mse", jit_compile=jit)
+    model.compile(optimizer, loss, jit_compile=jit)
     x, y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
     return lambda: model.train_on_batch(x, y)
 
 
-def torch_steps(units, x, y):
-    """The same steps of PyTorch's LSTM and, where it is installed, of bayesian-torch's."""
-    import torch
-    from bayesian_torch.layers import LSTMReparameterization
+def network_steps(title, jit):
+    """{name: step} of Keras's layers, ours and the peers', for one network."""
+    batch, shape, network = NETWORKS[title]
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(batch, *shape)).astype("float32"), rng.integers(0, 10, batch)
+    models = {name: keras_network(network, shape, *layers) for name, layers in WEIGHTS.items()}
+    if len(shape) == 1:
+        plain = WEIGHTS["keras.layers"]
+        models.update({name: keras_network(network, shape, *plain, noise) for name, noise in NOISES.items()})
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    steps = {name: keras_step(model, keras.optimizers.Adam(1e-3), loss, x, y, jit) for name, model in models.items()}
+    if keras.backend.backend() == "tensorflow":
+        steps.update(peers.tfp_steps(network, x, y, jit))
+    return steps if jit else {**steps, **peers.torch_steps(network, x, y)}
 
-    x, y = torch.from_numpy(x), torch.from_numpy(y)
 
-    def step(lstm, penalty):
-        head = torch.nn.Linear(units, 1)
-        optimizer = torch.optim.SGD([*lstm.parameters(), *head.parameters()], lr=1e-3)
-
-        def run():
-            optimizer.zero_grad()
-            outputs, *more = lstm(x)
-            loss = torch.mean((head(outputs[:, -1]) - y) ** 2) + penalty(more)
-            loss.backward()
-            optimizer.step()
-
-        return run
-
-    plain = torch.nn.LSTM(x.shape[-1], units, batch_first=True)
-    bayesian = LSTMReparameterization(x.shape[-1], units)
-    return {
-        "torch.nn.LSTM": step(plain, lambda more: 0.0),
-        "bayesian_torch LSTMReparameterization": step(bayesian, lambda more: 1e-4 * more[-1]),
-    }
+def lstm_steps(units, x, y, jit):
+    steps = {}
+    for name, make in LSTMS.items():
+        model = keras.Sequential([keras.Input(x.shape[1:]), make(units), keras.layers.Dense(1)])
+        steps[name] = keras_step(model, keras.optimizers.SGD(1e-3), "mse", x, y, jit)
+    return steps if jit else {**steps, **peers.torch_lstm_steps(units, x, y)}
 
 
 # Prediction
@@ -167,8 +215,15 @@ def _growth(name, way, rows, samples, jit):
     x = predicted_rows(model, rows)
     model(x[:10])
     before = _resident("VmRSS")
+    _forget_peak()
     prediction_step(way, model, x, samples, jit)()
     return _resident("VmHWM") - before
+
+
+def _forget_peak():
+    """Let Linux begin anew to note this process's greatest memory."""
+    if (path := pathlib.Path("/proc/self/clear_refs")).is_file():
+        path.write_text("5")
 
 
 def _resident(kind):
@@ -202,15 +257,14 @@ def training(options):
     batch, steps, inputs, units = (4, 5, 6, 8) if options.quick else (BATCH, STEPS, INPUTS, UNITS)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(batch, steps, inputs)).astype("float32"), rng.normal(size=(batch, 1)).astype("float32")
+    makers = {title: functools.partial(network_steps, title) for title in NETWORKS}
+    makers[LSTM] = functools.partial(lstm_steps, units, x, y)
     result = {}
-    for jit in (False, True):
-        made = {name: keras_step(make(units), x, y, jit) for name, make in LAYERS.items()}
-        title = f"LSTM, {keras.backend.backend()}, jit_compile={jit}"
-        result[title] = summary(common.measure(made, options.repeats))
-        show(title, result[title])
-    if importlib.util.find_spec("bayesian_torch"):
-        result["LSTM, torch"] = summary(common.measure(torch_steps(units, x, y), max(3, options.repeats // 5)))
-        show("LSTM, torch", result["LSTM, torch"])
+    for name in [*makers][:: 3 if options.quick else 1]:
+        for jit in (False, True):
+            title = f"{name}, {keras.backend.backend()}, jit_compile={jit}"
+            result[title] = summary(common.measure(makers[name](jit), options.repeats))
+            show(title, result[title])
     return result
 
 

@@ -39,6 +39,19 @@ def test_normal(run):
     assert_uncorrelated(values[1:], values[:-1])
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 0)])
+def test_normal_of_any_shape(run, shape):
+    values = array(run(lambda: noise.normal(shape, 7))())
+    assert values.shape == shape and np.isfinite(values).all()
+
+
+def test_normal_has_the_tails_of_a_normal():
+    values = np.abs(array(noise.normal((4_000_000,), 11)))
+    for sigmas in (3.0, 4.0):
+        assert_mean(values > sigmas, 2 * stats.norm.sf(sigmas))
+    assert 4.5 < values.max() < 7.0
+
+
 def test_rademacher(run):
     seeds = generator()
     values = array(run(lambda: noise.rademacher((N,), seeds))())

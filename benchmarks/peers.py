@@ -1,0 +1,193 @@
+"""Training steps of other packages' layers, on the networks of speed.py, as those packages would have them written.
+
+    pip install "tensorflow-probability[tf]" torch
+    pip install --no-deps bayesian-torch torchbnn blitz-bayesian-pytorch
+
+What is not installed is left out. A network is a list of (kind, units or filters, size of the kernel), with ReLU after
+every dense layer but the last. All steps are of Adam, with the cross-entropy of integer labels and a KL of the weight
+`KL_WEIGHT`.
+"""
+
+import functools
+import importlib.util
+
+import numpy as np
+
+KL_WEIGHT = 1 / 60_000
+
+
+def installed(*names):
+    return all(importlib.util.find_spec(name) for name in names)
+
+
+# TensorFlow Probability, whose layers are those of Keras 2
+
+
+def tfp_steps(network, x, y, jit):
+    """{name: step} of tf_keras's own layers, and of those of TFP that the network's kinds have."""
+    if not installed("tensorflow_probability", "tf_keras"):
+        return {}
+    import tensorflow as tf
+    import tensorflow_probability as tfp
+    import tf_keras
+
+    def divergence(posterior, prior, _):
+        return KL_WEIGHT * tfp.distributions.kl_divergence(posterior, prior)
+
+    def step(dense, convolution):
+        model = tf_keras.Sequential([tf_keras.Input(x.shape[1:])])
+        for index, (kind, *sizes) in enumerate(network):
+            if kind == "dense":
+                model.add(dense(*sizes, activation="relu" if index < len(network) - 1 else None))
+            elif kind == "convolution":
+                model.add(convolution(*sizes))
+            else:
+                model.add(tf_keras.layers.MaxPooling2D(2) if kind == "pool" else tf_keras.layers.Flatten())
+        loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(tf_keras.optimizers.Adam(1e-3), loss, jit_compile=jit)
+        inputs, labels = tf.constant(x), tf.constant(y)
+        return lambda: model.train_on_batch(inputs, labels)
+
+    steps = {"tf_keras.layers": step(tf_keras.layers.Dense, tf_keras.layers.Conv2D)}
+    for estimator in ("LocalReparameterization", "Flipout", "Reparameterization"):
+        dense, convolution = (
+            functools.partial(getattr(tfp.layers, name), kernel_divergence_fn=divergence)
+            if hasattr(tfp.layers, name)
+            else None
+            for name in (f"Dense{estimator}", f"Convolution2D{estimator}")
+        )
+        if convolution or not any(kind == "convolution" for kind, *_ in network):
+            steps[f"tfp.layers, {estimator}"] = step(dense, convolution)
+    return steps
+
+
+# PyTorch
+
+
+class _Torch:
+    """A package's layers: how its dense and convolutional ones are made, and the KL of all of them."""
+
+    def __init__(self, dense, convolution, kl=None):
+        self.dense, self.convolution, self.kl = dense, convolution, kl
+
+
+def _torch_packages():
+    """{name: _Torch}, PyTorch's own first."""
+    import torch
+
+    packages = {"torch.nn": _Torch(torch.nn.Linear, torch.nn.Conv2d)}
+    if installed("bayesian_torch"):
+        from bayesian_torch import layers
+
+        for estimator in ("Reparameterization", "Flipout"):
+            packages[f"bayesian-torch, {estimator}"] = _Torch(
+                getattr(layers, f"Linear{estimator}"), getattr(layers, f"Conv2d{estimator}")
+            )
+    if installed("torchbnn"):
+        import torchbnn
+
+        loss = torchbnn.BKLLoss(reduction="sum")
+        packages["torchbnn"] = _Torch(
+            functools.partial(torchbnn.BayesLinear, 0, 1.0), functools.partial(torchbnn.BayesConv2d, 0, 1.0), loss
+        )
+    if installed("blitz"):
+        from blitz import losses, modules
+
+        def convolution(inputs, filters, size):
+            return modules.BayesianConv2d(inputs, filters, (size, size))
+
+        packages["blitz"] = _Torch(modules.BayesianLinear, convolution, losses.kl_divergence_from_nn)
+    return packages
+
+
+def torch_steps(network, x, y):
+    """{name: step} of PyTorch's own layers, and of those of every package that is installed."""
+    if not installed("torch"):
+        return {}
+    return {name: _torch_step(package, network, x, y) for name, package in _torch_packages().items()}
+
+
+def _torch_step(package, network, x, y):
+    import torch
+
+    layers = _torch_layers(package, network, x.shape[1:])
+    model = torch.nn.ModuleList(layer for layer in layers if isinstance(layer, torch.nn.Module))
+    inputs = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+    labels = torch.from_numpy(y).long()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+
+    def step():
+        optimizer.zero_grad()
+        h, penalty = inputs, 0.0
+        for layer in layers:
+            h = layer(h)
+            if isinstance(h, tuple):  # bayesian-torch returns the KL too
+                h, kl = h
+                penalty = penalty + kl
+        if package.kl is not None:
+            penalty = package.kl(model)
+        loss = torch.nn.functional.cross_entropy(h, labels) + KL_WEIGHT * penalty
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _torch_layers(package, network, shape):
+    """Modules and functions to apply in turn; `shape` is that of an example, its channels last."""
+    import torch
+
+    layers, size, channels = [], shape[0], shape[-1]
+    for index, (kind, *sizes) in enumerate(network):
+        if kind == "dense":
+            layers.append(package.dense(channels, *sizes))
+            if index < len(network) - 1:
+                layers.append(torch.nn.ReLU())
+            channels = sizes[0]
+        elif kind == "convolution":
+            layers.append(package.convolution(channels, *sizes))
+            channels, size = sizes[0], size - sizes[1] + 1
+        elif kind == "pool":
+            layers.append(torch.nn.MaxPool2d(2))
+            size //= 2
+        else:
+            layers.append(torch.nn.Flatten())
+            channels *= size * size
+    return layers
+
+
+def torch_lstm_steps(units, x, y):
+    """{name: step} of LSTMs whose last output goes through a dense layer to one number, by stochastic descent."""
+    if not installed("torch"):
+        return {}
+    import torch
+
+    inputs, targets = torch.from_numpy(x), torch.from_numpy(y)
+
+    def step(lstm, kl):
+        head = torch.nn.Linear(units, 1)
+        optimizer = torch.optim.SGD([*lstm.parameters(), *head.parameters()], lr=1e-3)
+
+        def run():
+            optimizer.zero_grad()
+            outputs, *more = lstm(inputs)
+            loss = torch.mean((head(outputs[:, -1]) - targets) ** 2) + KL_WEIGHT * kl(lstm, more)
+            loss.backward()
+            optimizer.step()
+
+        return run
+
+    sizes = x.shape[-1], units
+    steps = {"torch.nn.LSTM": step(torch.nn.LSTM(*sizes, batch_first=True), lambda lstm, more: 0.0)}
+    if installed("bayesian_torch"):
+        from bayesian_torch import layers
+
+        for estimator in ("Reparameterization", "Flipout"):
+            lstm = getattr(layers, f"LSTM{estimator}")(*sizes)
+            steps[f"bayesian-torch, {estimator}"] = step(lstm, lambda lstm, more: more[-1])
+    if installed("blitz"):
+        from blitz import losses, modules
+
+        lstm = modules.BayesianLSTM(*sizes)
+        steps["blitz"] = step(lstm, lambda lstm, more: losses.kl_divergence_from_nn(lstm))
+    return steps
