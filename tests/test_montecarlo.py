@@ -148,6 +148,24 @@ def test_statistics_are_those_of_the_samples():
     np.testing.assert_allclose(statistics["variance"], draws.var(axis=1), rtol=1e-3)
 
 
+def test_samples_outside_of_predict():
+    model = kv.MonteCarlo(network(), 5, seed=3, sample_batch_size=2)
+    draws = array(model.samples(X))
+    assert draws.shape == (5, 3, 2)
+    assert len(np.unique(draws)) == draws.size
+    np.testing.assert_allclose(draws.swapaxes(0, 1), samples(model.model, X, 5, seed=3), rtol=1e-4, atol=1e-5)
+
+
+def test_every_step_of_a_sequence_has_its_statistics():
+    model = keras.Sequential([keras.Input((6, 4)), kv.VariationalDense(3, kl_weight=0.1)])
+    randomize(model)
+    x = np.random.default_rng(1).normal(size=(2, 6, 4)).astype("float32")
+    result = kv.MonteCarlo(model, 8, likelihood="categorical").predict(x, verbose=0)
+    assert result["probability"].shape == (2, 6, 3) and result["mutual_information"].shape == (2, 6)
+    assert result.uncertainty().shape == result.bald().shape == (2,)
+    np.testing.assert_allclose(result.bald(), result["mutual_information"].sum(axis=1), rtol=1e-6)
+
+
 @pytest.mark.parametrize("sample_batch_size", [1, 4, 16, 64])
 @pytest.mark.parametrize("consistent", [False, True])
 def test_side_by_side_are_the_draws_that_follow_each_other(sample_batch_size, consistent):
@@ -198,6 +216,19 @@ def test_outputs_of_any_structure():
     assert result.uncertainty().shape == (3,)
     with pytest.raises(ValueError, match="of one output"):
         kv.MonteCarlo(model, 5, likelihood="categorical").predict(X, verbose=0)
+
+
+def test_evaluate_with_several_outputs():
+    inputs = keras.Input((4,))
+    h = kv.VariationalDense(3, kl_weight=0.1)(inputs)
+    model = keras.Model(inputs, {"one": h, "other": layers.Dense(2)(h)})
+    randomize(model)
+    y = {"one": X[:, :3], "other": X[:, :2]}
+    mean = kv.MonteCarlo(model, 5, seed=3, consistent=True).predict(X, verbose=0)["mean"]
+    sampler = kv.MonteCarlo(model, 5, seed=3, consistent=True)
+    sampler.compile(loss={"one": "mse", "other": "mae"})
+    expected = np.mean((mean["one"] - y["one"]) ** 2) + np.mean(np.abs(mean["other"] - y["other"]))
+    np.testing.assert_allclose(sampler.evaluate(X, y, verbose=0, return_dict=True)["loss"], expected, rtol=1e-4)
 
 
 def test_half_precision_has_its_statistics_in_single():
@@ -392,6 +423,17 @@ def test_export(functional, tmp_path):
     statistics = model.predict(X, verbose=0)
     for name, values in statistics.items():
         np.testing.assert_allclose(exported[name], values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras exports from TensorFlow.")
+def test_an_exported_one_draws_anew(tmp_path):
+    import tensorflow as tf
+
+    kv.MonteCarlo(network(), 6, seed=3).export(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(tmp_path / "served")
+    one, other = (served.serve(X)["mean"].numpy() for _ in range(2))
+    assert one.shape == (3, 2) and np.isfinite(one).all()
+    assert not np.array_equal(one, other)
 
 
 def test_rows_with_nan_are_counted():
