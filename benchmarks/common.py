@@ -44,13 +44,19 @@ def spread(values):
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:.2f}"
 
 
-def measure(steps, repeats):
-    """Seconds of every repeat of every step, taken in turn after a warm-up: {name: array}."""
+def measure(steps, repeats, warm=False):
+    """Seconds of every repeat of every step, taken in turn after a warm-up: {name: array}.
+
+    With `warm`, each goes once before every time it is timed, so that what the one before it left in the caches, or its
+    threads, do not count.
+    """
     for step in steps.values():
         step(), step()
     seconds = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
+            if warm:
+                step()
             begin = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - begin)

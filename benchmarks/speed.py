@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py --out benchmarks/results/speed.json
 
-Two topics, each with XLA and without. Everything is compiled before the clock starts; then each takes its turn, so that
-what else the machine does meets all of them alike.
+Everything is compiled before the clock starts; then each takes its turn, so that what else the machine does meets all
+of them alike. The topics, each with XLA and without:
 
 - training: a step of two networks of dense layers, of LeNet-5 and of an LSTM: Keras's own layers, ours, and those of
   TensorFlow Probability and of packages for PyTorch, where they are installed (peers.py says how).
@@ -11,6 +11,9 @@ what else the machine does meets all of them alike.
   over `model(x, training=True)`, the same loop over a compiled function, and one call of that on every row
   100 times. Beside it is how far the process's memory rises above what it is with the model at hand, in a process of
   its own.
+- growth: the time of a training step against the width, the depth and the batch, and that of `MonteCarlo` against the
+  number of draws, with the exponents of the slopes between the last two sizes; `--plot FILE.png` draws them.
+- memory: by how much a process grows that trains a network of three layers of 1024 units.
 """
 
 import concurrent.futures
@@ -100,17 +103,27 @@ def keras_step(model, optimizer, loss, x, y, jit):
     return lambda: model.train_on_batch(x, y)
 
 
+def training_data(batch, shape):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(batch, *shape)).astype("float32"), rng.integers(0, 10, batch)
+
+
+def training_steps(names, batch, shape, network, jit):
+    """{name: step} of Keras's layers and ours, of WEIGHTS and NOISES."""
+    steps = {}
+    for name in names:
+        layers = WEIGHTS.get(name, WEIGHTS["keras.layers"])
+        model = keras_network(network, shape, *layers, NOISES.get(name))
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        steps[name] = keras_step(model, keras.optimizers.Adam(1e-3), loss, *training_data(batch, shape), jit)
+    return steps
+
+
 def network_steps(title, jit):
     """{name: step} of Keras's layers, ours and the peers', for one network."""
     batch, shape, network = NETWORKS[title]
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(batch, *shape)).astype("float32"), rng.integers(0, 10, batch)
-    models = {name: keras_network(network, shape, *layers) for name, layers in WEIGHTS.items()}
-    if len(shape) == 1:
-        plain = WEIGHTS["keras.layers"]
-        models.update({name: keras_network(network, shape, *plain, noise) for name, noise in NOISES.items()})
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    steps = {name: keras_step(model, keras.optimizers.Adam(1e-3), loss, x, y, jit) for name, model in models.items()}
+    steps = training_steps([*WEIGHTS, *(NOISES if len(shape) == 1 else ())], batch, shape, network, jit)
+    x, y = training_data(batch, shape)
     if keras.backend.backend() == "tensorflow":
         steps.update(peers.tfp_steps(network, x, y, jit))
     return steps if jit else {**steps, **peers.torch_steps(network, x, y)}
@@ -203,20 +216,75 @@ def predicted_rows(model, rows):
     return keras.ops.convert_to_tensor(x)
 
 
-def memory(name, way, rows, samples, jit):
-    """By how many MB the process grows when it predicts so, in one of its own."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_growth, name, way, rows, samples, jit).result()
-
-
-def _growth(name, way, rows, samples, jit):
+def _predict(name, way, rows, samples, jit):
     model = predicted_model(name)
     x = predicted_rows(model, rows)
     model(x[:10])
+    return _grown(prediction_step(way, model, x, samples, jit))
+
+
+# Growth
+
+GROWTH = {
+    "width": (64, 128, 256, 512, 1024, 2048),
+    "depth": (1, 2, 4, 8, 16),
+    "batch": (32, 64, 128, 256, 512, 1024),
+    "draws": (1, 4, 16, 64, 256),
+}
+GROWING = ("keras.layers", "local_reparameterization")
+
+
+def grown_steps(axis, size, jit):
+    """{name: step} of a network of two layers of 256 units and batches of 128, but for what grows."""
+    sizes = {"width": 256, "depth": 2, "batch": 128, axis: size}
+    network = [("dense", sizes["width"])] * sizes["depth"] + [("dense", 10)]
+    if axis == "draws":
+        model = keras_network(network, (256,), *WEIGHTS["local_reparameterization"])
+        x = predicted_rows(model, 128)
+        steps = {way: prediction_step(way, model, x, size, jit) for way in ("compiled loop", "MonteCarlo")}
+        return steps
+    return training_steps(GROWING, sizes["batch"], (sizes["width"],), network, jit)
+
+
+def exponents(sizes, rows):
+    """Of each, d log ms / d log size between the last two sizes."""
+    span = math.log(sizes[-1] / sizes[-2])
+    return {name: math.log(values[-1] / values[-2]) / span for name, values in rows.items()}
+
+
+def plot_growth(result, path):
+    """One picture for each axis and mode: ms against size, both logarithmic."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(GROWTH), figsize=(4 * len(GROWTH), 7), squeeze=False, layout="constrained")
+    for ax, (title, each) in zip(axes.T.flatten(), result.items()):
+        for marker, (name, values) in zip("os", each["ms"].items()):
+            ax.loglog(each["sizes"], values, marker=marker, label=f"{name}: slope {each['exponents'][name]:.2f}")
+        ax.set(title=title, xlabel=each["axis"], ylabel="ms a step")
+        ax.legend()
+    figure.savefig(path, dpi=100)
+
+
+# Memory
+
+
+def memory(function, *arguments):
+    """By how many MB the process grows in which `function` runs, of those that measure themselves: one of its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _train(name, title, jit):
+    batch, shape, network = NETWORKS[title]
+    (step,) = training_steps([name], batch, shape, network, jit).values()
+    return _grown(lambda: [step() for _ in range(5)])
+
+
+def _grown(function):
     before = _resident("VmRSS")
     _forget_peak()
-    prediction_step(way, model, x, samples, jit)()
+    function()
     return _resident("VmHWM") - before
 
 
@@ -263,7 +331,7 @@ def training(options):
     for name in [*makers][:: 3 if options.quick else 1]:
         for jit in (False, True):
             title = f"{name}, {keras.backend.backend()}, jit_compile={jit}"
-            result[title] = summary(common.measure(makers[name](jit), options.repeats))
+            result[title] = summary(common.measure(makers[name](jit), options.repeats, warm=True))
             show(title, result[title])
     return result
 
@@ -279,20 +347,55 @@ def prediction(options):
             made = {way: prediction_step(way, model, x, samples, jit) for way in WAYS}
             each = summary(common.measure(made, max(3, options.repeats // 5)))
             for way in WAYS[: 1 if options.quick else None]:
-                each[way]["MB"] = memory(name, way, rows, samples, jit)
+                each[way]["MB"] = memory(_predict, name, way, rows, samples, jit)
             title = f"{samples} draws, {rows} rows: {name}, {keras.backend.backend()}, jit_compile={jit}"
             result[title] = each
             show(title, each)
     return result
 
 
-TOPICS = {"training": training, "prediction": prediction}
+def growth(options):
+    """{title: sizes, ms of each and exponents}."""
+    result = {}
+    for axis, sizes in GROWTH.items():
+        sizes = sizes[: 2 if options.quick else None]
+        for jit in (False, True):
+            seconds = [common.measure(grown_steps(axis, size, jit), options.repeats, warm=True) for size in sizes]
+            ms = {name: [1e3 * float(np.median(each[name])) for each in seconds] for name in seconds[0]}
+            title = f"{axis}, {keras.backend.backend()}, jit_compile={jit}"
+            result[title] = {"axis": axis, "sizes": sizes, "ms": ms, "exponents": exponents(sizes, ms)}
+            print(f"\n{title:<60}" + "".join(f"{size:>8}" for size in sizes) + "   slope")
+            for name, values in ms.items():
+                print(
+                    f"{name:<60}" + "".join(f"{v:>8.1f}" for v in values) + f"{result[title]['exponents'][name]:>8.2f}"
+                )
+    if options.plot is not None:
+        plot_growth(result, options.plot)
+    return result
+
+
+def memory_of_training(options):
+    """{title: rows}."""
+    title = [*NETWORKS][0 if options.quick else 1]
+    result = {}
+    for jit in (False, True):
+        rows = {name: memory(_train, name, title, jit) for name in list(WEIGHTS)[: 1 if options.quick else None]}
+        base = next(iter(rows.values()))
+        result[f"{title}, {keras.backend.backend()}, jit_compile={jit}"] = {
+            name: {"MB": grown, "ratio": grown / base} for name, grown in rows.items()
+        }
+        print(f"\nmemory of training: {title}, jit_compile={jit}", rows, flush=True)
+    return result
+
+
+TOPICS = {"training": training, "prediction": prediction, "growth": growth, "memory": memory_of_training}
 
 
 def main():
     parser = common.parser(__doc__, learns=False)
     parser.add_argument("--topics", nargs="+", choices=list(TOPICS), default=list(TOPICS))
     parser.add_argument("--repeats", type=int, default=30, help="steps of each network; a fifth, where they are long")
+    parser.add_argument("--plot", type=pathlib.Path, help="a picture of the growth")
     options = parser.parse_args()
     if options.quick:
         options.repeats = 3
