@@ -54,7 +54,10 @@ def _by_signal_to_noise(kl, loc, log_variance):
         return values, gradient
 
     # TensorFlow lets such a function read no variables: their values are copies.
-    return value(ops.copy(loc), ops.copy(log_variance))
+    loc, log_variance = ops.copy(loc), ops.copy(log_variance)
+    if tuple(loc.shape) != tuple(log_variance.shape):  # the gradient of each must have its own
+        loc, log_variance = loc + ops.zeros_like(log_variance), log_variance + ops.zeros_like(loc)
+    return value(loc, log_variance)
 
 
 def log_uniform(loc, log_variance):

@@ -49,8 +49,9 @@ def test_large_inputs_in_float16(subject, policy):
             weight.loc.assign(0.01 * array(weight.loc))
     for posterior in rates(layer):
         posterior.kernel.assign(0.01 * array(posterior.kernel))
-    output = array(subject.call(layer, x, training=True))
+    mean, output = array(subject.call(layer, x)), array(subject.call(layer, x, training=True))
     assert np.isfinite(output).all()
-    assert not np.array_equal(output, array(subject.call(layer, x)))
+    # A saturated gate hides the noise of many a draw.
+    assert any(not np.array_equal(array(subject.call(layer, x, training=True)), mean) for _ in range(20))
     if subject.has_kl:
         assert np.isfinite(array(kv.kl_divergence(layer)))

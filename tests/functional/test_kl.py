@@ -206,6 +206,21 @@ def mixture(loc, log_variance):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="differentiated by TensorFlow")
+@pytest.mark.parametrize("function", [kl.log_uniform, kl.log_uniform_exact, kl.ard, kl.normal])
+def test_gradients_of_a_log_variance_that_weights_share(function):
+    import tensorflow as tf
+
+    loc, log_variance = tf.constant([0.3, -2.0, 1.0]), tf.constant([-1.0])
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([loc, log_variance])
+        shared = ops.sum(function(loc, log_variance))
+        own = ops.sum(function(loc, log_variance + tf.zeros(3)))
+    for variable in (loc, log_variance):
+        assert tape.gradient(shared, variable).shape == variable.shape
+        np.testing.assert_allclose(tape.gradient(shared, variable), tape.gradient(own, variable), rtol=1e-5)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="differentiated by TensorFlow")
 @pytest.mark.parametrize("function", [kl.log_uniform, kl.log_uniform_exact, kl.ard, kl.normal, grouped, mixture])
 def test_gradients_are_finite_at_zero_and_true_elsewhere(function):
     import tensorflow as tf
