@@ -13,7 +13,7 @@ of them alike. The topics, each with XLA and without:
   its own.
 - growth: the time of a training step against the width, the depth and the batch, and that of `MonteCarlo` against the
   number of draws, with the exponents of the slopes between the last two sizes; `--plot FILE.png` draws them.
-- memory: by how much a process grows that trains a network of three layers of 1024 units.
+- memory: by how much a process grows that trains the network of 1024-1024-1024-10.
 """
 
 import concurrent.futures
