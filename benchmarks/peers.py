@@ -10,6 +10,7 @@ every dense layer but the last. All steps are of Adam, with the cross-entropy of
 
 import functools
 import importlib.util
+import typing
 
 import numpy as np
 
@@ -18,6 +19,22 @@ KL_WEIGHT = 1 / 60_000
 
 def installed(*names):
     return all(importlib.util.find_spec(name) for name in names)
+
+
+def keras_network(keras, network, shape, dense, convolution, noise=None):
+    """The network as a model of Keras 3 or 2, of the classes given, with noise after every hidden dense layer."""
+    model = keras.Sequential([keras.Input(shape)])
+    for index, (kind, *sizes) in enumerate(network):
+        hidden = index < len(network) - 1
+        if kind == "dense":
+            model.add(dense(*sizes, activation="relu" if hidden else None))
+            if hidden and noise is not None:
+                model.add(noise())
+        elif kind == "convolution":
+            model.add(convolution(*sizes))
+        else:
+            model.add(keras.layers.MaxPooling2D(2) if kind == "pool" else keras.layers.Flatten())
+    return model
 
 
 # TensorFlow Probability, whose layers are those of Keras 2
@@ -35,14 +52,7 @@ def tfp_steps(network, x, y, jit):
         return KL_WEIGHT * tfp.distributions.kl_divergence(posterior, prior)
 
     def step(dense, convolution):
-        model = tf_keras.Sequential([tf_keras.Input(x.shape[1:])])
-        for index, (kind, *sizes) in enumerate(network):
-            if kind == "dense":
-                model.add(dense(*sizes, activation="relu" if index < len(network) - 1 else None))
-            elif kind == "convolution":
-                model.add(convolution(*sizes))
-            else:
-                model.add(tf_keras.layers.MaxPooling2D(2) if kind == "pool" else tf_keras.layers.Flatten())
+        model = keras_network(tf_keras, network, x.shape[1:], dense, convolution)
         loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(tf_keras.optimizers.Adam(1e-3), loss, jit_compile=jit)
         inputs, labels = tf.constant(x), tf.constant(y)
@@ -64,11 +74,12 @@ def tfp_steps(network, x, y, jit):
 # PyTorch
 
 
-class _Torch:
+class _Torch(typing.NamedTuple):
     """A package's layers: how its dense and convolutional ones are made, and the KL of all of them."""
 
-    def __init__(self, dense, convolution, kl=None):
-        self.dense, self.convolution, self.kl = dense, convolution, kl
+    dense: typing.Callable
+    convolution: typing.Callable
+    kl: typing.Callable | None = None
 
 
 def _torch_packages():

@@ -80,22 +80,6 @@ LSTMS = {
 }
 
 
-def keras_network(network, shape, dense, convolution, noise=None):
-    """The layers of a network of peers.py, as a model."""
-    model = keras.Sequential([keras.Input(shape)])
-    for index, (kind, *sizes) in enumerate(network):
-        hidden = index < len(network) - 1
-        if kind == "dense":
-            model.add(dense(*sizes, activation="relu" if hidden else None))
-            if hidden and noise is not None:
-                model.add(noise())
-        elif kind == "convolution":
-            model.add(convolution(*sizes))
-        else:
-            model.add(keras.layers.MaxPooling2D(2) if kind == "pool" else keras.layers.Flatten())
-    return model
-
-
 def keras_step(model, optimizer, loss, x, y, jit):
     """One training step as a function without arguments."""
     model.compile(optimizer, loss, jit_compile=jit)
@@ -113,7 +97,7 @@ def training_steps(names, batch, shape, network, jit):
     steps = {}
     for name in names:
         layers = WEIGHTS.get(name, WEIGHTS["keras.layers"])
-        model = keras_network(network, shape, *layers, NOISES.get(name))
+        model = peers.keras_network(keras, network, shape, *layers, NOISES.get(name))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         steps[name] = keras_step(model, keras.optimizers.Adam(1e-3), loss, *training_data(batch, shape), jit)
     return steps
@@ -239,10 +223,9 @@ def grown_steps(axis, size, jit):
     sizes = {"width": 256, "depth": 2, "batch": 128, axis: size}
     network = [("dense", sizes["width"])] * sizes["depth"] + [("dense", 10)]
     if axis == "draws":
-        model = keras_network(network, (256,), *WEIGHTS["local_reparameterization"])
+        model = peers.keras_network(keras, network, (256,), *WEIGHTS["local_reparameterization"])
         x = predicted_rows(model, 128)
-        steps = {way: prediction_step(way, model, x, size, jit) for way in ("compiled loop", "MonteCarlo")}
-        return steps
+        return {way: prediction_step(way, model, x, size, jit) for way in ("compiled loop", "MonteCarlo")}
     return training_steps(GROWING, sizes["batch"], (sizes["width"],), network, jit)
 
 
