@@ -2,7 +2,7 @@
 
 With TensorFlow the default generator of `keras.random` spends, under XLA on a CPU, twenty to a hundred times
 what the numbers cost: the scrambling of its key is fused into every element. Philox, asked for by name, does not.
-Its normal draws still cost two to three times what they can on a CPU, where they are made here.
+What TensorFlow makes of Philox's bits still costs two to ten times what it can on a CPU, where it is made here.
 """
 
 import functools
@@ -14,6 +14,9 @@ from keras import ops
 
 # sin(½πz) ≈ z·P(z²) within 1e-8 for |z| ≤ 1: least squares at Chebyshev's nodes, ascending powers.
 _SINE = (1.57079632, -0.6459637604, 0.0796899226, -0.00467415067, 0.000151675118)
+
+# The bits of 1.0 in float32: no sign, no fraction.
+_ONE = 0x3F800000
 
 
 def hash_seed(seed, *salt):
@@ -74,11 +77,10 @@ def _box_muller(shape, seed):
     """
     import tensorflow as tf
 
-    count = math.prod(shape) if all(isinstance(size, int) for size in shape) else tf.reduce_prod(tf.stack(shape))
-    # In one XLA program, a second draw of 32 bits of the same shape costs six times the first; one of 64 bits does not.
-    bits = tf.random.stateless_uniform(((count + 1) // 2,), seed, None, None, "int64", alg="philox")
-    high = tf.cast(tf.cast(tf.bitwise.right_shift(bits, 32), "int32"), "float32")
-    low = tf.cast(tf.cast(bits, "int32"), "float32")
+    count = _count(shape)
+    half = (count + 1) // 2
+    bits = tf.cast(_bits(2 * half, seed), "float32")
+    high, low = bits[:half], bits[half:]
     u = tf.maximum(2.0**-32 * high + 0.5, 2.0**-26)
     r = tf.sqrt(-2.0 * tf.math.log(u))
     z = 2.0**-31 * low
@@ -93,18 +95,41 @@ def _box_muller(shape, seed):
     return tf.reshape(draws[:count], shape)
 
 
+def _count(shape):
+    """How many numbers that are: an int where all sizes are known."""
+    import tensorflow as tf
+
+    return math.prod(shape) if all(isinstance(size, int) for size in shape) else tf.reduce_prod(tf.stack(shape))
+
+
+def _bits(count, seed):
+    """So many random int32.
+
+    In one XLA program on a CPU, a second draw of 32 bits of the same shape costs six times the first; one of 64 bits
+    does not.
+    """
+    import tensorflow as tf
+
+    words = tf.random.stateless_uniform(((count + 1) // 2,), seed, None, None, "int64", alg="philox")
+    return tf.reshape(tf.bitcast(words, "int32"), (-1,))[:count]
+
+
 def rademacher(shape, seed, dtype="float32"):
     """Independent signs, −1 or 1 with probability ½ each. Arguments as for `normal`."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+    if keras.backend.backend() == "tensorflow" and not _has_gpu():
+        return ops.cast(_signs(shape, _philox_seed(seed)), dtype)
+    return ops.where(uniform(shape, seed) < 0.5, ops.cast(-1, dtype), ops.cast(1, dtype))
 
-        bits = tf.random.stateless_uniform(
-            shape, _philox_seed(seed), minval=None, maxval=None, dtype="int32", alg="philox"
-        )
-        negative = bits < 0
-    else:
-        negative = keras.random.uniform(shape, seed=seed) < 0.5
-    return ops.where(negative, ops.cast(-1, dtype), ops.cast(1, dtype))
+
+def _signs(shape, seed):
+    """−1.0 or 1.0, each from a bit: a draw of 32 bits makes 32 of them."""
+    import tensorflow as tf
+
+    count = _count(shape)
+    draws = _bits((count + 31) // 32, seed)
+    sign = tf.bitwise.left_shift(draws, tf.range(32)[:, None]) & -(2**31)
+    signs = tf.bitcast(sign | _ONE, "float32")
+    return tf.reshape(tf.reshape(signs, (-1,))[:count], shape)
 
 
 def uniform(shape, seed, dtype="float32"):
@@ -112,8 +137,18 @@ def uniform(shape, seed, dtype="float32"):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
+        if dtype == "float32" and not _has_gpu():
+            return _uniform(shape, _philox_seed(seed))
         return tf.random.stateless_uniform(shape, _philox_seed(seed), dtype=dtype, alg="philox")
     return keras.random.uniform(shape, dtype=dtype, seed=seed)
+
+
+def _uniform(shape, seed):
+    """The 23 bits of the fraction of a number in [1, 2), less 1."""
+    import tensorflow as tf
+
+    fraction = tf.bitwise.right_shift(tf.bitcast(_bits(_count(shape), seed), "uint32"), tf.constant(9, "uint32"))
+    return tf.reshape(tf.bitcast(tf.cast(fraction, "int32") | _ONE, "float32") - 1.0, shape)
 
 
 def bernoulli(shape, probability, seed, dtype="float32"):
