@@ -102,16 +102,29 @@ def keep(path, result):
     """Write a result with the command, the versions, the machine and the date."""
     if path is None:
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about(), **result}, indent=1) + "\n")
+
+
+def about():
+    """The command, the versions, the machine and the date."""
     packages = ("keras", "tensorflow", "jax", "torch", "numpy")
-    about = {
+    return {
         "command": shlex.join(["python", *_without_places(sys.argv)]),
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
+        "processor": _processor(),
         "cores": os.cpu_count(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+
+
+def _processor():
+    """Its name, where Linux or Python knows it."""
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _without_places(arguments):

@@ -13,14 +13,18 @@ of them alike. The topics, each with XLA and without:
   its own.
 - growth: the time of a training step against the width, the depth and the batch, and that of `MonteCarlo` against the
   number of draws, with the exponents of the slopes between the last two sizes; `--plot FILE.png` draws them.
-- memory: by how much a process grows that trains the network of 1024-1024-1024-10.
+- memory: by how much a process grows that trains the network of 1024-1024-1024-10, and how large it is at most.
+
+`--backend` and `--device` say where; otherwise it is where KERAS_BACKEND and the backend's own habits put it.
 """
 
 import concurrent.futures
 import functools
 import math
 import multiprocessing
+import os
 import pathlib
+import sys
 
 import common
 import keras
@@ -28,6 +32,7 @@ import numpy as np
 import peers
 
 import keras_vdrop as kv
+from keras_vdrop.functional import estimators
 
 # Training
 
@@ -61,7 +66,7 @@ WEIGHTS = {
         estimator: tuple(
             functools.partial(cls, estimator=estimator, **KL) for cls in (kv.VariationalDense, kv.VariationalConv2D)
         )
-        for estimator in ("local_reparameterization", "flipout", "reparameterization")
+        for estimator in estimators.ESTIMATORS
     },
 }
 # Noise after every hidden dense layer of Keras's own.
@@ -252,7 +257,7 @@ def plot_growth(result, path):
 
 
 def memory(function, *arguments):
-    """By how many MB the process grows in which `function` runs, of those that measure themselves: one of its own."""
+    """What `function` says of the memory of the process that it runs in: one of its own."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
@@ -265,10 +270,12 @@ def _train(name, title, jit):
 
 
 def _grown(function):
+    """By how many MB the process grows while the function runs, and how large it is at most."""
     before = _resident("VmRSS")
     _forget_peak()
     function()
-    return _resident("VmHWM") - before
+    peak = _resident("VmHWM")
+    return {"MB": peak - before, "peak MB": peak}
 
 
 def _forget_peak():
@@ -330,7 +337,7 @@ def prediction(options):
             made = {way: prediction_step(way, model, x, samples, jit) for way in WAYS}
             each = summary(common.measure(made, max(3, options.repeats // 5)))
             for way in WAYS[: 1 if options.quick else None]:
-                each[way]["MB"] = memory(_predict, name, way, rows, samples, jit)
+                each[way].update(memory(_predict, name, way, rows, samples, jit))
             title = f"{samples} draws, {rows} rows: {name}, {keras.backend.backend()}, jit_compile={jit}"
             result[title] = each
             show(title, each)
@@ -364,24 +371,55 @@ def memory_of_training(options):
     for jit in (False, True):
         rows = {name: memory(_train, name, title, jit) for name in list(WEIGHTS)[: 1 if options.quick else None]}
         base = next(iter(rows.values()))
-        result[f"{title}, {keras.backend.backend()}, jit_compile={jit}"] = {
-            name: {"MB": grown, "ratio": grown / base} for name, grown in rows.items()
+        mode = f"{title}, {keras.backend.backend()}, jit_compile={jit}"
+        result[mode] = {
+            name: {**row, **{f"{key}, ratio": row[key] / base[key] for key in base}} for name, row in rows.items()
         }
-        print(f"\nmemory of training: {title}, jit_compile={jit}", rows, flush=True)
+        print(f"\n{'memory of training ' + mode:<84}{'MB':>8}{'ratio':>8}{'peak MB':>10}{'ratio':>8}")
+        for name, row in result[mode].items():
+            grown, peak = (f"{row[f'{key}, ratio']:>8.2f}" for key in ("MB", "peak MB"))
+            print(f"{name:<84}{row['MB']:>8.0f}{grown}{row['peak MB']:>10.0f}{peak}", flush=True)
     return result
 
 
 TOPICS = {"training": training, "prediction": prediction, "growth": growth, "memory": memory_of_training}
 
 
+def start_anew(backend, device):
+    """Run this command again where the environment asks for another backend or device: both are read on import."""
+    wanted = {} if backend is None else {"KERAS_BACKEND": backend}
+    if device == "cpu":
+        wanted.update(CUDA_VISIBLE_DEVICES="-1", JAX_PLATFORMS="cpu")
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.environ.update(wanted)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    if device == "gpu" and not _sees_gpu():
+        sys.exit(f"The backend {keras.backend.backend()!r} sees no GPU.")
+
+
+def _sees_gpu():
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    try:
+        return bool(keras.distribution.list_devices("gpu"))
+    except RuntimeError:  # what JAX says
+        return False
+
+
 def main():
     parser = common.parser(__doc__, learns=False)
+    parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="in place of KERAS_BACKEND")
+    parser.add_argument("--device", choices=["cpu", "gpu"], help="in place of what the backend chooses")
     parser.add_argument("--topics", nargs="+", choices=list(TOPICS), default=list(TOPICS))
     parser.add_argument("--repeats", type=int, default=30, help="steps of each network; a fifth, where they are long")
     parser.add_argument("--plot", type=pathlib.Path, help="a picture of the growth")
     options = parser.parse_args()
+    start_anew(options.backend, options.device)
     if options.quick:
         options.repeats = 3
+    print(*(f"{key}: {value}" for key, value in common.about().items()), sep="\n")
     result = {}
     for topic in options.topics:
         result[topic] = TOPICS[topic](options)

@@ -8,6 +8,7 @@ They differ in what is drawn, and so in cost and in how outputs vary together:
 | estimator | draws | products | noise is shared by |
 | --- | --- | --- | --- |
 | `local_reparameterization` | one number for each output | 2 | nothing |
+| `fast_local_reparameterization` | one sign for each output | 1, and 1 in bfloat16 | nothing |
 | `flipout` | one weight for the batch, signs for each example | 2 | nothing but one weight draw |
 | `reparameterization` | one weight for the batch | 1 | all examples of the batch |
 
@@ -59,12 +60,39 @@ def local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATC
         https://arxiv.org/abs/1506.02557
     """
     del sign_axes
+    return _local(linear, x, loc, log_variance, seed, dtype, noise.normal, log_variance.dtype)
+
+
+def fast_local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, dtype=None):
+    """linear(x, loc) + sqrt(linear(x², exp(log_variance)))·s, with a sign s, ±1, for each output.
+
+    `local_reparameterization` at a lower cost, and with two departures. The noise has the mean and the variance of the
+    exact one, and no tails: an output is one of two values. And the variance is a product in bfloat16, whose inputs and
+    outputs keep 8 bits: within 1 %, and less where many terms are summed. bfloat16 has the range of float32; it costs
+    half as much on a processor that has it, and more on one that has not.
+
+    Args:
+        linear, x, loc, log_variance, seed, sign_axes, dtype: As for `local_reparameterization`.
+
+    Returns:
+        Tensor of the shape of `linear(x, loc)`.
+
+    Reference:
+        Variational Dropout and the Local Reparameterization Trick, Kingma, Salimans, Welling, 2015,
+        https://arxiv.org/abs/1506.02557
+    """
+    del sign_axes
+    return _local(linear, x, loc, log_variance, seed, dtype, noise.rademacher, "bfloat16")
+
+
+def _local(linear, x, loc, log_variance, seed, dtype, draw, variance_dtype):
+    """The mean, and `draw` by the root of the variance, which is a product in `variance_dtype`."""
     mean = linear(x, ops.cast(loc, dtype or x.dtype))
     # float16 ends at 65504, so the square of 300 is already infinite in it. The square of a row of a lookup is itself.
-    squared = x if _is_lookup(x) else ops.square(ops.cast(x, log_variance.dtype))
-    variance = linear(squared, ops.exp(log_variance))
-    scale = ops.sqrt(variance + _SMALLEST_VARIANCE)
-    epsilon = noise.normal(ops.shape(mean), seed, log_variance.dtype)
+    squared = x if _is_lookup(x) else ops.cast(ops.square(ops.cast(x, log_variance.dtype)), variance_dtype)
+    variance = linear(squared, ops.cast(ops.exp(log_variance), variance_dtype))
+    scale = ops.sqrt(ops.cast(variance, log_variance.dtype) + _SMALLEST_VARIANCE)
+    epsilon = draw(ops.shape(mean), seed, log_variance.dtype)
     return mean + ops.cast(scale * epsilon, mean.dtype)
 
 
@@ -136,6 +164,7 @@ def reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_
 
 ESTIMATORS = {
     "local_reparameterization": local_reparameterization,
+    "fast_local_reparameterization": fast_local_reparameterization,
     "flipout": flipout,
     "reparameterization": reparameterization,
 }

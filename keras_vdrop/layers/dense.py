@@ -24,7 +24,8 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
         kernel_prior: "log_uniform" (prunes hardest), "ard" (prunes, and is a proper prior), "normal",
             a `priors.Prior`, a TFP distribution, or None for a plain kernel.
         bias_prior: The same for the bias; None, a plain bias.
-        estimator: "local_reparameterization", "flipout" or "reparameterization": see `functional.estimators`.
+        estimator: "local_reparameterization", "fast_local_reparameterization", "flipout" or "reparameterization": see
+            `functional.estimators`.
         kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
         initial_log_variance: Float, where log_variance starts.
         threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 from scipy import stats
 
 from keras_vdrop.functional import noise
@@ -40,9 +41,19 @@ def test_normal(run):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 0)])
-def test_normal_of_any_shape(run, shape):
-    values = array(run(lambda: noise.normal(shape, 7))())
+@pytest.mark.parametrize("draw", [noise.normal, noise.rademacher, noise.uniform])
+def test_draws_of_any_shape(run, draw, shape):
+    values = array(run(lambda: draw(shape, 7))())
     assert values.shape == shape and np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("draw", [noise.rademacher, noise.uniform])
+def test_draws_of_any_type(run, draw, dtype):
+    values = run(lambda: draw((1000,), 7, dtype))()
+    if not (dtype == "float64" and keras.backend.backend() == "jax"):  # which has none unless it is asked to
+        assert keras.backend.standardize_dtype(values.dtype) == dtype
+    assert_mean(array(ops.cast(values, "float32")), {noise.rademacher: 0.0, noise.uniform: 0.5}[draw])
 
 
 def test_normal_has_the_tails_of_a_normal():
@@ -57,7 +68,9 @@ def test_rademacher(run):
     values = array(run(lambda: noise.rademacher((N,), seeds))())
     assert set(np.unique(values)) == {-1.0, 1.0}
     assert_mean(values, 0.0)
-    assert_uncorrelated(values[1:], values[:-1])
+    words = -(-N // 32)  # 32 signs are those of one word, where they are packed
+    for lag in (1, words):
+        assert_uncorrelated(values[lag:], values[:-lag])
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.75])

@@ -8,9 +8,10 @@ import pytest
 from keras import layers
 
 import keras_vdrop as kv
+from keras_vdrop.functional import estimators
 from tests.cases import array, randomize
 
-ESTIMATORS = ["local_reparameterization", "flipout", "reparameterization"]
+ESTIMATORS = list(estimators.ESTIMATORS)
 RNG = np.random.default_rng(0)
 B, T, S, D = 2, 4, 5, 6
 QUERY = RNG.normal(size=(B, T, D)).astype("float32")

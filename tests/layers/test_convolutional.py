@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 import keras_vdrop as kv
+from keras_vdrop.functional import estimators
 from tests.cases import array, randomize
 from tests.statistics import assert_mean, assert_variance, sample
 
-ESTIMATORS = ["local_reparameterization", "flipout", "reparameterization"]
+ESTIMATORS = list(estimators.ESTIMATORS)
 
 
 def patches(x, size, strides=1, padding="valid", dilation_rate=1):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import keras_vdrop as kv
+from keras_vdrop.functional import estimators
 from tests.cases import array, randomize
 from tests.statistics import assert_mean, assert_variance, sample
 
-ESTIMATORS = ["local_reparameterization", "flipout", "reparameterization"]
+ESTIMATORS = list(estimators.ESTIMATORS)
 
 # The shape of the input, and that of the output without the batch.
 EINSUMS = {

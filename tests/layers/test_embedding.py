@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import keras_vdrop as kv
+from keras_vdrop.functional import estimators
 from tests.cases import array, randomize
 from tests.statistics import assert_mean, assert_variance, sample
 
-ESTIMATORS = ["local_reparameterization", "flipout", "reparameterization"]
+ESTIMATORS = list(estimators.ESTIMATORS)
 WORDS, UNITS = 5, 3
 TABLE = np.random.default_rng(1).normal(size=(WORDS, UNITS)).astype("float32")
 X = np.array([[1, 2, 1, 4], [1, 0, 3, 3]], "int32")
