@@ -128,8 +128,9 @@ def _processor():
 
 
 def _without_places(arguments):
-    """The command with DIR for the folder of data, which is where it is on one machine only."""
-    return ["DIR" if before == "--data" else after for before, after in zip([None, *arguments], arguments)]
+    """The command without the places that are those of one machine."""
+    places = {"--data": "DIR", "--ood": "FILE", "--plot": "FILE"}
+    return [places.get(before, after) for before, after in zip([None, *arguments], arguments)]
 
 
 def _version(name):

@@ -205,6 +205,12 @@ def predicted_rows(model, rows):
     return keras.ops.convert_to_tensor(x)
 
 
+def _time_predictions(name, rows, samples, jit, repeats):
+    model = predicted_model(name)
+    x = predicted_rows(model, rows)
+    return summary(common.measure({way: prediction_step(way, model, x, samples, jit) for way in WAYS}, repeats))
+
+
 def _predict(name, way, rows, samples, jit):
     model = predicted_model(name)
     x = predicted_rows(model, rows)
@@ -244,20 +250,21 @@ def plot_growth(result, path):
     """One picture for each axis and mode: ms against size, both logarithmic."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(GROWTH), figsize=(4 * len(GROWTH), 7), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(2, len(GROWTH), figsize=(4.5 * len(GROWTH), 7), squeeze=False, layout="constrained")
     for ax, (title, each) in zip(axes.T.flatten(), result.items()):
         for marker, (name, values) in zip("os", each["ms"].items()):
             ax.loglog(each["sizes"], values, marker=marker, label=f"{name}: slope {each['exponents'][name]:.2f}")
-        ax.set(title=title, xlabel=each["axis"], ylabel="ms a step")
-        ax.legend()
+        highest = max(value for values in each["ms"].values() for value in values)
+        ax.set(title=title, xlabel=each["axis"], ylabel="ms a step", ylim=(None, 4 * highest))
+        ax.legend(loc="upper left", fontsize="small")
     figure.savefig(path, dpi=100)
 
 
 # Memory
 
 
-def memory(function, *arguments):
-    """What `function` says of the memory of the process that it runs in: one of its own."""
+def apart(function, *arguments):
+    """What `function` returns, in a process of its own, which gives back its memory."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
@@ -332,12 +339,9 @@ def prediction(options):
     result = {}
     for name in list(PREDICTED)[: 1 if options.quick else None]:
         for jit in (False, True):
-            model = predicted_model(name)
-            x = predicted_rows(model, rows)
-            made = {way: prediction_step(way, model, x, samples, jit) for way in WAYS}
-            each = summary(common.measure(made, max(3, options.repeats // 5)))
+            each = apart(_time_predictions, name, rows, samples, jit, max(3, options.repeats // 5))
             for way in WAYS[: 1 if options.quick else None]:
-                each[way].update(memory(_predict, name, way, rows, samples, jit))
+                each[way].update(apart(_predict, name, way, rows, samples, jit))
             title = f"{samples} draws, {rows} rows: {name}, {keras.backend.backend()}, jit_compile={jit}"
             result[title] = each
             show(title, each)
@@ -369,7 +373,7 @@ def memory_of_training(options):
     title = [*NETWORKS][0 if options.quick else 1]
     result = {}
     for jit in (False, True):
-        rows = {name: memory(_train, name, title, jit) for name in list(WEIGHTS)[: 1 if options.quick else None]}
+        rows = {name: apart(_train, name, title, jit) for name in list(WEIGHTS)[: 1 if options.quick else None]}
         base = next(iter(rows.values()))
         mode = f"{title}, {keras.backend.backend()}, jit_compile={jit}"
         result[mode] = {
