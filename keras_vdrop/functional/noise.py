@@ -91,8 +91,9 @@ def _box_muller(shape, seed):
     sine *= z
     square = sine * sine
     cosine = tf.sqrt(tf.maximum(1.0 - square, 0.0))
-    draws = tf.concat([r * (1.0 - 2.0 * square), 2.0 * r * sine * cosine], axis=0)
-    return tf.reshape(draws[:count], shape)
+    # A concatenation of two halves is not vectorised by XLA, a choice between two is.
+    draws = r * tf.where([[True], [False]], 1.0 - 2.0 * square, 2.0 * sine * cosine)
+    return tf.reshape(tf.reshape(draws, (-1,))[:count], shape)
 
 
 def _count(shape):
