@@ -25,8 +25,8 @@ class MonteCarlo(keras.Model):
     that is not variational stays in inference mode. A stateful RNN starts every draw from the state that it holds, and
     keeps it. Steps that the model masks have statistics like all others, and count in `evaluate`.
 
-    In TensorFlow it runs without XLA unless `compile(jit_compile=True)` asks for it: that compiles for some seconds, and
-    then predicts in less time.
+    In TensorFlow it runs without XLA unless `compile(jit_compile=True)` asks for it: that compiles for some seconds,
+    and then predicts in less time.
 
     `evaluate` compares y with the `probability` or the `mean`, after `compile(metrics=[...])`. The loss, unless
     `compile` is given one, is −log p(y): of the mean probability, or of the normal distribution of that mean
