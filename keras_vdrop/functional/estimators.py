@@ -68,8 +68,8 @@ def fast_local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=
 
     `local_reparameterization` at a lower cost, and with two departures. The noise has the mean and the variance of the
     exact one, and no tails: an output is one of two values. And the variance is a product in bfloat16, whose inputs and
-    outputs keep 8 bits: within 1 %, and less where many terms are summed. bfloat16 has the range of float32; it costs
-    half as much on a processor that has it, and more on one that has not.
+    outputs keep 8 bits: within 1 %, and less where many terms are summed. bfloat16 has the range of float32. It
+    costs less where products in it are fast, as in a TensorFlow graph on a processor that has them, and more elsewhere.
 
     Args:
         linear, x, loc, log_variance, seed, sign_axes, dtype: As for `local_reparameterization`.
