@@ -5,7 +5,8 @@ example's `y` holds is summed, where Keras's own losses take the mean. Keras has
 `SparseCategoricalCrossentropy`, `BinaryCrossentropy`. Its mean squared error is a likelihood only for one noise level,
 which `ELBO(likelihood_scale=...)` states.
 
-Outputs have the parameters of the distribution on their last axis. A raw scale becomes a scale by softplus.
+Outputs have the parameters of the distribution on their last axis. A raw scale becomes a scale of at least 0.001 by
+`functional.likelihoods.scale_of`: standardise y.
 """
 
 import keras
@@ -112,10 +113,10 @@ class NormalNLL(NegativeLogLikelihood):
     """
 
     def log_prob(self, y, parameters):
-        return likelihoods.normal(y, parameters[..., 0], ops.softplus(parameters[..., 1]))
+        return likelihoods.normal(y, parameters[..., 0], likelihoods.scale_of(parameters[..., 1]))
 
     def moments(self, parameters):
-        return parameters[..., 0], ops.square(ops.softplus(parameters[..., 1]))
+        return parameters[..., 0], ops.square(likelihoods.scale_of(parameters[..., 1]))
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -131,10 +132,10 @@ class LaplaceNLL(NegativeLogLikelihood):
     """
 
     def log_prob(self, y, parameters):
-        return likelihoods.laplace(y, parameters[..., 0], ops.softplus(parameters[..., 1]))
+        return likelihoods.laplace(y, parameters[..., 0], likelihoods.scale_of(parameters[..., 1]))
 
     def moments(self, parameters):
-        return parameters[..., 0], 2.0 * ops.square(ops.softplus(parameters[..., 1]))
+        return parameters[..., 0], 2.0 * ops.square(likelihoods.scale_of(parameters[..., 1]))
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -163,12 +164,12 @@ class StudentTNLL(NegativeLogLikelihood):
         self.df = float(df)
 
     def log_prob(self, y, parameters):
-        return likelihoods.student_t(y, self.df, parameters[..., 0], ops.softplus(parameters[..., 1]))
+        return likelihoods.student_t(y, self.df, parameters[..., 0], likelihoods.scale_of(parameters[..., 1]))
 
     def moments(self, parameters):
         if self.df <= 2:
             raise ValueError(f"With 2 degrees of freedom or fewer, the variance is infinite. Received: df={self.df:g}")
-        return parameters[..., 0], self.df / (self.df - 2.0) * ops.square(ops.softplus(parameters[..., 1]))
+        return parameters[..., 0], self.df / (self.df - 2.0) * ops.square(likelihoods.scale_of(parameters[..., 1]))
 
     def get_config(self):
         return {**super().get_config(), "df": self.df}
@@ -201,13 +202,13 @@ class NormalMixtureNLL(NegativeLogLikelihood):
 
     def log_prob(self, y, parameters):
         logits, loc, raw_scale = ops.split(parameters, 3, axis=-1)
-        return likelihoods.normal_mixture(y, logits, loc, ops.softplus(raw_scale))
+        return likelihoods.normal_mixture(y, logits, loc, likelihoods.scale_of(raw_scale))
 
     def moments(self, parameters):
         logits, loc, raw_scale = ops.split(parameters, 3, axis=-1)
         share = ops.softmax(logits, axis=-1)
         mean = ops.sum(share * loc, axis=-1, keepdims=True)
-        variance = ops.square(ops.softplus(raw_scale)) + ops.square(loc - mean)
+        variance = ops.square(likelihoods.scale_of(raw_scale)) + ops.square(loc - mean)
         return ops.squeeze(mean, axis=-1), ops.sum(share * variance, axis=-1)
 
     def get_config(self):

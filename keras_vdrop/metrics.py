@@ -10,6 +10,7 @@ import statistics
 import keras
 from keras import ops
 
+from keras_vdrop.functional import likelihoods
 from keras_vdrop.functional.calibration import EDGE
 from keras_vdrop.layers.base import check_positive_int
 from keras_vdrop.losses import mask_of, targets
@@ -122,7 +123,7 @@ class BrierScore(_Mean):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class NormalCRPS(_Mean):
-    """`functional.regression.normal_crps` of a model that gives a loc and a raw scale, softplus of which is the scale.
+    """`functional.regression.normal_crps` of a model that gives a loc and a raw scale, as `losses.NormalNLL` takes them.
 
     Args:
         name: In the logs.
@@ -185,7 +186,7 @@ def _standardised(y_true, y_pred, dtype):
     """The scale, and (y − loc) / scale."""
     y_true, y_pred = ops.cast(y_true, dtype), ops.cast(y_pred, dtype)
     y = targets(y_true, y_pred, "numbers (B, ...) and predictions (B, ..., 2), the loc and the raw scale")
-    scale = ops.softplus(y_pred[..., 1])
+    scale = likelihoods.scale_of(y_pred[..., 1])
     return scale, (y - y_pred[..., 0]) / scale
 
 

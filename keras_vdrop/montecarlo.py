@@ -40,8 +40,8 @@ class MonteCarlo(keras.Model):
             "categorical": outputs (B, ..., C): `probability`, `predictive_entropy` (total), `expected_entropy` (of the
                 data), `mutual_information` (of the model), in nats.
             "bernoulli": outputs (B, ...), the probability of 1 or its logit: the same.
-            "normal": outputs (B, ..., 2), the loc and the raw scale, of which softplus is the standard
-                deviation: `mean`, `aleatoric_variance` and `epistemic_variance`.
+            "normal": outputs (B, ..., 2), the loc and the raw scale, as `losses.NormalNLL` takes them: `mean`,
+                `aleatoric_variance` and `epistemic_variance`.
             A loss of `losses`, or any object with `moments(outputs)` -> (mean, variance) of y: the same three.
         from_logits: Whether the outputs of a categorical or bernoulli model are logits.
         output: "statistics", or "samples" for the outputs themselves, (B, S, ...).
@@ -219,7 +219,7 @@ class MonteCarlo(keras.Model):
         if self.likelihood == "bernoulli":
             return ops.sigmoid(outputs) if self.from_logits else outputs
         if self.likelihood == "normal":
-            return outputs[..., 0], ops.square(ops.softplus(outputs[..., 1]))
+            return outputs[..., 0], ops.square(likelihoods.scale_of(outputs[..., 1]))
         return self.likelihood.moments(outputs)
 
     # What Keras's models do

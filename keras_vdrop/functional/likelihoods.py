@@ -4,6 +4,17 @@ import math
 
 from keras import ops
 
+LEAST_SCALE = 1e-3
+
+
+def scale_of(raw_scale):
+    """log(1 + exp(raw_scale)) + `LEAST_SCALE`: the scale that an unbounded output stands for, in the units of y.
+
+    Without the least scale, an output far below 0, as at an outlier among the inputs, makes the scale so small that
+    ((y − loc) / scale)² is no number in float32. It asks for y that is not much smaller than 1: standardise it.
+    """
+    return ops.softplus(raw_scale) + LEAST_SCALE
+
 
 def normal(y, loc, scale):
     """−½·log(2π) − log scale − ½·((y − loc) / scale)²
