@@ -123,7 +123,7 @@ class BrierScore(_Mean):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class NormalCRPS(_Mean):
-    """`functional.regression.normal_crps` of a model that gives a loc and a raw scale, as `losses.NormalNLL` takes them.
+    """`functional.regression.normal_crps` of a model that gives outputs as `losses.NormalNLL` takes them.
 
     Args:
         name: In the logs.

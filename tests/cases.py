@@ -275,6 +275,11 @@ def array(tensor):
     return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32")))
 
 
+def scale_of(raw_scale):
+    """The scale that a raw scale stands for, of NumPy arrays."""
+    return np.log1p(np.exp(np.asarray(raw_scale, "float64"))) + 1e-3
+
+
 def stock(model):
     """Whether a model is of Keras's own layers, at every depth."""
     return not any(type(layer).__module__.startswith("keras_vdrop") for layer in model._flatten_layers())

@@ -8,13 +8,13 @@ from scipy import stats
 import keras_vdrop as kv
 from keras_vdrop import losses
 from keras_vdrop.functional import likelihoods
-from tests.cases import array, posteriors
+from tests.cases import array, posteriors, scale_of
 
 RNG = np.random.default_rng(0)
 Y = RNG.normal(size=(6, 3)).astype("float32")
 LOC = RNG.normal(size=(6, 3)).astype("float32")
 RAW = RNG.normal(size=(6, 3)).astype("float32")
-SCALE = np.log1p(np.exp(RAW.astype("float64")))
+SCALE = scale_of(RAW)
 TWO = np.stack([LOC, RAW], axis=-1)
 
 
@@ -22,7 +22,7 @@ def mixture():
     """Outputs of three components, and the log density of each number of Y."""
     logits, loc, raw = (RNG.normal(size=(6, 3, 3)).astype("float32") for _ in range(3))
     weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-    density = (weights * stats.norm.pdf(Y[..., None], loc, np.log1p(np.exp(raw)))).sum(axis=-1)
+    density = (weights * stats.norm.pdf(Y[..., None], loc, scale_of(raw))).sum(axis=-1)
     return np.concatenate([logits, loc, raw], axis=-1), np.log(density)
 
 
@@ -68,6 +68,17 @@ def test_learns_is_saved_and_goes_on(cls, arguments, outputs, log_prob, tmp_path
     np.testing.assert_allclose(again.evaluate(x, y, verbose=0), model.evaluate(x, y, verbose=0), rtol=1e-6)
 
 
+@OVER_CASES
+def test_an_outlier_among_the_inputs_does_no_harm(cls, arguments, outputs, log_prob):
+    """It makes raw scales of −1,000s, of which softplus is 0."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(outputs.shape[-1])])
+    model.compile("adam", cls(**arguments))
+    x = np.array([[1.0], [-1e4], [1e4]], "float32")
+    history = model.fit(x, np.zeros(3), epochs=5, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert np.isfinite(array(model(x))).all()
+
+
 def test_few_degrees_of_freedom_are_heavy_tails_and_many_are_normal():
     y, one = np.array([6.0], "float32"), np.ones(1, "float32")
     few, many, normal = (
@@ -90,7 +101,7 @@ def test_a_learned_scale_is_that_of_the_residuals():
     model.compile(keras.optimizers.Adam(0.05), losses.NormalNLL())
     model.fit(x, y, batch_size=64, epochs=30, verbose=0)
     outputs = model.predict(x, verbose=0)
-    scale = np.log1p(np.exp(outputs[..., 1]))
+    scale = scale_of(outputs[..., 1])
     residual = y - outputs[..., 0]
     assert np.ptp(scale) == 0
     np.testing.assert_allclose(scale[0, 0], np.sqrt((residual**2).mean()), rtol=0.1)
@@ -103,7 +114,7 @@ def test_monte_carlo_reads_what_the_normal_likelihood_is_given():
     model = keras.Model(inputs, losses.learned_scale(hidden))
     found = kv.MonteCarlo(model, num_samples=8, likelihood="normal").predict(np.ones((5, 4), "float32"), verbose=0)
     raw_scale = array(model.get_layer("raw_scale").bias)
-    expected = np.broadcast_to(np.log1p(np.exp(raw_scale)) ** 2, (5, 3))
+    expected = np.broadcast_to(scale_of(raw_scale) ** 2, (5, 3))
     np.testing.assert_allclose(found["aleatoric_variance"], expected, rtol=1e-5)
     assert (found["epistemic_variance"] > 0).all()
 
