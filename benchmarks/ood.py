@@ -82,7 +82,9 @@ def fit(model, x, y, options, callbacks=()):
     batch = 128
     steps = options.epochs * -(-len(x) // batch)
     rate = keras.optimizers.schedules.PolynomialDecay(2e-3, steps, 0.0)
-    model.compile(keras.optimizers.Adam(rate), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    # Twenty steps at a call: on few cores TensorFlow's steps wait for its input pipeline.
+    model.compile(keras.optimizers.Adam(rate), loss, steps_per_execution=20)
     model.fit(x, y, batch_size=batch, epochs=options.epochs, callbacks=list(callbacks), verbose=0)
     return model
 
