@@ -37,19 +37,19 @@ def _by_signal_to_noise(kl, loc, log_variance):
     """A KL that depends on t = 1/alpha = loc²/variance alone, with its gradient by half the operations.
 
     Args:
-        kl: Function of t that returns the KL and its derivative.
+        kl: Function of t that returns the KL and twice its derivative.
         loc, log_variance: As for all functions here.
     """
 
     @ops.custom_gradient
     def value(loc, log_variance):
         loc_over_variance = loc * ops.exp(-log_variance)
-        t = loc * loc_over_variance
-        values, slope = kl(t)
+        values, twice_slope = kl(loc * loc_over_variance)
+        slope_in_loc = twice_slope * loc_over_variance
 
         def gradient(*arguments, upstream=None):  # by position or, in PyTorch, by name
-            by_t = slope * (arguments[0] if upstream is None else upstream)
-            return 2.0 * by_t * loc_over_variance, -by_t * t
+            by_loc = slope_in_loc * (arguments[0] if upstream is None else upstream)
+            return by_loc, -0.5 * loc * by_loc
 
         return values, gradient
 
@@ -84,11 +84,11 @@ def log_uniform(loc, log_variance):
 
 
 def _log_uniform(t):
-    # The root's cube stays finite in float32; past the bound its term is constant to 1e-27.
-    root = ops.sqrt(ops.minimum(t, 1e18))
-    cube = _EXP_MINUS_K2 * root * root * root
-    left, half = 1.0 / (1.0 + cube), 0.5 / (1.0 + t)
-    return _K1 - _K1 * left + 0.5 * ops.log1p(t), 1.5 * _K1 * _EXP_MINUS_K2 * root * left * left + half
+    # The cube of the root stays finite in float32; past the bound its term is constant to 1e-27.
+    bounded = ops.minimum(t, 1e18)
+    root = ops.sqrt(bounded)
+    left = 1.0 / (1.0 + _EXP_MINUS_K2 * bounded * root)
+    return _K1 - _K1 * left + 0.5 * ops.log1p(t), 3.0 * _K1 * _EXP_MINUS_K2 * root * left * left + 1.0 / (1.0 + t)
 
 
 def log_uniform_exact(loc, log_variance):
@@ -176,7 +176,7 @@ def ard(loc, log_variance, group_axis=None, blocks=1):
 
 
 def _ard(t):
-    return 0.5 * ops.log1p(t), 0.5 / (1.0 + t)
+    return 0.5 * ops.log1p(t), 1.0 / (1.0 + t)
 
 
 def ard_variance(loc, log_variance, group_axis=None, blocks=1):
