@@ -60,7 +60,6 @@ class Round:
         ramp: Over how many epochs the KL's weight rises to that from 0.
         threshold: On log alpha, at the end.
         flat: The share of the epochs after which Adam's rate begins to fall, linearly, to 0.
-        narrow: Whether the units that are dead by then are left out first, which is the same function in less time.
     """
 
     epochs: int
@@ -68,14 +67,7 @@ class Round:
     ramp: int = 0
     threshold: float = 0.0
     flat: float = 0.5
-    narrow: bool = False
 
-
-# Units or filters of the layers but the last.
-WIDTHS = {"300-100": (300, 100), "5-caffe": (20, 50, 500)}
-
-# The faster one takes three quarters of the time in LeNet-5, and as long in LeNet-300-100.
-ESTIMATORS = {"300-100": "local_reparameterization", "5-caffe": "fast_local_reparameterization"}
 
 STAGES = {
     "300-100": [
@@ -83,12 +75,8 @@ STAGES = {
         [Round(50, 4.5, ramp=20, flat=0.6), Round(40, 0.3)],
     ],
     "5-caffe": [
-        [
-            Round(30, 1.0, ramp=15, threshold=2.0),
-            Round(20, 3.0, ramp=8, threshold=1.0, flat=0.6, narrow=True),
-            Round(15, 0.3, narrow=True),
-        ],
-        [Round(14, 3.0, ramp=8, flat=0.6, narrow=True), Round(15, 0.3, narrow=True)],
+        [Round(20, 1.0, ramp=8, threshold=2.0), Round(15, 3.0, ramp=6, threshold=1.0, flat=0.6), Round(6, 0.3)],
+        [Round(12, 5.0, ramp=6, flat=0.6), Round(6, 0.3)],
     ],
 }
 
@@ -133,21 +121,20 @@ def _keras_datasets():
     return folder if folder.is_dir() else None
 
 
-def network(net, dense, convolution, widths=None):
+def network(net, dense, convolution):
     """LeNet-300-100, or LeNet-5 as Caffe has it, of the classes given: from images to ten logits."""
-    widths = widths or WIDTHS[net]
     if net == "300-100":
-        features = [layers.Flatten(), dense(widths[0], activation="relu", name="dense1")]
-        hidden = dense(widths[1], activation="relu", name="dense2")
+        features = [layers.Flatten(), dense(300, activation="relu", name="dense1")]
+        hidden = dense(100, activation="relu", name="dense2")
     else:
         features = [
-            convolution(widths[0], 5, name="convolution1"),
+            convolution(20, 5, name="convolution1"),
             layers.MaxPooling2D(2),
-            convolution(widths[1], 5, name="convolution2"),
+            convolution(50, 5, name="convolution2"),
             layers.MaxPooling2D(2),
             layers.Flatten(),
         ]
-        hidden = dense(widths[2], activation="relu", name="dense1")
+        hidden = dense(500, activation="relu", name="dense1")
     return keras.Sequential([keras.Input((28, 28, 1)), *features, hidden, dense(10, name="logits")])
 
 
@@ -155,22 +142,9 @@ def dense_network(net):
     return network(net, layers.Dense, layers.Conv2D)
 
 
-def variational_network(net, prior, widths=None):
-    arguments = {"kernel_prior": prior, "initial_log_variance": -8.0, "estimator": ESTIMATORS[net]}
-    classes = (functools.partial(cls, **arguments) for cls in (kv.VariationalDense, kv.VariationalConv2D))
-    return network(net, *classes, widths)
-
-
-def narrowed(model, net, prior):
-    """The same function and zeros, with noise as at first, in a network without the units that `compact` leaves out."""
-    small = _weights(kv.compact(model))
-    again = variational_network(net, prior, [kernel.shape[-1] for kernel, _ in small.values()])
-    for weight, layer, (kernel, bias) in zip(kv.posterior.posteriors(again), _weighted(again), small.values()):
-        weight.loc.assign(kernel)
-        layer.bias.assign(bias)
-    # Of a weight of 0 the log alpha is infinite.
-    kv.prune(again, threshold=100.0)
-    return again
+def variational_network(net, prior):
+    arguments = {"kernel_prior": prior, "initial_log_variance": -8.0}
+    return network(net, *(functools.partial(cls, **arguments) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
 
 
 # Learning
@@ -219,8 +193,6 @@ def learn_stages(options, data):
     model = variational_network(options.net, prior)
     for rounds in (STRUCTURED if options.structured else STAGES)[options.net]:
         for each in rounds:
-            if each.narrow:
-                model = narrowed(model, options.net, prior)
             epochs = options.epochs or each.epochs
             ramp = min(each.ramp, epochs - 1)
             elbo = kv.ELBO(len(data["train"][0]), warmup_epochs=ramp, temperature=each.temperature)
@@ -252,7 +224,7 @@ class MagnitudePruning(keras.callbacks.Callback):
                 kernel.assign(kernel * mask)
 
     def _kernels(self):
-        return [layer.kernel for layer in _weighted(self.model)]
+        return [layer.kernel for layer in self.model.layers if layer.weights]
 
     def _largest(self, share):
         sizes = [np.abs(keras.ops.convert_to_numpy(kernel)) for kernel in self._kernels()]
@@ -270,9 +242,8 @@ def error(model, data):
     return 100 * float(np.mean(model.predict(x, batch_size=1000, verbose=0).argmax(-1) != y))
 
 
-def row_of(model, data, net):
-    """Of a network the error, how many of all weights are not 0, and what `compact` makes of it."""
-    all_weights = _weights(dense_network(net))
+def row_of(model, data):
+    """Of a network the error, how many weights are not 0, and what `compact` makes of it."""
     small = kv.compact(model, x=data["test"][0])
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "model.keras")
@@ -280,11 +251,8 @@ def row_of(model, data, net):
         plain, gzipped = file_sizes(path)
     return {
         "error": error(model, data),
-        "layers": {
-            name: (all_weights[name][0].size, int(np.count_nonzero(kernel)))
-            for name, (kernel, _) in _weights(model).items()
-        },
-        "biases": [bias.size for _, bias in all_weights.values()],
+        "layers": {name: (kernel.size, int(np.count_nonzero(kernel))) for name, (kernel, _) in _weights(model).items()},
+        "biases": [bias.size for _, bias in _weights(model).values()],
         "biases_left": [int(np.count_nonzero(bias)) for _, bias in _weights(small).values()],
         "shapes": [kernel.shape for kernel, _ in _weights(small).values()],
         "bytes": plain,
@@ -294,14 +262,8 @@ def row_of(model, data, net):
 
 def _weights(model):
     """{name: (kernel, bias)} of the layers that have them, as they are without noise."""
-    return {
-        layer.name: [keras.ops.convert_to_numpy(each) for each in layer.weights]
-        for layer in _weighted(kv.to_deterministic(model))
-    }
-
-
-def _weighted(model):
-    return [layer for layer in model.layers if layer.weights]
+    weighted = [layer for layer in kv.to_deterministic(model).layers if layer.weights]
+    return {layer.name: [keras.ops.convert_to_numpy(each) for each in layer.weights] for layer in weighted}
 
 
 def weights_of(row):
@@ -352,17 +314,13 @@ def learn(name, seed, data, options, rows):
     """One network with one seed."""
     keras.utils.set_random_seed(seed)
     if name == "dense":
-        return row_of(learn_dense(options, data), data, options.net)
+        return row_of(learn_dense(options, data), data)
     if name == "magnitude":
         (ours,) = (row for row in rows["ours"] if row["seed"] == seed)
-        return {
-            "stages": [
-                row_of(learn_dense(options, data, weights_of(each)[1]), data, options.net) for each in ours["stages"]
-            ]
-        }
+        return {"stages": [row_of(learn_dense(options, data, weights_of(each)[1]), data) for each in ours["stages"]]}
     stages = []
     for model in learn_stages(options, data):
-        stages.append(row_of(model, data, options.net))
+        stages.append(row_of(model, data))
         if options.structured:
             stages[-1]["speed"] = speed(dense_network(options.net), kv.compact(model), data["test"][0])
     return {"stages": stages}
