@@ -15,6 +15,7 @@ default threshold. DIR holds mnist.npz.
 import functools
 
 import common
+import images
 import keras
 import mnist_lenet
 import numpy as np
@@ -124,8 +125,8 @@ def main():
     options = parser.parse_args()
     if options.quick:
         options.epochs, options.seeds = 2, 1
-    options.images, options.validation = "mnist", False
-    learn_this = functools.partial(learn, data=mnist_lenet.load(options), options=options)
+    data = images.load(options.data, None if options.quick else "mnist")
+    learn_this = functools.partial(learn, data=data, options=options)
     show(common.learn_rows(NETWORKS, options, learn_this))
 
 

@@ -17,11 +17,11 @@ Without it, mnist.npz is looked for where `keras.datasets` keeps it.
 
 import dataclasses
 import functools
-import os
 import pathlib
 import tempfile
 
 import common
+import images
 import keras
 import numpy as np
 from keras import layers
@@ -89,36 +89,7 @@ STRUCTURED = {
 }
 
 
-# Data and networks
-
-
-def load(options):
-    """The images in two parts, {part: (x (N, 28, 28, 1) in [0, 1], y (N,))}: to learn from, and to judge by."""
-    if options.quick:
-        parts = _made_up()
-    else:
-        with np.load(common.data_file(options.data or _keras_datasets(), f"{options.images}.npz")) as file:
-            parts = {part: (file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test")}
-    parts = {part: (x[..., None].astype("float32") / 255, y.astype("int32")) for part, (x, y) in parts.items()}
-    if options.validation:
-        x, y = parts["train"]
-        cut = len(x) * 5 // 6
-        parts = {"train": (x[:cut], y[:cut]), "test": (x[cut:], y[cut:])}
-    return parts
-
-
-def _made_up(count=1000, seed=0):
-    """Noise with a bright bar where the label says: a stand-in for the files."""
-    rng = np.random.default_rng(seed)
-    x, y = rng.integers(0, 100, (count, 28, 28)), rng.integers(0, 10, count)
-    x[np.arange(count), 2 * y + 4] = 255
-    cut = count * 4 // 5
-    return {"train": (x[:cut], y[:cut]), "test": (x[cut:], y[cut:])}
-
-
-def _keras_datasets():
-    folder = pathlib.Path(os.environ.get("KERAS_HOME", "~/.keras"), "datasets").expanduser()
-    return folder if folder.is_dir() else None
+# Networks
 
 
 def network(net, dense, convolution):
@@ -180,10 +151,8 @@ def learn_dense(options, data, left=None):
     model = dense_network(options.net)
     epochs = options.epochs or STAGES[options.net][0][0].epochs
     steps = epochs * -(-len(data["train"][0]) // BATCH)
-    if left is None:
-        fit(model, data, epochs)
-    else:
-        fit(model, data, epochs, callbacks=[MagnitudePruning(left, steps)], steps_at_once=1)
+    pruning = [] if left is None else [MagnitudePruning(left, steps)]
+    fit(model, data, epochs, callbacks=pruning, steps_at_once=1 if pruning else 20)
     return model
 
 
@@ -293,12 +262,12 @@ def compiled(model):
     return lambda x: function(x).numpy()
 
 
-def speed(dense, small, images, batches=(10_000, 128), repeats=30):
+def speed(dense, small, x, batches=(10_000, 128), repeats=30):
     """How many times faster the small network is than the dense one, by the size of the batch; medians, in turn."""
     faster = {}
     for batch in batches:
-        x = keras.ops.convert_to_tensor(np.resize(images, (batch, *images.shape[1:])))
-        steps = {name: functools.partial(compiled(model), x) for name, model in (("dense", dense), ("small", small))}
+        rows = keras.ops.convert_to_tensor(np.resize(x, (batch, *x.shape[1:])))
+        steps = {name: functools.partial(compiled(model), rows) for name, model in (("dense", dense), ("small", small))}
         seconds = common.measure(steps, repeats)
         faster[str(batch)] = {
             "ms": {name: 1e3 * float(np.median(each)) for name, each in seconds.items()},
@@ -362,7 +331,8 @@ def main():
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.epochs = 1, options.epochs or 2
-    data, rows = load(options), {}
+    data = images.load(options.data, None if options.quick else options.images, options.validation)
+    rows = {}
     learn_this = functools.partial(learn, data=data, options=options, rows=rows)
     networks = ("dense", "ours") if options.structured else ("dense", "ours", "magnitude")
     show(common.learn_rows(networks, options, learn_this, rows), options)

@@ -24,6 +24,7 @@ import functools
 import pathlib
 
 import common
+import images
 import keras
 import numpy as np
 from keras import layers, ops
@@ -35,7 +36,14 @@ OTHER = {"mnist": "fashion_mnist", "fashion_mnist": "mnist"}
 PRIORS = ("log_uniform", "ard", "normal")
 NETWORKS = ("plain", "ensemble", "dropout", *(f"bayesian, {prior}" for prior in PRIORS), "bayesian ensemble, normal")
 MEMBERS, NUM_SAMPLES = 5, 40
-SCORES = ("accuracy", "nll", "ece", "auroc_entropy", "auroc_information")
+# What a score is called, and how many digits of it are shown.
+SCORES = {
+    "accuracy": ("accuracy %", 2),
+    "nll": ("NLL", 4),
+    "ece": ("ECE %", 2),
+    "auroc_entropy": ("AUROC, entropy", 4),
+    "auroc_information": ("information", 4),
+}
 
 
 # Data and networks
@@ -43,23 +51,12 @@ SCORES = ("accuracy", "nll", "ece", "auroc_entropy", "auroc_information")
 
 def load(options):
     """To learn from, to judge by, and the other images: (x, y), (x, y), x."""
+    parts = images.load(options.data, None if options.quick else options.images, options.validation)
     if options.quick:
-        rng = np.random.default_rng(0)
-        y = rng.integers(0, 10, 400)
-        x = rng.normal(size=(400, 28, 28, 1)) + (np.arange(28) == 2 * y[:, None] + 4)[:, None, :, None]
-        return (x[:300], y[:300]), (x[300:], y[300:]), rng.normal(size=(100, 28, 28, 1))
-    with np.load(common.data_file(options.data, f"{options.images}.npz")) as file:
-        parts = [(_scaled(file[f"x_{part}"]), file[f"y_{part}"].astype("int64")) for part in ("train", "test")]
-    if options.validation:
-        x, y = parts[0]
-        cut = len(x) * 5 // 6
-        parts = [(x[:cut], y[:cut]), (x[cut:], y[cut:])]
-    with np.load(options.ood or common.data_file(options.data, f"{OTHER[options.images]}.npz")) as file:
-        return (*parts, _scaled(file["x_test"]))
-
-
-def _scaled(images):
-    return images.reshape(-1, 28, 28, 1).astype("float32") / 255
+        return *parts.values(), np.random.default_rng(0).normal(size=(100, 28, 28, 1))
+    path = options.ood or common.data_file(options.data, f"{OTHER[options.images]}.npz")
+    with np.load(path) as file:
+        return *parts.values(), images.scaled(file["x_test"])
 
 
 def network(dense, convolution, dropout=None):
@@ -130,8 +127,8 @@ def learn(name, seed, data, options):
     (x, y), (x_test, y_test), other = data
     predict = predictor(name, x, y, options)
     inside, outside = (
-        {key: ops.convert_to_numpy(value) for key, value in uncertainty.categorical(predict(images)).items()}
-        for images in (x_test, other)
+        {key: ops.convert_to_numpy(value) for key, value in uncertainty.categorical(predict(x)).items()}
+        for x in (x_test, other)
     )
     probability = inside["probability"]
     auroc = {
@@ -147,15 +144,16 @@ def learn(name, seed, data, options):
 
 
 def show(rows):
-    print(f"\n{'':<24}{'accuracy %':>16}{'NLL':>16}{'ECE %':>16}{'AUROC, entropy':>18}{'information':>18}")
+    print(f"\n{'':<24}" + "".join(f"{title:>18}" for title, _ in SCORES.values()))
     for name, each in rows.items():
-        cells = [
-            f"{np.mean([row[key] for row in each]):.4f} ± {np.std([row[key] for row in each], ddof=len(each) > 1):.4f}"
-            if key in each[0]
-            else "-"
-            for key in SCORES
-        ]
-        print(f"{name:<24}" + "".join(f"{cell:>{18 if at > 2 else 16}}" for at, cell in enumerate(cells)))
+        print(f"{name:<24}" + "".join(f"{_cell(each, key):>18}" for key in SCORES))
+
+
+def _cell(rows, key):
+    if key not in rows[0]:
+        return "-"
+    values, digits = [row[key] for row in rows], SCORES[key][1]
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=len(values) > 1):.{digits}f}"
 
 
 def main():

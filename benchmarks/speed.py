@@ -7,10 +7,10 @@ of them alike. The topics, each with XLA and without:
 
 - training: a step of two networks of dense layers, of LeNet-5 and of an LSTM: Keras's own layers, ours, and those of
   TensorFlow Probability and of packages for PyTorch, where they are installed (peers.py says how).
-- prediction: the mean probability of 100 draws for 1,000 rows, by `MonteCarlo` and by the ways around it: a Python loop
-  over `model(x, training=True)`, the same loop over a compiled function, and one call of that on every row
-  100 times. Beside it is how far the process's memory rises above what it is with the model at hand, in a process of
-  its own.
+- prediction: the mean probability of 100 draws for 1,000 rows, by `MonteCarlo`, with a draw for each row or consistent
+  ones for all of them, and by the ways around it: a Python loop over `model(x, training=True)`, the same loop over a
+  compiled function, and one call of that on every row 100 times. Beside it is how far the process's memory rises above
+  what it is with the model at hand, in a process of its own.
 - growth: the time of a training step against the width, the depth and the batch, and that of `MonteCarlo` against the
   number of draws, with the exponents of the slopes between the last two sizes; `--plot FILE.png` draws them.
 - memory: by how much a process grows that trains the network of 1024-1024-1024-10, and how large it is at most.
@@ -146,7 +146,7 @@ def _lstm():
 
 
 PREDICTED = {"784-300-100-10": _mlp, "CNN": _cnn, "LSTM": _lstm}
-WAYS = ("MonteCarlo", "loop", "compiled loop", "rows repeated")
+WAYS = ("MonteCarlo", "MonteCarlo, consistent", "loop", "compiled loop", "rows repeated")
 
 
 def predicted_model(name):
@@ -156,8 +156,9 @@ def predicted_model(name):
 
 def prediction_step(way, model, x, samples, jit):
     """The mean probability of that many draws, as a function without arguments."""
-    if way == "MonteCarlo":
-        sampler = kv.MonteCarlo(model, samples, likelihood="categorical")
+    if way.startswith("MonteCarlo"):
+        consistent = way.endswith("consistent")
+        sampler = kv.MonteCarlo(model, samples, likelihood="categorical", consistent=consistent)
         sampler.compile(jit_compile=jit)
         return lambda: sampler.predict_on_batch(x)
     draw = functools.partial(model, training=True) if way == "loop" else compiled(model, jit)
