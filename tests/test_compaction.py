@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from keras import layers
+from keras import layers, ops
 
 import keras_vdrop as kv
+from keras_vdrop.compaction.rules import Rule
+from keras_vdrop.compaction.whole import _kind
 from tests.cases import array, stock
 
 
@@ -106,6 +108,30 @@ def test_convolutional_network_with_branches():
     for seed in range(4):
         small = compacted(sparse(model, share=0.05, seed=seed))
         assert small.count_params() < model.count_params() / 2
+
+
+def test_operations_are_as_good_as_layers():
+    def network(add, concatenate, relu):
+        x = keras.Input((6,))
+        a, b = layers.Dense(16)(x), layers.Dense(16)(x)
+        h = concatenate([relu(add(a, b)), a * b, ops.tanh(a)])
+        return keras.Model(x, layers.Dense(2)(h))
+
+    operations = network(lambda a, b: a + b, lambda tensors: ops.concatenate(tensors, axis=-1), ops.relu)
+    as_layers = network(lambda a, b: layers.Add()([a, b]), layers.Concatenate(), layers.ReLU())
+    sizes = [compacted(sparse(model, share=0.1)).count_params() for model in (operations, as_layers)]
+    assert sizes[0] == sizes[1] < as_layers.count_params() / 2
+
+
+def test_operations_of_the_users_own_are_not_known_by_their_name():
+    class Relu(keras.Operation):
+        def call(self, x):
+            return ops.cumsum(x, axis=-1)
+
+        def compute_output_spec(self, x):
+            return keras.KerasTensor(x.shape, x.dtype)
+
+    assert _kind(Relu()) is Rule
 
 
 @pytest.mark.parametrize("cls", [layers.LSTM, layers.GRU, layers.SimpleRNN])

@@ -86,7 +86,8 @@ def _compare(large, small, inputs):
                 if not error <= tolerance * largest:
                     raise RuntimeError(
                         f"The smaller model does not predict what {large.name!r} does: outputs of up to {largest:.3g} "
-                        f"differ by {error:.3g}. It was dropped; please report this as a fault of `compact`."
+                        f"differ by {error:.3g}. It was dropped. Where large numbers cancel, as with inputs that are "
+                        "not scaled, that is rounding: scale them. Else please report it as a fault of `compact`."
                     )
 
 

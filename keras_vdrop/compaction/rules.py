@@ -12,7 +12,7 @@ class Rule:
     `ins` and `outs` are lists of boolean arrays, one an input and one an output, True for a channel that is kept.
 
     Attributes:
-        layer: The layer, one of Keras's own; None for an operation that is none.
+        layer: The layer, one of Keras's own; or the operation, as `x + y` and `keras.ops` make them.
         shapes: A list for each call, of the shapes of its inputs.
         masked: Whether a mask of places may reach it.
         reads_channels: Whether what is on the last axis of the inputs are channels.
@@ -131,13 +131,14 @@ class Normalization(PassThrough):
 class Merge(Rule):
     """A function of the numbers at one place of several tensors."""
 
+    # Layers and operations go by the same names.
     _OF = {  # noqa: RUF012
-        layers.Add: lambda values: values.sum(axis=0),
-        layers.Subtract: lambda values: values[0] - values[1],
-        layers.Multiply: lambda values: values.prod(axis=0),
-        layers.Average: lambda values: values.mean(axis=0),
-        layers.Maximum: lambda values: values.max(axis=0),
-        layers.Minimum: lambda values: values.min(axis=0),
+        "Add": lambda values: values.sum(axis=0),
+        "Subtract": lambda values: values[0] - values[1],
+        "Multiply": lambda values: values.prod(axis=0),
+        "Average": lambda values: values.mean(axis=0),
+        "Maximum": lambda values: values.max(axis=0),
+        "Minimum": lambda values: values.min(axis=0),
     }
 
     @classmethod
@@ -145,8 +146,9 @@ class Merge(Rule):
         return len({(len(shape), shape[-1]) for shape in inputs}) == 1
 
     def constants(self, known, sizes):
-        value = self._OF[type(self.layer)](np.stack(known))
-        if isinstance(self.layer, layers.Multiply):
+        name = type(self.layer).__name__
+        value = self._OF[name](np.stack(known))
+        if name == "Multiply":
             value = np.where((np.stack(known) == 0.0).any(axis=0), 0.0, value)
         return [value for _ in sizes]
 

@@ -53,7 +53,7 @@ def shrink(model, masked=None):
 
     changes, weights = {}, {}
     for group in groups:
-        if group.rule.layer is not None:
+        if isinstance(group.rule.layer, layers.Layer):
             changes[group.name], weights[group.name] = group.rule.cut(group.known(known), *group.masks(kept))
     config = model.get_config()
     for entry in config["layers"]:
@@ -148,9 +148,22 @@ _RULES = {
 }
 _RULE_OF = {getattr(layers, name): rule for rule, names in _RULES.items() for name in names.split()}
 
+# Of Keras's operations, by the names of their types, which are not public.
+_OPERATIONS = {
+    Merge: "Add Subtract Multiply Maximum Minimum",
+    Concatenation: "Concatenate",
+    Elementwise: "Relu Relu6 LeakyRelu Elu Selu Gelu Silu Sigmoid Softplus Softsign Tanh",
+}
+_OPERATION_RULE_OF = {name: rule for rule, names in _OPERATIONS.items() for name in names.split()}
 
-def _kind(layer):
-    return Nested if isinstance(layer, keras.Model) and is_graph(layer) else _RULE_OF.get(type(layer), Rule)
+
+def _kind(operation):
+    """The rule of a layer or of another operation."""
+    if isinstance(operation, layers.Layer):
+        nested = isinstance(operation, keras.Model) and is_graph(operation)
+        return Nested if nested else _RULE_OF.get(type(operation), Rule)
+    is_kerass = type(operation).__module__.startswith("keras.")
+    return _OPERATION_RULE_OF.get(type(operation).__name__, Rule) if is_kerass else Rule
 
 
 class Group:
@@ -223,12 +236,13 @@ class Group:
 
 
 def _groups(model, graph, masked):
-    by_name = {layer.name: layer for layer in model.layers}
+    operations = getattr(model, "operations", model.layers)  # a Sequential model has layers alone
+    by_name = {operation.name: operation for operation in operations}
     groups = []
     for name in dict.fromkeys(call.name for call in graph.calls):
         layer, calls = by_name.get(name), [call for call in graph.calls if call.name == name]
         kind = _kind(layer)
-        if layer is not None and (layer.weights or kind.has_sizes):
+        if isinstance(layer, layers.Layer) and (layer.weights or kind.has_sizes):
             together = Group(layer, calls, graph.shapes, masked, kind)
             kind = type(together.rule)
             if kind not in (Rule, Nested):
