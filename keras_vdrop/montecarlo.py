@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_vdrop.functional import likelihoods, uncertainty
-from keras_vdrop.layers.base import check_positive_int
+from keras_vdrop.layers.base import StochasticLayer, check_positive_int
 from keras_vdrop.sampling import FixedSeeds, drawing, generator_states, seed_generator
 
 _LIKELIHOODS = (None, "categorical", "bernoulli", "normal")
@@ -97,10 +97,10 @@ class MonteCarlo(keras.Model):
             raise ValueError(f"`output` must be one of {_OUTPUTS}. Received: output={output!r}")
         if not model.built:
             raise ValueError(f"The model {model.name!r} has not been built: call it on some data first.")
-        if not generator_states(model):
+        if not any(isinstance(layer, StochasticLayer) and layer.draws for layer in model._flatten_layers()):
             raise ValueError(
-                f"Every draw from the model {model.name!r} would be the same: it has no variational layer. "
-                "Use one, such as keras_vdrop.VariationalDense, where it has a Keras layer."
+                f"Every draw from the model {model.name!r} would be the same: it has no variational layer with a prior "
+                "or a rate. Use one, such as keras_vdrop.VariationalDense, where it has a Keras layer."
             )
         if from_logits and likelihood in ("categorical", "bernoulli") and _ends_in_probabilities(model):
             raise ValueError(
@@ -214,6 +214,7 @@ class MonteCarlo(keras.Model):
                 f"A `likelihood` is that of one output; a model of several takes None. "
                 f"Received: likelihood={self.likelihood!r}, and {len(outputs)} outputs"
             )
+        self._check_size(outputs.shape)
         if self.likelihood == "categorical":
             return ops.softmax(outputs) if self.from_logits else outputs
         if self.likelihood == "bernoulli":
@@ -221,6 +222,20 @@ class MonteCarlo(keras.Model):
         if self.likelihood == "normal":
             return outputs[..., 0], ops.square(likelihoods.scale_of(outputs[..., 1]))
         return self.likelihood.moments(outputs)
+
+    def _check_size(self, shape):
+        """Refuse outputs whose last axis has not what the likelihood takes."""
+        if self.likelihood == "categorical" and shape[-1] == 1:
+            raise ValueError(
+                'One output is no choice between classes: give likelihood="bernoulli", of which it is the logit. '
+                f"Received: outputs of the shape {tuple(shape)}"
+            )
+        size = 2 if self.likelihood == "normal" else getattr(self.likelihood, "num_parameters", None)
+        if size is not None and shape[-1] != size:
+            raise ValueError(
+                f"The likelihood takes outputs (B, ..., {size}). Received: likelihood={self.likelihood!r}, and outputs "
+                f"of the shape {tuple(shape)}"
+            )
 
     # What Keras's models do
 
@@ -294,9 +309,11 @@ class MonteCarlo(keras.Model):
 
     def get_config(self):
         loss = self.likelihood is not None and not isinstance(self.likelihood, str)
+        model = keras.saving.serialize_keras_object(self.model)
+        model.pop("compile_config", None)  # it would have to load, though nothing here needs it
         return {
             **super().get_config(),
-            "model": keras.saving.serialize_keras_object(self.model),
+            "model": model,
             "num_samples": self.num_samples,
             "likelihood": keras.saving.serialize_keras_object(self.likelihood) if loss else self.likelihood,
             "from_logits": self.from_logits,

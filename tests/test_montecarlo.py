@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 from scipy import stats
 
 import keras_vdrop as kv
@@ -526,3 +526,28 @@ def test_a_model_without_noise_is_refused():
         kv.MonteCarlo(keras.Sequential([keras.Input((4,)), layers.Dropout(0.5), layers.Dense(2)]))
     with pytest.raises(ValueError, match="not been built"):
         kv.MonteCarlo(keras.Sequential([kv.VariationalDense(2)]))
+    for layer in (kv.VariationalDense(2, kernel_prior=None), kv.MonteCarloDropout(0.0)):
+        with pytest.raises(ValueError, match="no variational layer with a prior or a rate"):
+            kv.MonteCarlo(keras.Sequential([keras.Input((4,)), layer]))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "size", "message"),
+    [
+        ("categorical", 1, 'likelihood="bernoulli"'),
+        ("normal", 1, r"takes outputs \(B, ..., 2\)"),
+        ("normal", 3, r"takes outputs \(B, ..., 2\)"),
+        (kv.losses.NormalMixtureNLL(2), 3, r"takes outputs \(B, ..., 6\)"),
+    ],
+)
+def test_outputs_of_another_size_than_the_likelihoods_are_refused(likelihood, size, message):
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(size)])
+    with pytest.raises(ValueError, match=message):
+        kv.MonteCarlo(model, 2, likelihood=likelihood).predict(X, verbose=0)
+
+
+def test_what_the_wrapped_model_was_compiled_with_need_not_load(tmp_path):
+    model = network()
+    model.compile("sgd", lambda y, outputs: ops.mean(outputs))
+    kv.MonteCarlo(model, 2).save(tmp_path / "model.keras")
+    assert keras.saving.load_model(tmp_path / "model.keras").num_samples == 2

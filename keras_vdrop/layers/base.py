@@ -148,6 +148,11 @@ class StochasticLayer(keras.layers.Layer):
 
     # Noise
 
+    @property
+    def draws(self):
+        """Whether there is anything to draw: a layer without priors and rates makes no noise in any scope."""
+        return True
+
     def _noisy(self, training):
         """Whether this call draws."""
         if training and self in _unset:
@@ -340,6 +345,10 @@ class VariationalLayer(DropIn, StochasticLayer):
         return [variable for variable in self.weights if id(variable) not in own]
 
     # Weights
+
+    @property
+    def draws(self):
+        return self._posterior_size > 0
 
     def build(self, input_shape):
         for axis in self._sign_axes()[0][1:]:

@@ -345,8 +345,12 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
         super().__init__(rate=rate, noise_shape=noise_shape, seed=seed, **kwargs)
         self.per_example = bool(per_example)
 
+    @property
+    def draws(self):
+        return self.rate > 0.0
+
     def call(self, inputs, training=False):
-        if self.rate == 0.0 or not self._noisy(training):
+        if not self.draws or not self._noisy(training):
             return inputs
         shape = list(ops.shape(inputs))
         for axis, size in enumerate(self.noise_shape or ()):

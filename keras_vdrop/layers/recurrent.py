@@ -149,6 +149,11 @@ class RecurrentCell(VariationalLayer):
     def reset_recurrent_dropout_mask(self):
         """Nothing is left to forget."""
 
+    @property
+    def draws(self):
+        rates = self.dropout, self.recurrent_dropout, self.output_dropout, self.weight_dropout
+        return super().draws or any(rates)
+
     def _seeds(self, purpose="noise"):
         return super()._seeds(purpose) if self._held is None else self._held.seeds
 
