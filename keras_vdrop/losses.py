@@ -17,12 +17,24 @@ from keras_vdrop.layers.base import check_finite, check_positive_int
 
 
 def targets(y_true, y_pred, what):
-    """The targets (B, ...) of outputs (B, ..., n), which may have a last axis of 1 as well."""
-    if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1:
-        y_true = ops.squeeze(y_true, axis=-1)
-    if len(y_true.shape) != len(y_pred.shape) - 1:
+    """The targets (B, ...) of outputs (B, ..., n), where either may have a last axis of 1 besides."""
+    y = aligned(y_true, y_pred.shape[:-1])
+    if y is None:
         raise ValueError(f"Expected {what}. Received: shapes {tuple(y_true.shape)} and {tuple(y_pred.shape)}")
-    return y_true
+    return y
+
+
+def aligned(y, shape):
+    """`y` of that shape, but for a last axis of 1 that either may have; None where its sizes are others.
+
+    Of other sizes, the numbers of an example would be compared with those of other examples.
+    """
+    if len(y.shape) == len(shape) + 1 and y.shape[-1] == 1:
+        y = ops.squeeze(y, axis=-1)
+    elif len(y.shape) == len(shape) - 1 and shape[-1] == 1:
+        y = ops.expand_dims(y, axis=-1)
+    fits = len(y.shape) == len(shape) and all(None in pair or pair[0] == pair[1] for pair in zip(y.shape, shape))
+    return y if fits else None
 
 
 def mask_of(tensor):
@@ -47,6 +59,9 @@ class _MaskReader(layers.Layer):
 
 class NegativeLogLikelihood(keras.losses.Loss):
     """−Σ log p(y | outputs), over all that an example's y holds. A subclass defines `log_prob` and `moments`.
+
+    Attributes:
+        num_parameters: How many numbers the last axis of the outputs has; None for any.
 
     Args:
         name, reduction, dtype: As for every Keras loss.
@@ -236,6 +251,8 @@ class DistributionNLL(NegativeLogLikelihood):
         model.compile("adam", kv.losses.DistributionNLL(lambda outputs: tfd.Poisson(log_rate=outputs)))
     """
 
+    num_parameters = None
+
     def __init__(self, distribution_fn, name=None, reduction="sum_over_batch_size", dtype=None):
         if not callable(distribution_fn):
             raise ValueError(
@@ -250,12 +267,8 @@ class DistributionNLL(NegativeLogLikelihood):
     def call(self, y_true, y_pred):
         distribution = self.distribution_fn(y_pred)
         drawn = (*distribution.batch_shape, *distribution.event_shape)
-        y = y_true
-        if len(y.shape) == len(drawn) + 1 and y.shape[-1] == 1:
-            y = ops.squeeze(y, axis=-1)
-        elif len(y.shape) == len(drawn) - 1 and drawn[-1] == 1:
-            y = ops.expand_dims(y, axis=-1)
-        if len(y.shape) != len(drawn) or any(None not in pair and pair[0] != pair[1] for pair in zip(y.shape, drawn)):
+        y = aligned(y_true, drawn)
+        if y is None:
             raise ValueError(
                 f"Expected y of the shape of a draw of the distribution. Received: shapes {tuple(y_true.shape)} and "
                 f"{drawn}"

@@ -154,6 +154,15 @@ def test_a_distributions_y_has_the_shape_of_a_draw():
     np.testing.assert_allclose(array(vectors(y, outputs)), -stats.norm.logpdf(outputs).sum(axis=1).mean(), rtol=1e-5)
 
 
+def test_y_has_the_shape_of_what_it_is_compared_with():
+    y, outputs = Y[:, 0], LOC[:, None, :2]  # (B,) and (B, 1, 2), as `learned_scale` makes them
+    expected = array(losses.NormalNLL()(y, outputs[:, 0]))
+    for each in (y, y[:, None], y[:, None, None]):
+        np.testing.assert_allclose(array(losses.NormalNLL()(each, outputs)), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"\(6, 3\) and \(6, 1, 2\)"):
+        losses.NormalNLL()(Y, outputs)
+
+
 def test_scale_of_a_mean_squared_error():
     """mse·D/(2σ²) + KL/N and mse + (2σ²/D)·KL/N have one minimum: the KL's weight is that of the latter."""
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2)])

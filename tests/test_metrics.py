@@ -175,3 +175,6 @@ def test_what_is_refused():
         kv.metrics.BrierScore().update_state(np.eye(4)[LABELS], PROBABILITY)
     with pytest.raises(ValueError, match="raw scale"):
         kv.metrics.NormalCRPS().update_state(OUTPUTS, OUTPUTS)
+    for size in (1, 3):
+        with pytest.raises(ValueError, match="raw scale"):
+            kv.metrics.NormalCoverage().update_state(np.zeros(4), np.zeros((4, size)))
