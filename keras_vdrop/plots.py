@@ -17,6 +17,11 @@ def _axes(ax):
     return plt.subplots(layout="constrained")[1] if ax is None else ax
 
 
+def _pruned(weight, threshold):
+    """Of each number of a weight, whether it is pruned or would be."""
+    return ~np.broadcast_to(ops.convert_to_numpy(weight.keep_mask(threshold)), weight.shape).ravel()
+
+
 def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     """Histogram of log alpha = log(variance / loc²) over the weights, and the threshold above which they go.
 
@@ -36,7 +41,7 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     zero = np.concatenate([np.ravel(ops.convert_to_numpy(weight.mean())) for weight in weights]) == 0
     low, high = (values[~zero].min(), values[~zero].max()) if not zero.all() else (threshold, threshold)
     edges = np.linspace(min(low, threshold - 1), max(high, threshold + 1), bins + 1)
-    pruned = values > threshold
+    pruned = np.concatenate([_pruned(weight, threshold) for weight in weights])
     ax.hist(values[~pruned], edges, color=COLORS[0], label=f"kept ({(~pruned).sum():,})")
     ax.hist(values[pruned], edges, color="0.75", label=f"pruned ({pruned.sum():,})")
     ax.axvline(threshold, color=COLORS[1], linestyle="--", label=f"threshold {threshold:g}")
@@ -73,7 +78,7 @@ def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
     edges = np.linspace(shown.min() - 1, shown.max() + 1, bins + 1)
     left_of = []
     for row, (weight, value, live, limit) in enumerate(zip(weights, values, alive, limits)):
-        left = np.broadcast_to(ops.convert_to_numpy(weight.keep_mask(threshold)), weight.shape).ravel()
+        left = ~_pruned(weight, threshold)
         kept, pruned = (np.histogram(value[live & which], edges)[0] for which in (left, ~left))
         left_of.append(f"{left.sum():,} of {left.size:,} left")
         heights = np.cumsum([np.zeros_like(kept), kept, pruned], axis=0)

@@ -28,6 +28,10 @@ def test_log_alpha_histogram_counts_every_weight_once():
     kv.prune(model, 0.5)
     again = kv.plots.log_alpha_histogram(model, 0.5)
     assert texts(again) == counts and again.get_xlim()[1] < 10
+    # nor do they come back where an optimizer moves them on
+    model.layers[0].kernel.loc.assign_add(np.ones((4, 30)))
+    kept = kv.sparsity(model, 0.5).left
+    assert texts(kv.plots.log_alpha_histogram(model, 0.5))[0] == f"kept ({kept})"
     plt.close("all")
 
 
