@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import pathlib
 import sys
+import zipfile
 
 
 def main(arguments=None):
@@ -60,11 +61,13 @@ def _compact(options, parser):
         parser.error(f"--out must end in .keras, Keras's format. Received: {options.out}")
     if options.out.exists() and not options.force:
         parser.error(f"{options.out} is there already: name another file, or pass --force.")
+    if not options.out.parent.is_dir():
+        parser.error(f"The folder {options.out.parent} is not there.")
     from keras_vdrop.compaction import compact
     from keras_vdrop.costs import file_sizes
 
     model = _load(options.model, parser)
-    x = None if options.data is None else _arrays(options.data, parser)
+    x = None if options.data is None else _arrays(options.data, len(model.inputs), parser)
     small = _or_error(parser, lambda: compact(model, options.threshold, x))
     before = file_sizes(options.model)  # which may be written over
     small.save(options.out)
@@ -81,15 +84,20 @@ def _load(path, parser):
     return _or_error(parser, lambda: keras.saving.load_model(path, compile=False))
 
 
-def _arrays(path, parser):
+def _arrays(path, count, parser):
     """The one array of a file, or all of them, in the order of their names."""
     import numpy as np
 
     if not path.is_file():
         parser.error(f"{path} is not there.")
+    if not zipfile.is_zipfile(path):
+        parser.error(f"{path} is no .npz file, as numpy.savez writes it.")
     with np.load(path) as file:
-        arrays = [file[name] for name in sorted(file.files)]
-    return arrays[0] if len(arrays) == 1 else arrays
+        arrays = _or_error(parser, lambda: {name: file[name] for name in sorted(file.files)})
+    if len(arrays) != count:
+        parser.error(f"{path} must hold an array for each of {count} inputs of the model. It has: {', '.join(arrays)}")
+    x = list(arrays.values())
+    return x[0] if count == 1 else x
 
 
 def _or_error(parser, action):

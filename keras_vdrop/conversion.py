@@ -25,8 +25,8 @@ def to_deterministic(model):
 
     Raises:
         ValueError: For a subclassed model, whose layers its own code puts together; one that has not been built; or
-            one with a layer that cannot be made again from its arguments and weights: a subclass of one of ours, or a
-            lookup that has learned its vocabulary.
+            one with a layer that cannot be made again from its arguments and weights: a subclass of one of ours, one
+            with a function that is not registered, or a lookup that has learned its vocabulary.
     """
     return stock_twin(model, lambda weight: weight.mean())
 
@@ -50,7 +50,15 @@ def stock_twin(model, value):
                 f"{layer.name!r} has its vocabulary neither in its arguments nor in its weights. Leave it out of the "
                 f"model: convert what comes after it. Received: a layer of type {type(layer).__name__}"
             )
-        return keras.saving.deserialize_keras_object(_stock(keras.saving.serialize_keras_object(layer)))
+        stock = _stock(keras.saving.serialize_keras_object(layer))
+        try:
+            return keras.saving.deserialize_keras_object(stock)
+        except TypeError as error:
+            raise ValueError(
+                f"{layer.name!r}, a {type(layer).__name__}, cannot be made again from its arguments: give its "
+                "functions and classes, such as an activation of your own, "
+                "@keras.saving.register_keras_serializable()."
+            ) from error
 
     with _not_compiled(model), known_layers(model):
         twin = keras.models.clone_model(model, _same_inputs(model), clone_function=stock_layer, recursive=True)

@@ -73,6 +73,15 @@ def test_layers_without_a_counterpart():
             kv.to_deterministic(keras.Sequential([keras.Input((3,), dtype="int64"), lookup]))
 
 
+def test_functions_that_are_not_registered():
+    def own(x):
+        return 2.0 * x
+
+    model = keras.Sequential([keras.Input((3,)), kv.VariationalDense(2, activation=own, name="dense")])
+    with pytest.raises(ValueError, match=r"'dense', a VariationalDense.*register_keras_serializable"):
+        kv.to_deterministic(model)
+
+
 def test_frozen_layers():
     model = keras.Sequential([keras.Input((3,)), kv.VariationalDense(4, bias_prior="ard"), kv.VariationalDense(2)])
     model.layers[0].trainable = False

@@ -60,6 +60,9 @@ def test_nothing_is_written_over_unless_told(saved, tmp_path, capsys):
         (["report", "nowhere.keras"], "nowhere.keras is not there"),
         (["compact", "{saved}", "-o", "small.h5"], "must end in .keras"),
         (["compact", "{saved}", "-o", "small.keras", "--data", "nowhere.npz"], "nowhere.npz is not there"),
+        (["compact", "{saved}", "-o", "small.keras", "--data", "{saved}"], "must hold an array for each of 1 inputs"),
+        (["compact", "{saved}", "-o", "small.keras", "--data", __file__], "is no .npz file"),
+        (["compact", "{saved}", "-o", "nowhere/small.keras"], "The folder nowhere is not there"),
         (["report", "{saved}", "--threshold", "nan"], "must be a finite number"),
     ],
 )
