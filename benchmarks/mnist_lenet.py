@@ -42,10 +42,12 @@ PUBLISHED = {
     "5-caffe": {
         "Han et al., 2015, pruning": (0.77, 12),
         "Guo et al., 2016, network surgery": (0.91, 111),
-        "Louizos et al., 2017, Bayesian compression": (1.0, 156),
+        "Louizos et al., 2017, Bayesian compression, GNJ": (1.0, 108),
+        "Louizos et al., 2017, Bayesian compression, GHS": (1.0, 156),
         "Ullrich et al., 2017, soft weight sharing": (0.97, 200),
         "Molchanov et al., 2017, sparse variational dropout": (0.75, 280),
         "Li et al., 2018, OLMP": (0.91, 298),
+        "Xiao et al., 2019, AutoPrune, its error not told": (None, 310),
     },
 }
 
@@ -317,7 +319,7 @@ def show(rows, options):
                 print(f"  {batch} images at once: {times} times as fast as the dense network")
     if options.images == "mnist":
         for name, (error, ratio) in PUBLISHED[options.net].items():
-            print(f"{name:<52}{error:>16.2f}{ratio:>16}")
+            print(f"{name:<52}{'-' if error is None else f'{error:.2f}':>16}{ratio:>16}")
 
 
 def main():
@@ -329,6 +331,8 @@ def main():
     parser.add_argument("--validation", action="store_true", help="judge by 10,000 of the training images")
     parser.add_argument("--epochs", type=int, help="of every round, in place of the recipe's")
     options = parser.parse_args()
+    if options.structured and options.prior != "ard":
+        parser.error("--structured has an ARD prior over groups, and no other.")
     if options.quick:
         options.seeds, options.epochs = 1, options.epochs or 2
     data = images.load(options.data, None if options.quick else options.images, options.validation)

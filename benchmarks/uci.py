@@ -49,7 +49,7 @@ SETS = (
 )
 UNITS = {"protein-tertiary-structure": 100}
 MEMBERS, MEMBERS_THAT_CHOOSE = 5, 2
-DRAWS, DRAWS_THAT_CHOOSE = 2_000, 200
+DRAWS_THAT_CHOOSE = 200
 
 # Test error and log-likelihood: Gal's splits with one hidden layer, of Mukhoti et al., 2018; Lakshminarayanan et al.,
 # 2017; Gal et al., 2017, with other splits and networks.
@@ -276,7 +276,9 @@ def row_of(name, method, options):
     error, likelihood = np.empty(len(splits)), np.empty(len(splits))
     for index in np.unique(chosen):
         which = np.flatnonzero(chosen == index)
-        error[which], likelihood[which] = scores(method, grid[index], splits.of(which), units, options, MEMBERS, DRAWS)
+        error[which], likelihood[which] = scores(
+            method, grid[index], splits.of(which), units, options, MEMBERS, options.draws
+        )
     return {
         "chosen": [dataclasses.asdict(grid[index]) for index in chosen],
         "error": error.tolist(),
@@ -304,6 +306,7 @@ def main():
     parser.add_argument("--sets", nargs="+", default=list(SETS), help="names of files")
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
     parser.add_argument("--epochs", type=int, help="in place of 10,000 steps")
+    parser.add_argument("--draws", type=int, default=2_000, help="of all members together")
     parser.add_argument("--rate", type=float, default=5e-3, help="Adam's first rate")
     options = parser.parse_args()
     options.seeds = 1
