@@ -82,6 +82,7 @@ def test_a_failure_leaves_the_model_as_it_was(judged, monkeypatch):
         ({"metric": "loss"}, "has the KL in it"),
         ({"metric": "wellness"}, "Is more of 'wellness' better"),
         ({"metric": "error_head_accuracy"}, "Pass mode="),
+        ({"metric": "ece"}, r"one of \['accuracy', 'mae'\]"),
         ({"metric": "auc"}, r"one of \['accuracy', 'mae'\]"),
     ],
 )
