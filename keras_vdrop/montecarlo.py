@@ -23,7 +23,8 @@ class MonteCarlo(keras.Model):
     The draws are taken inside one compiled graph, `sample_batch_size` of them side by side and the others after them,
     so memory is that of so many, whatever S. The wrapped model stays as it is and deterministic, and everything in it
     that is not variational stays in inference mode. A stateful RNN starts every draw from the state that it holds, and
-    keeps it. Steps that the model masks have statistics like all others, and count in `evaluate`.
+    keeps it. Steps that the model masks have statistics like all others, and count in `evaluate`. It is saved with the
+    wrapped model, but not with what that was compiled with.
 
     In TensorFlow it runs without XLA unless `compile(jit_compile=True)` asks for it: that compiles for some seconds,
     and then predicts in less time.
@@ -57,8 +58,9 @@ class MonteCarlo(keras.Model):
         `predict` gives `Predictions`, a dict of arrays; or an array of samples.
 
     Raises:
-        ValueError: For a value that is out of range; a model without variational layers; probabilities where logits are
-            expected, as far as the last layer's activation tells, or the other way round.
+        ValueError: For a value that is out of range; a model in which nothing is drawn; probabilities where logits are
+            expected, as far as the last layer's activation tells, or the other way round; and in a call, for outputs of
+            another size than the likelihood takes.
 
     Warns:
         UserWarning: In `predict`, if there are rows with NaN or infinity: how many.

@@ -162,8 +162,8 @@ def _kind(operation):
     if isinstance(operation, layers.Layer):
         nested = isinstance(operation, keras.Model) and is_graph(operation)
         return Nested if nested else _RULE_OF.get(type(operation), Rule)
-    is_kerass = type(operation).__module__.startswith("keras.")
-    return _OPERATION_RULE_OF.get(type(operation).__name__, Rule) if is_kerass else Rule
+    of_keras = type(operation).__module__.startswith("keras.")
+    return _OPERATION_RULE_OF.get(type(operation).__name__, Rule) if of_keras else Rule
 
 
 class Group:
