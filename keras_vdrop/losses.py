@@ -16,10 +16,10 @@ from keras_vdrop.functional import likelihoods
 from keras_vdrop.layers.base import check_finite, check_positive_int
 
 
-def targets(y_true, y_pred, what):
-    """The targets (B, ...) of outputs (B, ..., n), where either may have a last axis of 1 besides."""
+def targets(y_true, y_pred, what, size=None):
+    """The targets (B, ...) of outputs (B, ..., n), n = `size` if given; either may have a last axis of 1 besides."""
     y = aligned(y_true, y_pred.shape[:-1])
-    if y is None:
+    if y is None or size not in (None, y_pred.shape[-1]):
         raise ValueError(f"Expected {what}. Received: shapes {tuple(y_true.shape)} and {tuple(y_pred.shape)}")
     return y
 
@@ -97,9 +97,7 @@ class NegativeLogLikelihood(keras.losses.Loss):
 
     def call(self, y_true, y_pred):
         what = f"numbers (B, ...) and parameters (B, ..., {self.num_parameters})"
-        y = targets(y_true, y_pred, what)
-        if y_pred.shape[-1] != self.num_parameters:
-            raise ValueError(f"Expected {what}. Received: shapes {tuple(y_true.shape)} and {tuple(y_pred.shape)}")
+        y = targets(y_true, y_pred, what, self.num_parameters)
         return _total(-self.log_prob(y, y_pred))
 
 

@@ -186,9 +186,7 @@ def _standardised(y_true, y_pred, dtype):
     """The scale, and (y − loc) / scale."""
     y_true, y_pred = ops.cast(y_true, dtype), ops.cast(y_pred, dtype)
     what = "numbers (B, ...) and predictions (B, ..., 2), the loc and the raw scale"
-    y = targets(y_true, y_pred, what)
-    if y_pred.shape[-1] != 2:
-        raise ValueError(f"Expected {what}. Received: shapes {tuple(y_true.shape)} and {tuple(y_pred.shape)}")
+    y = targets(y_true, y_pred, what, size=2)
     scale = likelihoods.scale_of(y_pred[..., 1])
     return scale, (y - y_pred[..., 0]) / scale
 
