@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_vdrop.functional import estimators, sparsity
 from keras_vdrop.sampling import is_consistent
+from keras_vdrop.variables import Scaled, VariableLike
 
 # Added to a log variance, it leaves a variance that is 0 in every type.
 _NO_VARIANCE = -1e9
@@ -47,20 +48,22 @@ class KLPenalty(keras.regularizers.Regularizer):
         return penalty if self._regularizer is None else penalty + self._regularizer(variable)
 
 
-class VariationalWeight(Posterior):
+class VariationalWeight(VariableLike, Posterior):
     """One weight tensor with a factorised Gaussian posterior q(w) = N(loc, exp(log_variance)).
 
     It owns the two trainable variables, the mask of what pruning left, the prior and the KL between them, and it
     applies itself to an input with the estimator's noise. A layer gets one by `add_weight` and uses
     `apply`; that is all a layer needs to be variational.
 
+    Where Keras and users take it for a variable, it is its mean: `assign`, `numpy`, `shape`, `dtype`, operations.
+
     The KL reaches `layer.losses` as the regularizer of the variables, so it is counted once, however
     often and wherever the layer is called, and is gone when the layer is frozen.
 
     Attributes:
         loc: Variable, the posterior mean, trainable.
-        log_variance: Variable of the same shape, trainable. Both are float32 under every policy (float64 in a float64
-            layer): a float16 variance would underflow below 6e-8.
+        log_variance: Of the same shape, trainable: `log_variance_rate` times the variable that is stored. Both are
+            float32 under every policy (float64 in a float64 layer): a float16 variance would underflow below 6e-8.
         mask: Boolean variable of the same shape; False where pruned.
         prior: The `Prior`.
         prior_parameters: What the prior learns, a dict of variables; empty for most.
@@ -77,6 +80,7 @@ class VariationalWeight(Posterior):
         prior,
         estimator,
         initial_log_variance,
+        log_variance_rate,
         prunable=True,
         learn_loc=True,
         log_variance_shape=None,
@@ -89,7 +93,7 @@ class VariationalWeight(Posterior):
         """Create the variables by `add_weight`, whose arguments the others are, as in Keras.
 
         `loc` can be a constant (`learn_loc=False`), and weights can share a log variance: its shape
-        needs only be broadcast to theirs.
+        needs only be broadcast to theirs. An optimizer's step moves it by `log_variance_rate` learning rates.
         """
         super().__init__(owner, math.prod(shape))
         self.name = name
@@ -108,16 +112,17 @@ class VariationalWeight(Posterior):
             trainable=learn_loc,
             **arguments,
         )
-        self.log_variance = add_weight(
+        stored = add_weight(
             name=f"{name}_log_variance",
             shape=shape if log_variance_shape is None else log_variance_shape,
-            initializer=keras.initializers.Constant(initial_log_variance),
+            initializer=keras.initializers.Constant(initial_log_variance / log_variance_rate),
             regularizer=_LogVariancePenalty(self),
             constraint=log_variance_constraint,
             dtype=dtype,
             autocast=False,
             **arguments,
         )
+        self.log_variance = Scaled(stored, log_variance_rate)
         self.mask = add_weight(name=f"{name}_mask", shape=shape, initializer="ones", dtype="bool", trainable=False)
         self.prior_parameters = prior.add_weights(add_weight, name)
 
@@ -126,8 +131,23 @@ class VariationalWeight(Posterior):
         return self.loc.shape
 
     @property
+    def dtype(self):
+        return self.loc.dtype
+
+    @property
+    def value(self):
+        return self.mean()
+
+    def assign(self, value):
+        """Set the mean; the variance stays."""
+        self.loc.assign(value)
+
+    def __repr__(self):
+        return f"<VariationalWeight {self.loc.path.removesuffix('_loc')}, shape={tuple(self.shape)}, prior={self.prior}>"
+
+    @property
     def variables(self):
-        return [self.loc, self.log_variance, self.mask, *self.prior_parameters.values()]
+        return [self.loc, self.log_variance.variable, self.mask, *self.prior_parameters.values()]
 
     def _left(self):
         """1 where the weight is left and 0 where it is pruned: a product with it costs less than `where`."""
@@ -139,14 +159,14 @@ class VariationalWeight(Posterior):
 
     def _noise_log_variance(self):
         """`log_variance`, and that of no noise at all where pruned: such a weight is 0."""
-        return ops.convert_to_tensor(self.log_variance) + _NO_VARIANCE * (1.0 - self._left())
+        return self.log_variance.value + _NO_VARIANCE * (1.0 - self._left())
 
     def log_alpha(self):
         """log(exp(log_variance) / loc²), not clipped; a weight above 3 is 95 % noise.
 
         With a prior over groups it is that of the weight's group.
         """
-        loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
+        loc, log_variance = ops.convert_to_tensor(self.loc), self.log_variance.value
         return sparsity.log_alpha(loc, log_variance, **self.prior.groups)
 
     @property
@@ -157,7 +177,7 @@ class VariationalWeight(Posterior):
     def keep_mask(self, threshold=None):
         """True where the weight is neither pruned nor would be at this threshold on log alpha; None is its own."""
         threshold = self.threshold if threshold is None else threshold
-        loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
+        loc, log_variance = ops.convert_to_tensor(self.loc), self.log_variance.value
         keep = sparsity.keep_mask(loc, log_variance, threshold, **self.prior.groups)
         return ops.logical_and(ops.convert_to_tensor(self.mask), keep)
 
@@ -170,7 +190,7 @@ class VariationalWeight(Posterior):
     def kl(self):
         """KL(q‖p) summed over the weights that are not pruned: a scalar, in nats."""
         parameters = {name: ops.convert_to_tensor(value) for name, value in self.prior_parameters.items()}
-        loc, log_variance = ops.convert_to_tensor(self.loc), ops.convert_to_tensor(self.log_variance)
+        loc, log_variance = ops.convert_to_tensor(self.loc), self.log_variance.value
         elementwise = self.prior.kl(loc, log_variance, **parameters)
         return ops.sum(elementwise * self._left())
 

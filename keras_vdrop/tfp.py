@@ -17,7 +17,7 @@ def posterior(weight):
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
-    scale = tf.exp(0.5 * weight.log_variance)
+    scale = tf.exp(0.5 * weight.log_variance.value)
     return tfd.Independent(tfd.Normal(tf.cast(weight.loc, scale.dtype), scale), len(weight.shape))
 
 
@@ -32,7 +32,7 @@ def prior(weight):
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
-    log_variance = tf.convert_to_tensor(weight.log_variance)
+    log_variance = weight.log_variance.value
     parameters = {name: tf.convert_to_tensor(value) for name, value in weight.prior_parameters.items()}
     distribution = weight.prior.distribution(tf.cast(weight.loc, log_variance.dtype), log_variance, **parameters)
     return tfd.Independent(_broadcast(distribution, weight.shape), len(weight.shape))

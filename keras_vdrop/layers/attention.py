@@ -93,6 +93,7 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
             estimator=self.estimator,
             kl_weight=self._initial_kl_weight,
             initial_log_variance=self.initial_log_variance,
+            log_variance_rate=self.log_variance_rate,
             threshold=self.threshold,
             seed=None if self.seed is None else noise.hash_seed(self.seed, name),
             **self._get_common_kwargs_for_sublayer(),

@@ -301,6 +301,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         estimator="local_reparameterization",
         kl_weight=None,
         initial_log_variance=-10.0,
+        log_variance_rate=10.0,
         threshold=None,
         seed=None,
         **kwargs,
@@ -318,6 +319,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         self.bias_prior = bias_prior
         self.estimator = estimator
         self.initial_log_variance = float(initial_log_variance)
+        self.log_variance_rate = float(log_variance_rate)
         self.threshold = None if threshold is None else float(threshold)
 
     @classmethod
@@ -379,6 +381,7 @@ class VariationalLayer(DropIn, StochasticLayer):
             prior=prior,
             estimator=self.estimator,
             initial_log_variance=self.initial_log_variance,
+            log_variance_rate=self.log_variance_rate,
             prunable=not is_bias,
             **arguments,
         )
@@ -402,6 +405,7 @@ class VariationalLayer(DropIn, StochasticLayer):
             "bias_prior": priors.serialize(self.bias_prior),
             "estimator": self.estimator,
             "initial_log_variance": self.initial_log_variance,
+            "log_variance_rate": self.log_variance_rate,
             "threshold": self.threshold,
         }
 

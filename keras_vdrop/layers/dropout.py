@@ -102,6 +102,7 @@ class VariationalGaussianDropout(StochasticLayer):
                 prior=self.prior,
                 estimator="local_reparameterization",
                 initial_log_variance=min(self._initial_log_alpha, 0.0) if capped else self._initial_log_alpha,
+                log_variance_rate=1.0,
                 initializer="ones",
                 learn_loc=False,
                 prunable=self.alpha == "unit",

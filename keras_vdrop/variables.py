@@ -1,0 +1,113 @@
+"""Tensors that are made of variables, and answer like one."""
+
+import keras
+from keras import ops
+
+_OPERATORS = (
+    *("add", "sub", "mul", "truediv", "pow", "matmul", "neg", "pos", "abs", "getitem", "lt", "le", "gt", "ge"),
+    *("radd", "rsub", "rmul", "rtruediv", "rpow", "rmatmul"),
+)
+
+
+class VariableLike:
+    """Mixin for what has a `value`, a tensor made of variables, and takes its place in operations and in NumPy.
+
+    In PyTorch, `keras.ops` turn it into a constant: give them `value`, through which gradients flow.
+    """
+
+    @property
+    def value(self):
+        """The tensor."""
+        raise NotImplementedError
+
+    @property
+    def shape(self):
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self):
+        return keras.backend.standardize_dtype(self.value.dtype)
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+    def numpy(self):
+        """The values as a NumPy array."""
+        return ops.convert_to_numpy(self.value)
+
+    def __array__(self, dtype=None, copy=None):
+        values = self.numpy()
+        return values if dtype is None else values.astype(dtype)
+
+    def __tf_tensor__(self, dtype=None, name=None):
+        return ops.convert_to_tensor(self.value, dtype)
+
+    def __jax_array__(self):
+        return self.value
+
+
+def _operate(name):
+    special = f"__{name}__"
+
+    def method(self, *others):
+        others = [other.value if isinstance(other, VariableLike) else other for other in others]
+        return getattr(ops.convert_to_tensor(self.value), special)(*others)
+
+    method.__name__ = special
+    return method
+
+
+for _name in _OPERATORS:
+    setattr(VariableLike, f"__{_name}__", _operate(_name))
+
+
+class Scaled(VariableLike):
+    """`factor` times a variable: the same number in units in which an optimizer's step is of the right size.
+
+    An optimizer such as Adam moves a variable by about a learning rate a step, whatever the variable means. It moves
+    this one by `factor` learning rates.
+
+    Args:
+        variable: The `keras.Variable` that is stored and trained.
+        factor: Float > 0.
+    """
+
+    def __init__(self, variable, factor):
+        self.variable = variable
+        self.factor = float(factor)
+
+    @property
+    def value(self):
+        return self.factor * ops.convert_to_tensor(self.variable)
+
+    @property
+    def shape(self):
+        return self.variable.shape
+
+    @property
+    def dtype(self):
+        return self.variable.dtype
+
+    def assign(self, value):
+        """Give it that value."""
+        self.variable.assign(ops.divide(ops.convert_to_tensor(value, self.dtype), self.factor))
+
+    @property
+    def trainable(self):
+        return self.variable.trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        self.variable.trainable = value
+
+    @property
+    def path(self):
+        return self.variable.path
+
+    @property
+    def name(self):
+        return self.variable.name
+
+    def __repr__(self):
+        return f"<{self.factor:g} x {self.variable!r}>"
