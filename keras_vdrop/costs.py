@@ -6,7 +6,7 @@ import re
 
 import keras
 
-from keras_vdrop.layers.base import StochasticLayer, product
+from keras_vdrop.layers.base import StochasticLayer, VariationalLayer, product
 
 
 def places(model_or_layer):
@@ -22,16 +22,43 @@ def places(model_or_layer):
     Returns:
         Dict from the id of each of our layers to an int, or to None where it depends on a size that is not known.
     """
+    return {
+        id(layer): known_sum(product([times, layer.places(shape)]) for shape, times in calls)
+        for layer, calls in _all_calls(model_or_layer, StochasticLayer)
+    }
+
+
+def uses(model_or_layer):
+    """How often one example uses each weight of a layer, over all calls of the layer: at places, or in lookups.
+
+    Of the steps of an RNN, which holds one draw for all of them, that is once.
+
+    Args:
+        model_or_layer: As for `places`.
+
+    Returns:
+        List of pairs: each of our layers that has weights, and an int, or None where it depends on a size that is not
+        known.
+    """
+    return [
+        (layer, known_sum(product([times, layer.uses(shape)]) for shape, times in calls))
+        for layer, calls in _all_calls(model_or_layer, VariationalLayer)
+        if layer.draws
+    ]
+
+
+def _all_calls(model_or_layer, cls):
+    """Each layer of a class within a model, with its calls: pairs of the shape of inputs, and how often."""
     found = {}
 
     def visit(layer, shape, times):
-        if isinstance(layer, StochasticLayer) and shape is not None:
-            found.setdefault(id(layer), []).append(product([times, layer.places(shape)]))
+        if isinstance(layer, cls) and shape is not None:
+            found.setdefault(id(layer), (layer, []))[1].append((shape, times))
         for inner, inner_shape, often in _calls(layer, shape):
             visit(inner, inner_shape, product([times, often]))
 
     visit(model_or_layer, _built_shape(model_or_layer), 1)
-    return {key: known_sum(values) for key, values in found.items()}
+    return found.values()
 
 
 def known_sum(numbers):

@@ -78,7 +78,6 @@ class VariationalWeight(VariableLike, Posterior):
         shape,
         *,
         prior,
-        estimator,
         initial_log_variance,
         log_variance_rate,
         prunable=True,
@@ -99,7 +98,6 @@ class VariationalWeight(VariableLike, Posterior):
         self.name = name
         self.prior = prior
         self.prunable = prunable
-        self._estimate = estimators.ESTIMATORS[estimator]
         dtype = "float64" if owner.variable_dtype == "float64" else "float32"
         self.loc = add_weight(
             name=f"{name}_loc",
@@ -143,7 +141,9 @@ class VariationalWeight(VariableLike, Posterior):
         self.loc.assign(value)
 
     def __repr__(self):
-        return f"<VariationalWeight {self.loc.path.removesuffix('_loc')}, shape={tuple(self.shape)}, prior={self.prior}>"
+        return (
+            f"<VariationalWeight {self.loc.path.removesuffix('_loc')}, shape={tuple(self.shape)}, prior={self.prior}>"
+        )
 
     @property
     def variables(self):
@@ -194,13 +194,14 @@ class VariationalWeight(VariableLike, Posterior):
         elementwise = self.prior.kl(loc, log_variance, **parameters)
         return ops.sum(elementwise * self._left())
 
-    def apply(self, linear, x, *, noisy, seed, sign_axes, dtype):
+    def apply(self, linear, x, *, noisy, estimator, seed, sign_axes, dtype):
         """`linear(x, w)`: with the posterior mean, or with noise.
 
         Args:
             linear: Callable `(x, w) -> output`, linear in both.
             x: Tensor, the batch on its first axis; where it is of an integer type, `linear` is a lookup.
             noisy: Bool. The noise is the estimator's, or under `sampling(consistent=True)` one draw for all examples.
+            estimator: A name of `functional.estimators.ESTIMATORS`.
             seed: A `keras.random.SeedGenerator`.
             sign_axes: As for `functional.estimators.flipout`.
             dtype: Of the output.
@@ -210,7 +211,7 @@ class VariationalWeight(VariableLike, Posterior):
         """
         if not noisy:
             return linear(x, ops.cast(self.mean(), dtype))
-        estimate = estimators.reparameterization if is_consistent() else self._estimate
+        estimate = estimators.ESTIMATORS["reparameterization" if is_consistent() else estimator]
         return estimate(linear, x, self.mean(), self._noise_log_variance(), seed, sign_axes, dtype)
 
     def perturbation(self, seed):

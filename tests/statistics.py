@@ -16,13 +16,15 @@ def draws(function, count):
 
 
 def sample(layer, x, count=1500):
-    """The outputs of that many calls in training; in one loop in JAX, where single calls are slow."""
+    """The outputs of that many calls in training, of one input or a tuple of them; in one loop in JAX, where single
+    calls are slow."""
+    inputs = x if isinstance(x, tuple) else (x,)
     if keras.backend.backend() != "jax":
-        return draws(lambda: layer(x, training=True), count)
+        return draws(lambda: layer(*inputs, training=True), count)
     trainable = [variable.value for variable in layer.trainable_variables]
 
     def call(others, _):
-        output, others = layer.stateless_call(trainable, others, x, training=True)
+        output, others = layer.stateless_call(trainable, others, *inputs, training=True)
         return others, output
 
     _, outputs = keras.ops.scan(call, [variable.value for variable in layer.non_trainable_variables], length=count)

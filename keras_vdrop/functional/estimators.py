@@ -8,7 +8,6 @@ They differ in what is drawn, and so in cost and in how outputs vary together:
 | estimator | draws | products | noise is shared by |
 | --- | --- | --- | --- |
 | `local_reparameterization` | one number for each output | 2 | nothing |
-| `fast_local_reparameterization` | one sign for each output | 1, and 1 in bfloat16 | nothing |
 | `flipout` | one weight for the batch, signs for each example | 2 | nothing but one weight draw |
 | `reparameterization` | one weight for the batch | 1 | all examples of the batch |
 
@@ -41,7 +40,8 @@ def perturbation(log_variance, seed):
 def local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, dtype=None):
     """linear(x, loc) + sqrt(linear(x², exp(log_variance)))·ε, with ε ~ N(0, 1) for each output.
 
-    Exact for a dense layer; in a convolution it treats the kernel as drawn anew at every location.
+    A draw of the weight where an example uses each number of it once, as a product of (B, D) does. Where it uses one
+    at several places, as a convolution does, each place has noise of its own: no draw of the weight does that.
 
     Args:
         linear: Callable `(x, w) -> output`, linear in both.
@@ -60,39 +60,11 @@ def local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATC
         https://arxiv.org/abs/1506.02557
     """
     del sign_axes
-    return _local(linear, x, loc, log_variance, seed, dtype, noise.normal, log_variance.dtype)
-
-
-def fast_local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, dtype=None):
-    """linear(x, loc) + sqrt(linear(x², exp(log_variance)))·s, with a sign s, ±1, for each output.
-
-    `local_reparameterization` at a lower cost, and with two departures. The noise has the mean and the variance of the
-    exact one, and no tails: an output is one of two values. And the variance is a product in bfloat16, whose inputs and
-    outputs keep 8 bits: within 1 %, and less where many terms are summed. bfloat16 has the range of float32. It
-    costs less where products in it are fast, as in a TensorFlow graph on a processor that has them, and more elsewhere.
-
-    Args:
-        linear, x, loc, log_variance, seed, sign_axes, dtype: As for `local_reparameterization`.
-
-    Returns:
-        Tensor of the shape of `linear(x, loc)`.
-
-    Reference:
-        Variational Dropout and the Local Reparameterization Trick, Kingma, Salimans, Welling, 2015,
-        https://arxiv.org/abs/1506.02557
-    """
-    del sign_axes
-    return _local(linear, x, loc, log_variance, seed, dtype, noise.rademacher, "bfloat16")
-
-
-def _local(linear, x, loc, log_variance, seed, dtype, draw, variance_dtype):
-    """The mean, and `draw` by the root of the variance, which is a product in `variance_dtype`."""
     mean = linear(x, ops.cast(loc, dtype or x.dtype))
     # float16 ends at 65504, so the square of 300 is already infinite in it. The square of a row of a lookup is itself.
-    squared = x if _is_lookup(x) else ops.cast(ops.square(ops.cast(x, log_variance.dtype)), variance_dtype)
-    variance = linear(squared, ops.cast(ops.exp(log_variance), variance_dtype))
-    scale = ops.sqrt(ops.cast(variance, log_variance.dtype) + _SMALLEST_VARIANCE)
-    epsilon = draw(ops.shape(mean), seed, log_variance.dtype)
+    squared = x if _is_lookup(x) else ops.square(ops.cast(x, log_variance.dtype))
+    scale = ops.sqrt(linear(squared, ops.exp(log_variance)) + _SMALLEST_VARIANCE)
+    epsilon = noise.normal(ops.shape(mean), seed, log_variance.dtype)
     return mean + ops.cast(scale * epsilon, mean.dtype)
 
 
@@ -100,7 +72,8 @@ def flipout(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, d
     """linear(x, loc) + s·linear(r·x, Δw), one Δw ~ N(0, exp(log_variance)), signs r and s for each example.
 
     Multiplying the input's and the output's channels by random signs gives each example a perturbation of its own,
-    uncorrelated with its neighbours', from one draw of the weight.
+    uncorrelated with its neighbours', from one draw of the weight. For an example it is itself a draw of the weight,
+    the same at all of its places: a normal number times a sign is as normal as before.
 
     Args:
         linear: Callable `(x, w) -> output`, linear in both.
@@ -164,7 +137,6 @@ def reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_
 
 ESTIMATORS = {
     "local_reparameterization": local_reparameterization,
-    "fast_local_reparameterization": fast_local_reparameterization,
     "flipout": flipout,
     "reparameterization": reparameterization,
 }

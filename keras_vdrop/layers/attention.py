@@ -16,8 +16,8 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
 
     Q = query·W_q, K = key·W_k, V = value·W_v, and the output is the heads' concatenation times W_o: Keras's
     `MultiHeadAttention` in which each of the four is a `VariationalEinsumDense` (`query_dense`, `key_dense`,
-    `value_dense`, `output_dense`). By "local_reparameterization" each token has noise of its own, by "flipout" each
-    example has, by "reparameterization" the batch.
+    `value_dense`, `output_dense`). By default, flipout, each example has a draw of its own; by "reparameterization" the
+    batch has one; by "local_reparameterization" each token has noise of its own, which is not a draw of the weights.
 
     Args:
         num_heads: Positive int, H.

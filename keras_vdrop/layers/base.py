@@ -33,6 +33,9 @@ _UNSET_MESSAGE = (
 
 _LARGEST_LOG_VARIANCE = 80
 
+# What saved models may name, and what has taken its place.
+_RETIRED_ESTIMATORS = {"fast_local_reparameterization": "local_reparameterization"}
+
 _SEED_STATE = "seed_generator_state"
 
 
@@ -284,7 +287,8 @@ class VariationalLayer(DropIn, StochasticLayer):
         kernel_prior: Prior of every weight but the bias: "log_uniform", "ard", "normal", "scale_mixture", a
             `priors.Prior`, a TFP distribution, or None for a plain weight.
         bias_prior: The same for the bias.
-        estimator: One of `functional.estimators.ESTIMATORS`: how noise enters the output.
+        estimator: How noise enters the output: one of `functional.estimators.ESTIMATORS`; or "auto", local
+            reparameterization where an example uses each number of the weight once, and flipout elsewhere.
         kl_weight: As for `StochasticLayer`.
         initial_log_variance: Float, where log_variance starts.
         threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
@@ -298,7 +302,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         *args,
         kernel_prior="log_uniform",
         bias_prior=None,
-        estimator="local_reparameterization",
+        estimator="auto",
         kl_weight=None,
         initial_log_variance=-10.0,
         log_variance_rate=10.0,
@@ -308,6 +312,7 @@ class VariationalLayer(DropIn, StochasticLayer):
     ):
         kwargs = self._bind(args, kwargs)
         seed = kwargs.pop("seed", seed)
+        estimator = _RETIRED_ESTIMATORS.get(estimator, estimator)
         if estimator not in self._estimators():
             raise ValueError(f"`estimator` must be one of {self._estimators()}. Received: estimator={estimator!r}")
         check_log_variance("initial_log_variance", initial_log_variance)
@@ -324,7 +329,24 @@ class VariationalLayer(DropIn, StochasticLayer):
 
     @classmethod
     def _estimators(cls):
-        return tuple(estimators.ESTIMATORS)
+        return "auto", *estimators.ESTIMATORS
+
+    def uses(self, input_shape):
+        """At how many places of one example each number of a weight is used, in one call on inputs of that shape.
+
+        Args:
+            input_shape: Of the inputs, with the batch.
+
+        Returns:
+            Int, or None where it depends on a size that is not known.
+        """
+        return self.places(input_shape)
+
+    def _estimator(self, input_shape):
+        """The estimator of a call on inputs of that shape."""
+        if self.estimator != "auto":
+            return self.estimator
+        return "local_reparameterization" if self.uses(tuple(input_shape)) == 1 else "flipout"
 
     def _channel_axis(self):
         """The axis of the channels in inputs and outputs."""
@@ -379,7 +401,6 @@ class VariationalLayer(DropIn, StochasticLayer):
             name,
             shape,
             prior=prior,
-            estimator=self.estimator,
             initial_log_variance=self.initial_log_variance,
             log_variance_rate=self.log_variance_rate,
             prunable=not is_bias,
@@ -388,13 +409,19 @@ class VariationalLayer(DropIn, StochasticLayer):
         self._posterior_size += weight.size
         return weight
 
-    def _apply(self, weight, linear, x, noisy, sign_axes=None):
+    def _apply(self, weight, linear, x, noisy, estimator=None, sign_axes=None):
         """`linear(x, weight)` for a plain or a variational weight."""
         if not isinstance(weight, VariationalWeight):
             return linear(x, ops.cast(weight, self.compute_dtype))
-        sign_axes = sign_axes or self._sign_axes()
-        seed = self._seeds(weight.name)
-        return weight.apply(linear, x, noisy=noisy, seed=seed, sign_axes=sign_axes, dtype=self.compute_dtype)
+        return weight.apply(
+            linear,
+            x,
+            noisy=noisy,
+            estimator=estimator or self._estimator(x.shape),
+            seed=self._seeds(weight.name),
+            sign_axes=sign_axes or self._sign_axes(),
+            dtype=self.compute_dtype,
+        )
 
     # Saving
 
@@ -455,7 +482,9 @@ class AffineLayer(VariationalLayer):
         ones = ops.ones((ops.shape(x)[0], *[1] * (rank - 1)), x.dtype)
         every_axis = tuple(range(rank))
         add = lambda one, bias: one * ops.reshape(bias, shape)  # noqa: E731
-        return self._apply(self.bias, add, ones, noisy, sign_axes=(every_axis, every_axis))
+        # Every example has one 1 for it.
+        estimator = "local_reparameterization" if self.estimator == "auto" else self.estimator
+        return self._apply(self.bias, add, ones, noisy, estimator, sign_axes=(every_axis, every_axis))
 
 
 class _Replay(FixedSeeds):

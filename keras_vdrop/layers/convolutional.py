@@ -1,5 +1,4 @@
-"""Convolution layers. All of them are linear maps of a patch; with local reparameterisation a kernel is drawn anew at
-every location, with the other estimators it is not."""
+"""Convolution layers: linear maps of a patch, by a kernel that all places share."""
 
 import keras
 from keras import ops
@@ -95,10 +94,11 @@ class VariationalConv1D(ConvolutionLayer, keras.layers.Conv1D):
 class VariationalConv2D(ConvolutionLayer, keras.layers.Conv2D):
     """y = activation(x ∗ W + b), W ~ N(loc, exp(log_variance)): `keras.layers.Conv2D` with a distribution for a kernel.
 
-    In training (and within `sampling()`) the convolution is drawn, by default by local reparameterisation:
-    x ∗ loc + sqrt(x² ∗ exp(log_variance))·ε, with ε ~ N(0, 1) for every example, location and filter, which treats the
-    kernel as drawn anew at every location; "flipout" and "reparameterization" do not. Otherwise W = loc, and 0
-    where pruned. The KL of the kernel to its prior is in `layer.losses`.
+    In training (and within `sampling()`) each example has a draw of W, the same at all of its places, by flipout:
+    x ∗ loc + ((x·r) ∗ Δ)·s, with Δ ~ N(0, exp(log_variance)) and signs r and s for every example and channel.
+    "local_reparameterization" draws noise for every location instead, which is not a draw of W: what `MonteCarlo` then
+    shows is not the posterior's uncertainty. Otherwise W = loc, and 0 where pruned. The KL of the kernel to its prior
+    is in `layer.losses`.
 
     Args:
         filters: Positive int, U.
@@ -322,8 +322,9 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
     """
 
     def transform(self, x, noisy):
-        x = self._apply(self.depthwise_kernel, self._depthwise, x, noisy)
-        return self._apply(self.pointwise_kernel, self._pointwise, x, noisy)
+        estimator = self._estimator(x.shape)
+        x = self._apply(self.depthwise_kernel, self._depthwise, x, noisy, estimator)
+        return self._apply(self.pointwise_kernel, self._pointwise, x, noisy, estimator)
 
     def structure(self, kept):
         return {

@@ -12,9 +12,10 @@ from keras_vdrop.layers.base import AffineLayer
 class VariationalDense(AffineLayer, keras.layers.Dense):
     """y = activation(x·W + b), W ~ N(loc, exp(log_variance)): `keras.layers.Dense` with a distribution for a kernel.
 
-    In training (and within `sampling()`) the product is drawn, by default by local reparameterisation:
-    x·loc + sqrt(x²·exp(log_variance))·ε, with ε ~ N(0, 1) for every example and unit. Otherwise W = loc, and 0 where
-    pruned. The KL of the kernel to its prior is in `layer.losses`.
+    In training (and within `sampling()`) each example has a draw of W: of inputs (B, D) by local reparameterisation,
+    x·loc + sqrt(x²·exp(log_variance))·ε, with ε ~ N(0, 1) for every example and unit; of inputs (B, ..., D), whose
+    places share W, by flipout. Otherwise W = loc, and 0 where pruned. The KL of the kernel to its prior is in
+    `layer.losses`.
 
     Args:
         units: Positive int, U.
@@ -24,8 +25,8 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
         kernel_prior: "log_uniform" (prunes hardest), "ard" (prunes, and is a proper prior), "normal",
             a `priors.Prior`, a TFP distribution, or None for a plain kernel.
         bias_prior: The same for the bias; None, a plain bias.
-        estimator: "local_reparameterization", "fast_local_reparameterization", "flipout" or "reparameterization": see
-            `functional.estimators`.
+        estimator: "local_reparameterization", "flipout" or "reparameterization": see `functional.estimators`; or
+            "auto", the first for inputs (B, D), and flipout for inputs (B, ..., D), whose places share the kernel.
         kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
         initial_log_variance: Float, where log_variance starts.
         threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
@@ -63,8 +64,9 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
 class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
     """y = activation(einsum(equation, x, W) + b), W ~ N(loc, exp(log_variance)): `keras.layers.EinsumDense`.
 
-    In training (and within `sampling()`) the product is drawn, by default by local reparameterisation:
-    einsum(x, loc) + sqrt(einsum(x², exp(log_variance)))·ε. Otherwise W = loc, and 0 where pruned.
+    In training (and within `sampling()`) each example has a draw of W: by local reparameterisation where it uses each
+    weight once, einsum(x, loc) + sqrt(einsum(x², exp(log_variance)))·ε; by flipout elsewhere. Otherwise W = loc, and 0
+    where pruned.
 
     Args:
         equation, output_shape, activation, bias_axes, kernel_initializer, bias_initializer, kernel_regularizer,

@@ -14,16 +14,18 @@ from keras_vdrop.sampling import mask_shape
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class VariationalGaussianDropout(StochasticLayer):
-    """y = x·s, s ~ N(1, alpha) for every entry of x, with alpha = rate / (1 − rate) learned: multiplicative noise.
+    """y = x·s, s ~ N(1, alpha) for every example and unit, alpha = rate / (1 − rate) learned: multiplicative noise.
 
-    It is the posterior of a scale for each unit, s ~ N(1, alpha), whose KL to the log-uniform prior is in
-    `layer.losses`: the noise grows as far as the data let it. A unit whose log alpha passes the threshold carries
-    nothing: `prune` sets it to 0, and `sparsity` counts it. Without noise (in prediction, unless sampled) y = x.
+    It is the posterior of a scale for each unit, the same at all places of an example, whose KL to the log-uniform
+    prior is in `layer.losses`: the noise grows as far as the data let it. A unit whose log alpha passes the threshold
+    carries nothing: `prune` sets it to 0, and `sparsity` counts it. Without noise (in prediction, unless sampled)
+    y = x.
 
     Args:
         rate: Float in (0, 1), where the noise starts: alpha = rate / (1 − rate).
         alpha: "unit" for one learned for each unit, "layer" for one for all (its KL is counted for each unit, and
-            nothing is pruned), "fixed" for `keras.layers.GaussianDropout`, without a KL, that can be sampled.
+            nothing is pruned), "fixed" for `keras.layers.GaussianDropout`, with noise for every entry and no KL, that
+            can be sampled.
         prior: "log_uniform", "ard", or a `priors.Prior`. `priors.LogUniform("cubic")` is the original: alpha is kept
             at or below 1, where its KL, a cubic, holds; so nothing is pruned.
         axis: Int, the axis of the units in the input.
@@ -100,7 +102,6 @@ class VariationalGaussianDropout(StochasticLayer):
                 "scale",
                 (units,),
                 prior=self.prior,
-                estimator="local_reparameterization",
                 initial_log_variance=min(self._initial_log_alpha, 0.0) if capped else self._initial_log_alpha,
                 log_variance_rate=1.0,
                 initializer="ones",
@@ -119,14 +120,20 @@ class VariationalGaussianDropout(StochasticLayer):
         noisy = self._noisy(training)
         if self.alpha == "fixed":
             return self._fixed(inputs) if noisy else inputs
-        axes = (tuple(range(len(inputs.shape))),) * 2
-        dtype = self.compute_dtype
-        return self.scale.apply(self._multiply, inputs, noisy=noisy, seed=self._seeds(), sign_axes=axes, dtype=dtype)
-
-    def _multiply(self, x, scale):
-        shape = [1] * len(x.shape)
+        shape = [1] * len(inputs.shape)
         shape[self.axis] = -1
-        return x * ops.reshape(scale, shape)
+        # The scales of an example are those of an input of ones: the same at all places.
+        ones = ops.ones((ops.shape(inputs)[0], *[1] * (len(inputs.shape) - 1)), self.compute_dtype)
+        scale = self.scale.apply(
+            lambda one, scale: one * ops.reshape(scale, shape),
+            ones,
+            noisy=noisy,
+            estimator="local_reparameterization",
+            seed=self._seeds(),
+            sign_axes=None,
+            dtype=self.compute_dtype,
+        )
+        return inputs * scale
 
     def _fixed(self, x):
         epsilon = noise.normal(mask_shape(ops.shape(x)), self._seeds())

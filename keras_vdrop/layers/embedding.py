@@ -3,16 +3,17 @@
 import keras
 from keras import ops
 
-from keras_vdrop.layers.base import VariationalLayer, left_along
+from keras_vdrop.layers.base import VariationalLayer, left_along, product
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
     """y = E[x], E ~ N(loc, exp(log_variance)): `keras.layers.Embedding` with a distribution for a table.
 
-    In training (and within `sampling()`) rows are drawn: by default a row of its own for each word that is looked up;
-    by "reparameterization" one table for the whole batch; by "flipout" one table, with signs for each example.
-    Otherwise E = loc, and 0 where pruned. The KL is that of the whole table, once, however many words a batch looks up.
+    In training (and within `sampling()`) rows are drawn: by default, flipout, one table with signs for each example; by
+    "reparameterization" one table for the whole batch; by "local_reparameterization" a row for each occurrence of a
+    word, which is not a draw of the table. Otherwise E = loc, and 0 where pruned. The KL is that of the whole table,
+    once, however many words a batch looks up.
 
     Args:
         input_dim: Positive int, V, the size of the vocabulary.
@@ -73,6 +74,10 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
 
     def places(self, input_shape):
         return 0  # a lookup
+
+    def uses(self, input_shape):
+        """Any of an example's indices may be the same."""
+        return product(input_shape[1:])
 
     def _sign_axes(self):
         return (0,), (0, -1)

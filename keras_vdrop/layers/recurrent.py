@@ -84,7 +84,8 @@ class RecurrentCell(VariationalLayer):
 
     Args:
         *args: The arguments of the Keras cell; `dropout` and `recurrent_dropout` in [0, 1).
-        estimator: "reparameterization", one draw of the weights for the batch, or "flipout", signs for each example.
+        estimator: "reparameterization", one draw of the weights for the batch, which "auto" is; or "flipout", signs for
+            each example.
         output_dropout: Rate in [0, 1) at which channels of the output are dropped; the state keeps them.
         weight_dropout: Rate in [0, 1) at which single recurrent weights are dropped.
         tied_masks: Whether all gates share the masks of the inputs and of the state.
@@ -94,7 +95,7 @@ class RecurrentCell(VariationalLayer):
     def __init__(
         self,
         *args,
-        estimator="reparameterization",
+        estimator="auto",
         output_dropout=0.0,
         weight_dropout=0.0,
         tied_masks=True,
@@ -113,7 +114,7 @@ class RecurrentCell(VariationalLayer):
 
     @classmethod
     def _estimators(cls):
-        return ("reparameterization", "flipout")
+        return "auto", "reparameterization", "flipout"
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -269,8 +270,8 @@ class VariationalLSTMCell(RecurrentCell, keras.layers.LSTMCell):
         weight_dropout: Rate in [0, 1) at which single recurrent weights are dropped (DropConnect).
         tied_masks: Whether all gates share the masks of the inputs and of the state, or each has its own.
         kernel_prior: The prior of the kernel and of the recurrent kernel; else as in `VariationalDense`.
-        estimator: "reparameterization", one draw of the weights for the batch at the products of a plain LSTM; or
-            "flipout", with signs of its own for each example, held over time, at twice the products.
+        estimator: "auto" or "reparameterization", one draw of the weights for the batch at the products of a plain
+            LSTM; or "flipout", with signs of its own for each example, held over time, at twice the products.
         bias_prior, kl_weight, initial_log_variance, threshold: As in `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`; `implementation`, which has no effect: products are of all gates at once
             wherever their masks are tied.
