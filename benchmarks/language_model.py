@@ -73,8 +73,10 @@ def network(name, size, options):
     elif name == "classic":
         lstm = functools.partial(kv.VariationalLSTM, kernel_prior=None, output_dropout=options.dropout, **masks)
     elif name != "plain":
-        bayesian = {"kernel_prior": name.removeprefix("Bayesian, "), "initial_log_variance": options.log_variance}
-        embedding, lstm = (functools.partial(cls, **bayesian) for cls in (kv.VariationalEmbedding, kv.VariationalLSTM))
+        prior, start = name.removeprefix("Bayesian, "), options.log_variance
+        bayesian = {"kernel_prior": prior, "initial_log_variance": start, "log_variance_rate": 1.0}
+        embedding = functools.partial(kv.VariationalEmbedding, estimator="local_reparameterization", **bayesian)
+        lstm = functools.partial(kv.VariationalLSTM, **bayesian)
         # One draw a batch: noise for every token and word of the vocabulary would cost more than all else.
         dense = functools.partial(kv.VariationalDense, estimator="reparameterization", **bayesian)
     x = tokens = keras.Input((options.steps,), batch_size=options.batch, dtype="int32")

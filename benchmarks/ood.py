@@ -8,7 +8,7 @@ and the KL's temperature (0.3 in place of 1) go by single trials judged on a par
 
 - plain, and an ensemble of five of it;
 - dropout: `MonteCarloDropout` before the dense layers, drawn at prediction;
-- bayesian: ours, with each prior, by `fast_local_reparameterization`, and an ensemble of five with the normal prior.
+- bayesian: ours, with each prior, and an ensemble of five with the normal prior.
 
 Forty draws of each, or of all members.
 
@@ -81,12 +81,8 @@ def network(dense, convolution, dropout=None):
 def made(name):
     if not name.startswith("bayesian"):
         return network(layers.Dense, layers.Conv2D, 0.5 if name == "dropout" else None)
-    arguments = {
-        "kernel_prior": name.split(", ")[1],
-        "initial_log_variance": -8.0,
-        "estimator": "fast_local_reparameterization",
-    }
-    return network(*(functools.partial(cls, **arguments) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
+    prior = name.split(", ")[1]
+    return network(*(functools.partial(cls, kernel_prior=prior) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
 
 
 def fit(model, x, y, options, callbacks=()):

@@ -51,8 +51,8 @@ def bayesian(prior, size, of_words):
     """All weights are distributions; the word table may have a prior of its own."""
 
     def of(cls, prior):
-        # Noise from the beginning: with the usual −10 the network has learned the training set before noise can grow.
-        return functools.partial(cls, kernel_prior=prior, initial_log_variance=-7.0)
+        of_places = text.SPARSIFIER if cls is not kv.VariationalLSTM else text.SLOW
+        return functools.partial(cls, kernel_prior=prior, **of_places)
 
     return classifier(
         of(kv.VariationalEmbedding, of_words), of(kv.VariationalLSTM, prior), of(kv.VariationalDense, prior), size

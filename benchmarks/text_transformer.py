@@ -47,8 +47,7 @@ def deterministic(size, dropout):
 
 def variational(size):
     def of(cls, prior="ard"):
-        # Noise from the beginning: with the usual −10 the network has learned the training set before noise can grow.
-        return functools.partial(cls, kernel_prior=prior, initial_log_variance=-7.0)
+        return functools.partial(cls, kernel_prior=prior, **text.SPARSIFIER)
 
     embedding = of(kv.VariationalEmbedding, kv.priors.ARD(group_axis=-1))
     return classifier(embedding, of(kv.VariationalMultiHeadAttention), of(kv.VariationalDense), size)

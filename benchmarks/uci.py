@@ -199,7 +199,12 @@ def _layers(method, choice, h, units, outputs, num_examples):
         if method.startswith("bayesian"):
             prior = kv.priors.Normal(0.3) if method.endswith("normal") else "ard"
             layer = functools.partial(
-                kv.VariationalEinsumDense, kernel_prior=prior, initial_log_variance=-7.0, **arguments
+                kv.VariationalEinsumDense,
+                kernel_prior=prior,
+                initial_log_variance=-7.0,
+                log_variance_rate=1.0,
+                estimator="local_reparameterization",  # an example is on the second axis, and uses each weight once
+                **arguments,
             )
         else:
             if method == "mc dropout":

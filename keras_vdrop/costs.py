@@ -31,8 +31,6 @@ def places(model_or_layer):
 def uses(model_or_layer):
     """How often one example uses each weight of a layer, over all calls of the layer: at places, or in lookups.
 
-    Of the steps of an RNN, which holds one draw for all of them, that is once.
-
     Args:
         model_or_layer: As for `places`.
 
