@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_vdrop.functional import likelihoods, uncertainty
 from keras_vdrop.layers.base import StochasticLayer, check_positive_int
-from keras_vdrop.sampling import FixedSeeds, drawing, generator_states, seed_generator
+from keras_vdrop.sampling import FixedSeeds, drawing, generator_states, seed_generator, take_part
 
 _LIKELIHOODS = (None, "categorical", "bernoulli", "normal")
 _OUTPUTS = ("statistics", "samples")
@@ -167,8 +167,13 @@ class MonteCarlo(keras.Model):
             started = [
                 (state, ops.cast(ops.stack([seed, 0]), state.dtype)) for state, seed in zip(states, ops.unstack(seeds))
             ]
-            with keras.StatelessScope(state_mapping=started + held), drawing(self.consistent):
+            with keras.StatelessScope(state_mapping=started + held), drawing(self.consistent) as scope:
                 outputs = self.model(inputs, training=False)
+            if not scope.used:
+                raise ValueError(
+                    f"Nothing was drawn from {self.model.name!r}: its layers are called by a function that was compiled "
+                    "before, such as a `call` under `tf.function`. Leave the compiling to `MonteCarlo`."
+                )
             return outputs
 
         return _side_by_side(draw, seeds)
@@ -249,6 +254,14 @@ class MonteCarlo(keras.Model):
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def make_predict_function(self, force=False):
+        take_part()  # it draws in any scope, and compiled as it is, does not say so
+        return super().make_predict_function(force)
+
+    def make_test_function(self, force=False):
+        take_part()
+        return super().make_test_function(force)
 
     def predict(self, x, *args, **kwargs):
         """As in Keras; gives `Predictions`, or an array of samples."""

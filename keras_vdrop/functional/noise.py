@@ -29,14 +29,17 @@ def hash_seed(seed, *salt):
 
 
 def _philox_seed(seed):
-    """The next seed of a generator as TensorFlow's stateless functions take it, one for each replica."""
+    """The next seed of a generator as TensorFlow's stateless functions take it.
+
+    It is one for each replica, unless the generator is `same_on_replicas`.
+    """
     import tensorflow as tf
 
     if isinstance(seed, int):
         state = tf.constant([seed & 0x7FFFFFFF, 0], "int32")
     else:
         state = tf.cast(tf.math.floormod(seed.next(), 2**31 - 1), "int32")
-    replica = tf.distribute.get_replica_context()
+    replica = None if getattr(seed, "same_on_replicas", False) else tf.distribute.get_replica_context()
     if replica is not None and replica.num_replicas_in_sync > 1:
         state = tf.random.experimental.stateless_fold_in(state, replica.replica_id_in_sync_group)
     return state

@@ -20,7 +20,7 @@ from keras import ops
 from keras_vdrop import priors
 from keras_vdrop.functional import estimators
 from keras_vdrop.posterior import VariationalWeight, posteriors
-from keras_vdrop.sampling import FixedSeeds, advance, drawing, is_consistent, is_sampling, seed_generator, seeds
+from keras_vdrop.sampling import FixedSeeds, advance, drawing, is_consistent, is_sampling, seed_generator, seeds, use_scope
 
 # Built layers whose `kl_weight` nobody has set, and of which nobody has been told.
 _unset = weakref.WeakSet()
@@ -162,7 +162,10 @@ class StochasticLayer(keras.layers.Layer):
             _unset.clear()  # one warning speaks for all layers there are
             warnings.warn(_UNSET_MESSAGE, stacklevel=2)
         replay = self._replay.get()
-        return bool(training) or is_sampling() if replay is None else replay.noisy
+        if replay is not None:
+            return replay.noisy
+        sampled = use_scope() if self.draws else is_sampling()
+        return bool(training) or sampled
 
     def _seeds(self, purpose="noise"):
         """Where the next seed comes from, for what is called so."""

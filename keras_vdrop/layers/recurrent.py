@@ -62,14 +62,14 @@ class Held:
     """What a cell has drawn for the steps of one sequence.
 
     Attributes:
-        seeds: Where it was drawn from.
+        state: Of the generator that it was drawn from.
         products: Of the inputs and of the state, each a pair of `Product`: without noise, and with it.
         output_mask: What the output is multiplied by, or None.
         used: Whether any of the noise was.
     """
 
-    def __init__(self, seeds):
-        self.seeds = seeds
+    def __init__(self, state):
+        self.state = state
         self.products = [None, None]
         self.output_mask = None
         self.used = False
@@ -133,13 +133,13 @@ class RecurrentCell(VariationalLayer):
     def get_dropout_mask(self, step_input):
         """Draw all that meets the inputs; `keras.layers.RNN` calls this before the first step."""
         # Not from the generator itself: a sequence without noise must not move it.
-        self._held = Held(FixedSeeds(ops.convert_to_tensor(self.seed_generator.state)))
+        self._held = Held(ops.convert_to_tensor(self.seed_generator.state))
         self._held.products[_INPUTS] = self._both_products(_INPUTS, step_input)
 
     def get_recurrent_dropout_mask(self, step_input):
         """Draw all that meets the state, and the mask of the output."""
         self._held.products[_STATE] = self._both_products(_STATE, step_input)
-        self._held.output_mask = self._draw_mask(step_input, self.output_dropout)
+        self._held.output_mask = self._output_mask(step_input)
 
     def reset_dropout_mask(self):
         """Forget what was drawn, and move on if it was used; `keras.layers.RNN` calls this after the last step."""
@@ -156,7 +156,9 @@ class RecurrentCell(VariationalLayer):
         return super().draws or any(rates)
 
     def _seeds(self, purpose="noise"):
-        return super()._seeds(purpose) if self._held is None else self._held.seeds
+        if self._held is None:
+            return super()._seeds(purpose)
+        return FixedSeeds(self._held.state, noise.hash_seed(purpose))
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """A step is not worth computing twice, and must not draw."""
@@ -167,6 +169,7 @@ class RecurrentCell(VariationalLayer):
 
     def _product(self, operand, like, noisy):
         """What the inputs or the state are multiplied by; `like` is of their shape."""
+        name = ("inputs", "state")[operand]
         weight = (self.kernel, self.recurrent_kernel)[operand]
         rate = (self.dropout, self.recurrent_dropout)[operand]
         weight_rate = (0.0, self.weight_dropout)[operand]
@@ -176,28 +179,32 @@ class RecurrentCell(VariationalLayer):
         flips, signs = None, None
         if self.estimator == "flipout" and not is_consistent():
             shape = ops.shape(like)[0], weight.shape[-1]
-            signs = noise.rademacher(shape, self._seeds(), self.compute_dtype)
+            signs = self._signs(shape, f"signs of the product of the {name}")
         if isinstance(weight, VariationalWeight):
             delta = self._perturbation(weight)
             if signs is None:
                 matrix = matrix + delta
             else:
-                flips = delta, noise.rademacher(ops.shape(like), self._seeds(), self.compute_dtype), signs
+                flips = delta, self._signs(ops.shape(like), f"signs of the {name}"), signs
         if weight_rate:
-            keep = self._bernoulli(weight.shape, weight_rate)
+            keep = self._bernoulli(weight.shape, weight_rate, "dropped weights")
             matrix = matrix * keep
             flips = flips and (flips[0] * keep, *flips[1:])
         if bias is not None and isinstance(self.bias, VariationalWeight):
             delta = self._bias_row(operand, self._perturbation)
             bias = bias + (delta if signs is None else delta * signs)
         count = 1 if self.tied_masks or not rate else weight.shape[-1] // self.units
-        return Product(self.units, matrix, bias, flips, [self._draw_mask(like, rate) for _ in range(count)])
+        masks = [self._draw_mask(like, rate, f"mask {gate} of the {name}") for gate in range(count)]
+        return Product(self.units, matrix, bias, flips, masks)
 
     def _mean(self, weight):
         return ops.cast(weight.mean() if isinstance(weight, VariationalWeight) else weight, self.compute_dtype)
 
     def _perturbation(self, weight):
-        return ops.cast(weight.perturbation(self._seeds()), self.compute_dtype)
+        return ops.cast(weight.perturbation(self._seeds(weight.name)), self.compute_dtype)
+
+    def _signs(self, shape, purpose):
+        return noise.rademacher(shape, self._seeds(purpose), self.compute_dtype)
 
     def _bias_row(self, row, of):
         """What `of(bias)` adds to the product: all of it to the inputs', or its rows to the inputs' and the state's."""
@@ -207,13 +214,17 @@ class RecurrentCell(VariationalLayer):
             return of(self.bias)[row]
         return of(self.bias) if row == _INPUTS else None
 
-    def _draw_mask(self, like, rate):
-        """A mask for every example and channel; None at rate 0."""
-        return self._bernoulli(mask_shape(ops.shape(like)), rate) if rate else None
+    def _output_mask(self, like):
+        return self._draw_mask(like, self.output_dropout, "mask of the output")
 
-    def _bernoulli(self, shape, rate):
+    def _draw_mask(self, like, rate, purpose):
+        """A mask for every example and channel; None at rate 0."""
+        return self._bernoulli(mask_shape(ops.shape(like)), rate, purpose) if rate else None
+
+    def _bernoulli(self, shape, rate, purpose):
         """Bernoulli(1 − rate) / (1 − rate)."""
-        return ops.cast(noise.bernoulli(shape, 1.0 - rate, self._seeds()) / (1.0 - rate), self.compute_dtype)
+        keep = noise.bernoulli(shape, 1.0 - rate, self._seeds(purpose))
+        return ops.cast(keep / (1.0 - rate), self.compute_dtype)
 
     # What the equations of a step are written in
 
@@ -227,7 +238,7 @@ class RecurrentCell(VariationalLayer):
     def _output(self, h, noisy):
         if not noisy or not self.output_dropout:
             return h
-        return h * (self._draw_mask(h, self.output_dropout) if self._held is None else self._held.output_mask)
+        return h * (self._output_mask(h) if self._held is None else self._held.output_mask)
 
     # What `sparsity` asks
 
