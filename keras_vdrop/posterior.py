@@ -120,6 +120,7 @@ class VariationalWeight(Posterior):
         )
         self.mask = add_weight(name=f"{name}_mask", shape=shape, initializer="ones", dtype="bool", trainable=False)
         self.prior_parameters = prior.add_weights(add_weight, name)
+        prior.check(shape, self.prior_parameters)
 
     @property
     def shape(self):
