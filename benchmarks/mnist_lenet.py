@@ -120,13 +120,8 @@ def dense_network(net):
 
 
 def variational_network(net, prior):
-    return network(
-        net,
-        *(
-            functools.partial(cls, kernel_prior=prior, **SPARSIFIER)
-            for cls in (kv.VariationalDense, kv.VariationalConv2D)
-        ),
-    )
+    arguments = {"kernel_prior": prior, **SPARSIFIER}
+    return network(net, *(functools.partial(cls, **arguments) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
 
 
 # Learning

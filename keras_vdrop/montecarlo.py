@@ -320,7 +320,8 @@ class MonteCarlo(keras.Model):
     def load_own_variables(self, store):
         keys = set(store.keys())  # a store is not quite a dict
         super().load_own_variables({key: store[key] for key in keys - {_SEED_STATE}})
-        self.seed_generator.state.assign(store[_SEED_STATE])
+        if _SEED_STATE in keys:
+            self.seed_generator.state.assign(store[_SEED_STATE])
 
     def get_config(self):
         loss = self.likelihood is not None and not isinstance(self.likelihood, str)

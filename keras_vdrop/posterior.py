@@ -123,6 +123,7 @@ class VariationalWeight(VariableLike, Posterior):
         self.log_variance = Scaled(stored, log_variance_rate)
         self.mask = add_weight(name=f"{name}_mask", shape=shape, initializer="ones", dtype="bool", trainable=False)
         self.prior_parameters = prior.add_weights(add_weight, name)
+        prior.check(shape, self.prior_parameters)
 
     @property
     def shape(self):

@@ -1,6 +1,7 @@
 """Priors over weights: each is one class with `kl(loc, log_variance)`, elementwise and in nats."""
 
 import math
+import numbers
 import sys
 import typing
 
@@ -52,6 +53,34 @@ class Prior:
         """
         raise NotImplementedError(f"{type(self).__name__} must define kl(loc, log_variance).")
 
+    def check(self, shape, parameters=None):
+        """Raise unless this can be the prior of a weight of that shape.
+
+        Args:
+            shape: Of the weight.
+            parameters: What `add_weights` made, a dict of variables.
+
+        Raises:
+            ValueError: For groups that the weight does not have, or a `kl` that is not elementwise.
+        """
+        sparsity.check_groups(shape, **self.groups)
+        if type(self) in _ELEMENTWISE:
+            return
+        weight = keras.KerasTensor(shape, "float32")
+        try:
+            spec = _KL(self, parameters or {}).compute_output_spec(weight, weight)
+        except Exception as error:
+            raise ValueError(
+                f"The prior {self!r} does not fit a weight of shape {tuple(shape)}: its `kl` fails. "
+                f"Received: {type(error).__name__}: {error}"
+            ) from error
+        found = tuple(getattr(spec, "shape", ()))
+        if found != tuple(shape):
+            raise ValueError(
+                f"The `kl` of a prior must give one number for each weight, a tensor of shape {tuple(shape)}. "
+                f"Received: shape {found} from {self!r}"
+            )
+
     def distribution(self, loc, log_variance):
         """The prior as a `tfp.distributions.Distribution` over scalars, batched like `loc`."""
         raise NotImplementedError(f"{type(self).__name__} has no TFP counterpart.")
@@ -66,6 +95,19 @@ class Prior:
     def __repr__(self):
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
         return f"{type(self).__name__}({arguments})"
+
+
+class _KL(keras.Operation):
+    """A prior's `kl`, of which the shape can be asked without computing it."""
+
+    def __init__(self, prior, parameters):
+        super().__init__()
+        self._prior = prior
+        self._parameters = parameters
+
+    def call(self, loc, log_variance):
+        parameters = {name: ops.convert_to_tensor(value) for name, value in self._parameters.items()}
+        return ops.convert_to_tensor(self._prior.kl(loc, log_variance, **parameters))
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -117,13 +159,13 @@ class ARD(Prior):
     """
 
     def __init__(self, group_axis=None, blocks=1):
-        if group_axis is not None and (not isinstance(group_axis, int) or isinstance(group_axis, bool)):
+        if group_axis is not None and not _is_int(group_axis):
             raise ValueError(f"`group_axis` must be an int or None. Received: group_axis={group_axis!r}")
-        if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+        if not _is_int(blocks) or blocks < 1:
             raise ValueError(f"`blocks` must be a positive int. Received: blocks={blocks!r}")
         if group_axis is None and blocks != 1:
             raise ValueError(f"`blocks` are of the group axis. Received: group_axis=None, blocks={blocks}")
-        self.groups = {"group_axis": group_axis, "blocks": blocks}
+        self.groups = {"group_axis": None if group_axis is None else int(group_axis), "blocks": int(blocks)}
 
     def kl(self, loc, log_variance):
         return kl.ard(loc, log_variance, **self.groups)
@@ -201,8 +243,8 @@ class ScaleMixture(Prior):
             raise ValueError(
                 f"`narrow_scale` must be less than `scale`. Received: narrow_scale={narrow_scale}, scale={scale}"
             )
-        if not 0.0 < probability < 1.0:
-            raise ValueError(f"`probability` must be in (0, 1). Received: probability={probability}")
+        if not _is_number(probability) or not 0.0 < probability < 1.0:
+            raise ValueError(f"`probability` must be a number in (0, 1). Received: probability={probability!r}")
         self.probability = float(probability)
         self.scale = float(scale)
         self.narrow_scale = float(narrow_scale)
@@ -222,9 +264,17 @@ class ScaleMixture(Prior):
         return {"probability": self.probability, "scale": self.scale, "narrow_scale": self.narrow_scale}
 
 
+def _is_int(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check_positive(name, value):
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a finite number > 0, a standard deviation. Received: {name}={value}")
+    if not (_is_number(value) and math.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be a finite number > 0, a standard deviation. Received: {name}={value!r}")
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -236,11 +286,15 @@ class Distribution(Prior):
     for a log p that is a polynomial of degree up to 39.
 
     Args:
-        distribution: A `tfp.distributions.Distribution` with scalar events. To be saved, it must have been
-            made from numbers, arrays, strings and other distributions.
+        distribution: A `tfp.distributions.Distribution` with scalar events and a density that is nowhere 0: the KL to
+            any other is infinite. To be saved, it must have been made from numbers, arrays, strings and other
+            distributions.
     """
 
     _NODES = 20
+
+    # Numbers at which a density must not be 0.
+    _SOMEWHERE = (-100.0, 100.0)
 
     def __init__(self, distribution):
         if keras.backend.backend() != "tensorflow":
@@ -248,21 +302,53 @@ class Distribution(Prior):
                 "A TFP distribution as a prior needs the TensorFlow backend. Received: "
                 f"{distribution} with the backend {keras.backend.backend()!r}; use priors.LogUniform, ARD or Normal."
             )
+        if not _is_distribution(distribution):
+            raise ValueError(
+                f"`distribution` must be a tfp.distributions.Distribution. Received: distribution={distribution!r}"
+            )
         if distribution.event_shape.rank != 0:
             raise ValueError(
                 "A prior must be a distribution over scalars, so that every weight has one. Received: "
                 f"{distribution} with event_shape={distribution.event_shape}"
             )
+        if not self._is_positive_everywhere(distribution):
+            raise ValueError(
+                "A prior must have a density above 0 at every number, or the KL to it is infinite. Received: "
+                f"{distribution}; take one over all numbers, such as tfd.Normal, tfd.Laplace or tfd.StudentT."
+            )
         self._distribution = distribution
+
+    def _is_positive_everywhere(self, distribution):
+        """Whether its density is above 0 at all numbers, as far as it tells; false of one over whole numbers."""
+        import tensorflow as tf
+
+        if not distribution.dtype.is_floating:
+            return False
+        with tf.init_scope():
+            somewhere = tf.constant(self._SOMEWHERE, distribution.dtype)
+            try:
+                support = distribution.experimental_default_event_space_bijector()
+            except NotImplementedError:
+                support = None  # it does not tell
+            if support is not None and not bool(tf.reduce_all(support.forward(somewhere) == somewhere)):
+                return False
+            try:
+                densities = [distribution.log_prob(x) for x in tf.unstack(somewhere)]
+            except (ValueError, tf.errors.InvalidArgumentError):  # of a distribution that validates its arguments
+                return False
+            return all(bool(tf.reduce_all(tf.math.is_finite(density))) for density in densities)
 
     def kl(self, loc, log_variance):
         from tensorflow_probability import distributions as tfd
 
+        dtype = keras.backend.standardize_dtype(loc.dtype)
+        loc, log_variance = (ops.cast(value, self._distribution.dtype.name) for value in (loc, log_variance))
         posterior = tfd.Normal(loc, ops.exp(0.5 * log_variance))
         try:
-            return tfd.kl_divergence(posterior, self._distribution)
+            value = tfd.kl_divergence(posterior, self._distribution)
         except NotImplementedError:
-            return -posterior.entropy() - self._expected_log_prob(loc, posterior.scale)
+            value = -posterior.entropy() - self._expected_log_prob(loc, posterior.scale)
+        return ops.cast(value, dtype)
 
     def _expected_log_prob(self, loc, scale):
         nodes, weights = np.polynomial.hermite_e.hermegauss(self._NODES)
@@ -272,6 +358,9 @@ class Distribution(Prior):
 
     def distribution(self, loc, log_variance):
         return self._distribution
+
+    def __repr__(self):
+        return f"Distribution({self._distribution})"
 
     def get_config(self):
         return {"distribution": _distribution_config(self._distribution)}
@@ -316,6 +405,9 @@ def _is_distribution(value):
 _BY_NAME = {"log_uniform": LogUniform, "ard": ARD, "normal": Normal, "scale_mixture": ScaleMixture}
 _BY_CLASS = {cls.__name__: cls for cls in (LogUniform, ARD, Normal, ScaleMixture, Distribution)}
 
+# Their KL is of the weight's shape for every shape: there is no need to ask.
+_ELEMENTWISE = (LogUniform, ARD, Normal, ScaleMixture)
+
 
 def get(identifier):
     """The prior that `identifier` stands for; None stays None, a plain weight.
@@ -331,16 +423,30 @@ def get(identifier):
     if isinstance(identifier, str) and identifier in _BY_NAME:
         return _BY_NAME[identifier]()
     if isinstance(identifier, dict):
-        cls = _BY_CLASS.get(identifier.get("class_name"))
-        if cls is not None:
-            return cls.from_config(identifier["config"])
-        return keras.saving.deserialize_keras_object(identifier)
-    if _is_distribution(identifier):
+        prior = _from_serialized(identifier)
+        if isinstance(prior, Prior):
+            return prior
+    elif _is_distribution(identifier):
         return Distribution(identifier)
     raise ValueError(
         f"Unknown prior. Expected one of {sorted(_BY_NAME)}, a keras_vdrop.priors.Prior, "
         f"a tfp.distributions.Distribution, or None for a plain weight. Received: {identifier!r}"
     )
+
+
+def _from_serialized(config):
+    """What `serialize` made the config of; None where that is no object.
+
+    Raises:
+        ValueError: Where the object can't be made.
+    """
+    name, arguments = config.get("class_name"), config.get("config")
+    try:
+        if name in _BY_CLASS and config.get("registered_name") in (None, name, f"keras_vdrop>{name}"):
+            return _BY_CLASS[name].from_config(arguments)
+        return keras.saving.deserialize_keras_object(config) if isinstance(name, str) else None
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"No prior can be made of that config: {error}. Received: {config!r}") from error
 
 
 def serialize(prior):

@@ -1,6 +1,7 @@
 """KL(q‖p) of a Gaussian posterior q = N(loc, exp(log_variance)), weight by weight, in nats.
 
-Every function is elementwise, finite at `loc = 0`, and differentiable in `loc` and `log_variance`.
+Every function is elementwise, differentiable in `loc` and `log_variance`, and finite in float32, as are its gradients,
+for |loc| ≤ 10⁴ (0 included) and log variances from −80 to 40.
 In what follows alpha = exp(log_variance) / loc², the noise-to-signal ratio of a weight.
 """
 
@@ -25,12 +26,22 @@ _Q = (1.0, 1.0831559, 0.30479855, 0.051567974, 0.0050930282, 0.00035124801, 0.00
 _CUBIC = (1.16145124, -1.50204118, 0.58629921)
 _CUBIC_OFFSET = 0.5 * (np.euler_gamma + math.log(2.0))
 
+# The least log variance that is told from less: 1/variance, times the square of a mean of 10⁴, is finite in float32.
+_LEAST_LOG_VARIANCE = -70.0
+
 _LEGENDRE_NODES, _LEGENDRE_WEIGHTS = np.polynomial.legendre.leggauss(32)
+
+
+def _tensors(loc, log_variance):
+    """Both as tensors of one floating type: float32, or wider where one of them is."""
+    loc, log_variance = ops.convert_to_tensor(loc), ops.convert_to_tensor(log_variance)
+    dtype = keras.backend.result_type(loc.dtype, log_variance.dtype, "float32")
+    return ops.cast(loc, dtype), ops.cast(log_variance, dtype)
 
 
 def _signal_to_noise(loc, log_variance):
     """|loc| / standard deviation = 1 / sqrt(alpha)."""
-    return ops.abs(loc) * ops.exp(-0.5 * log_variance)
+    return ops.abs(loc) * ops.exp(-0.5 * ops.maximum(log_variance, _LEAST_LOG_VARIANCE))
 
 
 def _by_signal_to_noise(kl, loc, log_variance):
@@ -43,7 +54,7 @@ def _by_signal_to_noise(kl, loc, log_variance):
 
     @ops.custom_gradient
     def value(loc, log_variance):
-        loc_over_variance = loc * ops.exp(-log_variance)
+        loc_over_variance = loc * ops.exp(-ops.maximum(log_variance, _LEAST_LOG_VARIANCE))
         values, twice_slope = kl(loc * loc_over_variance)
         slope_in_loc = twice_slope * loc_over_variance
 
@@ -232,18 +243,18 @@ def scale_mixture(loc, log_variance, probability, scale, narrow_scale):
     """
     c = math.log((1.0 - probability) * scale / (probability * narrow_scale))
     k = 0.5 * (narrow_scale**-2 - scale**-2)
-    loc, log_variance = ops.convert_to_tensor(loc), ops.convert_to_tensor(log_variance)
+    loc, log_variance = _tensors(loc, log_variance)
     deviation = ops.exp(0.5 * log_variance)
-    # Where the integrand is below e^−16 of its greatest value; beyond 6 deviations q is.
+    # Where the integrand is below e^−16 of its greatest value; beyond 6 deviations q is. In deviations from `loc`, which
+    # float32 can tell apart where the numbers themselves round to `loc`.
     reach = math.sqrt((max(c, 0.0) + 16.0) / k)
-    low = ops.stop_gradient(ops.clip(loc - 6.0 * deviation, -reach, reach))
-    high = ops.stop_gradient(ops.clip(loc + 6.0 * deviation, -reach, reach))
+    low = ops.stop_gradient(ops.clip((-reach - loc) / deviation, -6.0, 6.0))
+    high = ops.stop_gradient(ops.clip((reach - loc) / deviation, -6.0, 6.0))
     half, middle = 0.5 * (high - low), 0.5 * (high + low)
-    density = half / (math.sqrt(2.0 * math.pi) * deviation)
 
     def term(node, weight):
-        w = middle + float(node) * half
-        return float(weight) * ops.softplus(c - k * ops.square(w)) * ops.exp(-0.5 * ops.square((w - loc) / deviation))
+        z = middle + float(node) * half
+        return float(weight) * ops.softplus(c - k * ops.square(loc + deviation * z)) * ops.exp(-0.5 * ops.square(z))
 
-    expectation = density * sum(term(*pair) for pair in zip(_LEGENDRE_NODES, _LEGENDRE_WEIGHTS))
+    expectation = half / math.sqrt(2.0 * math.pi) * sum(term(*pair) for pair in zip(_LEGENDRE_NODES, _LEGENDRE_WEIGHTS))
     return normal(loc, log_variance, scale) - math.log(probability) - expectation

@@ -28,14 +28,22 @@ def log_alpha(loc, log_variance, group_axis=None, blocks=1):
     return log_variance - ops.log(ops.maximum(square, _SMALLEST_SQUARE))
 
 
+def check_groups(shape, group_axis=None, blocks=1):
+    """Raise a `ValueError` unless a weight of that shape has those groups."""
+    shape, rank = tuple(shape), len(shape)
+    if group_axis is None:
+        return
+    if not -rank <= group_axis < rank:
+        raise ValueError(f"A weight of shape {shape} has no axis {group_axis}. Received: group_axis={group_axis}")
+    if shape[group_axis] % blocks:
+        raise ValueError(f"Axis {group_axis} of a weight of shape {shape} is not {blocks} blocks. Received: {blocks=}")
+
+
 def over_groups(reduce, tensor, group_axis, blocks=1):
     """`reduce(tensor, axis, keepdims)` over each group, in the place of each of its members."""
     shape, rank = tuple(tensor.shape), len(tensor.shape)
-    if not -rank <= group_axis < rank:
-        raise ValueError(f"A weight of shape {shape} has no axis {group_axis}. Received: group_axis={group_axis}")
+    check_groups(shape, group_axis, blocks)
     axis = group_axis % rank
-    if shape[axis] % blocks:
-        raise ValueError(f"Axis {group_axis} of a weight of shape {shape} is not {blocks} blocks. Received: {blocks=}")
     split = (*shape[:axis], blocks, shape[axis] // blocks, *shape[axis + 1 :])
     others = tuple(other for other in range(rank + 1) if other != axis + 1)
     reduced = reduce(ops.reshape(tensor, split), axis=others, keepdims=True)

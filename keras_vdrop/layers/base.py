@@ -15,6 +15,7 @@ import warnings
 import weakref
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vdrop import priors
@@ -31,7 +32,8 @@ _UNSET_MESSAGE = (
     "`callbacks=[keras_vdrop.ELBO(num_examples=len(x_train))]` to `fit`, or `kl_weight=1 / len(x_train)` to each layer."
 )
 
-_LARGEST_LOG_VARIANCE = 80
+# Between them the KL to every prior is finite in float32, summed over many weights.
+_LEAST_LOG_VARIANCE, _LARGEST_LOG_VARIANCE = -80, 40
 
 # What saved models may name, and what has taken its place.
 _RETIRED_ESTIMATORS = {"fast_local_reparameterization": "local_reparameterization"}
@@ -111,16 +113,23 @@ class StochasticLayer(keras.layers.Layer):
     def __init__(self, *, kl_weight=None, seed=None, **kwargs):
         if kl_weight is not None:
             check_non_negative("kl_weight", kl_weight)
-        if seed is not None and not isinstance(seed, int):
+        if seed is not None and (not isinstance(seed, numbers.Integral) or isinstance(seed, bool)):
             raise ValueError(f"`seed` must be an int or None. Received: seed={seed!r}")
         super().__init__(**kwargs)
-        if hasattr(self, "seed_generator"):
-            del self.seed_generator  # Keras makes one by the unhashed seed; `build` makes ours
-        self.seed = seed
+        check_policy(self.dtype_policy)
+        self.seed = None if seed is None else int(seed)
         self._initial_kl_weight = None if kl_weight is None else float(kl_weight)
         self._kl_weight = None
         self._free_bits = None
         self._posterior_size = 0
+
+    # Where noise comes from, once the layer is built; None where it draws nothing.
+    seed_generator = None
+
+    def __setattr__(self, name, value):
+        if name == "seed_generator" and not hasattr(self, "_posterior_size"):
+            return  # Keras's constructors make one by the unhashed seed; `build` makes ours
+        super().__setattr__(name, value)
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -128,9 +137,10 @@ class StochasticLayer(keras.layers.Layer):
 
     def _build_noise(self):
         """Make the source of noise and, where there is a posterior, the weight of its KL."""
-        # `Bidirectional` makes two layers of one config; their noise must differ nonetheless.
-        backward = any(part.startswith("backward_") for part in (self.path or self.name).split("/"))
-        self.seed_generator = seed_generator(self.seed, "backward" if backward else "forward")
+        if self.draws:
+            # `Bidirectional` makes two layers of one config; their noise must differ nonetheless.
+            backward = any(part.startswith("backward_") for part in (self.path or self.name).split("/"))
+            self.seed_generator = seed_generator(self.seed, "backward" if backward else "forward")
         if self._posterior_size:
             self._kl_weight = self._add_scalar("kl_weight", self._default_kl_weight())
             self._free_bits = self._add_scalar("free_bits", 0.0)
@@ -175,6 +185,8 @@ class StochasticLayer(keras.layers.Layer):
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """As in Keras (within `keras.RematScope`), but so that the second computation draws the noise of the first."""
+        if self.seed_generator is None:
+            return super().rematerialized_call(layer_call, *args, **kwargs)
         # Keras tells the layers within this one of `training` at the first computation only.
         state = ops.convert_to_tensor(self.seed_generator.state)
         advance(self.seed_generator)
@@ -265,17 +277,28 @@ class StochasticLayer(keras.layers.Layer):
     def get_config(self):
         return {**super().get_config(), "kl_weight": self._initial_kl_weight, "seed": self.seed}
 
+    def _dispensable(self):
+        """The values with which a layer starts where a file, from before a variable existed, does not have it."""
+        keras.layers.Layer.save_own_variables(self, own := {})
+        scalars = {id(self._kl_weight): self._default_kl_weight(), id(self._free_bits): 0.0} if self._posterior_size else {}
+        masks = {id(variable): np.ones(variable.shape, bool) for variable in own.values() if variable.dtype == "bool"}
+        values = {**scalars, **masks}
+        return {key: values[id(variable)] for key, variable in own.items() if id(variable) in values}
+
     def save_own_variables(self, store):
         # Keras's Dense and Conv save only what they know of: a kernel and a bias.
         keras.layers.Layer.save_own_variables(self, store)
-        if self.built:
+        if self.seed_generator is not None:
             store[_SEED_STATE] = self.seed_generator.state
 
     def load_own_variables(self, store):
-        keys = set(store.keys())  # a store is not quite a dict
-        keras.layers.Layer.load_own_variables(self, {key: store[key] for key in keys - {_SEED_STATE}})
-        if _SEED_STATE in keys:
-            self.seed_generator.state.assign(store[_SEED_STATE])
+        found = {key: store[key] for key in store.keys()}  # a store is not quite a dict
+        state = found.pop(_SEED_STATE, None)
+        if found:
+            found = {**self._dispensable(), **found}
+        keras.layers.Layer.load_own_variables(self, found)
+        if state is not None and self.seed_generator is not None:
+            self.seed_generator.state.assign(state)
         if self in _unset and not math.isclose(float(self._kl_weight), self._default_kl_weight(), rel_tol=1e-6):
             _unset.discard(self)  # `ELBO` had set it when the weights were saved
 
@@ -379,6 +402,10 @@ class VariationalLayer(DropIn, StochasticLayer):
 
     def build(self, input_shape):
         for axis in self._sign_axes()[0][1:]:
+            if not -len(input_shape) <= axis < len(input_shape):
+                raise ValueError(
+                    f"The inputs to {self.name!r} must have more axes. Received: input_shape={tuple(input_shape)}"
+                )
             if input_shape[axis] is None:
                 raise ValueError(
                     f"Dimension {axis} of the inputs to {self.name!r} must be known to build its weights. "
@@ -513,13 +540,23 @@ def product(sizes):
 
 def check_positive_int(name, value):
     """Raise a `ValueError` unless `value` is an int > 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
+
+
+def check_policy(policy):
+    """Raise a `ValueError` if a dtype policy is one of quantized weights."""
+    if getattr(policy, "quantization_mode", None) is not None:
+        raise ValueError(
+            "A distribution over weights cannot be quantized. Received: "
+            f"dtype={policy.name!r}; train with a policy of floats, such as "
+            f'"float32" or "mixed_float16", and quantize what `keras_vdrop.to_deterministic` gives.'
+        )
 
 
 def check_finite(name, value):
     """Raise a `ValueError` unless `value` is a finite number."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"`{name}` must be a finite number. Received: {name}={value!r}")
 
 
@@ -538,10 +575,10 @@ def check_rate(name, value):
 
 
 def check_log_variance(name, value):
-    """Raise a `ValueError` unless `value` is a number whose exponential float32 can hold."""
+    """Raise a `ValueError` unless `value` is a log variance with which the KL is finite in float32."""
     check_finite(name, value)
-    if abs(value) > _LARGEST_LOG_VARIANCE:
+    if not _LEAST_LOG_VARIANCE <= value <= _LARGEST_LOG_VARIANCE:
         raise ValueError(
-            f"`{name}` is the log of a variance, usually from −10 to 0, and within ±{_LARGEST_LOG_VARIANCE}. "
-            f"Received: {name}={value!r}"
+            f"`{name}` is the log of a variance, usually from −10 to 0, and from {_LEAST_LOG_VARIANCE} to "
+            f"{_LARGEST_LOG_VARIANCE}. Received: {name}={value!r}"
         )

@@ -336,4 +336,6 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
         return ops.depthwise_conv(x, kernel, self.strides, self.padding, self.data_format, self.dilation_rate)
 
     def _pointwise(self, x, kernel):
+        if self.data_format == "channels_first":  # which TensorFlow convolves on few devices
+            return ops.moveaxis(ops.matmul(ops.moveaxis(x, 1, -1), kernel[0, 0]), -1, 1)
         return ops.conv(x, kernel, 1, "valid", self.data_format)

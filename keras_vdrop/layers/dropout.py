@@ -1,6 +1,7 @@
 """Noise on activations: Gaussian of learned strength, Bernoulli of learned rate, Bernoulli that prediction can draw."""
 
 import math
+import numbers
 
 import keras
 from keras import ops
@@ -72,7 +73,7 @@ class VariationalGaussianDropout(StochasticLayer):
             raise ValueError("`rate` must be > 0: noise that is not there cannot grow. Received: rate=0.0")
         if alpha not in ("unit", "layer", "fixed"):
             raise ValueError(f'`alpha` must be "unit", "layer" or "fixed". Received: alpha={alpha!r}')
-        if not isinstance(axis, int) or axis == 0:
+        if not isinstance(axis, numbers.Integral) or isinstance(axis, bool) or axis == 0:
             raise ValueError(f"`axis` must be an int other than 0, the batch. Received: axis={axis!r}")
         check_finite("threshold", threshold)
         prior = priors.get(prior)
@@ -82,11 +83,17 @@ class VariationalGaussianDropout(StochasticLayer):
         self.rate = float(rate)
         self.alpha = alpha
         self.prior = prior
-        self.axis = axis
+        self.axis = int(axis)
         self.threshold = float(threshold)
         self.supports_masking = True
 
     def build(self, input_shape):
+        rank = len(input_shape)
+        if not -rank < self.axis < rank:
+            raise ValueError(
+                f"`axis` must be one of the inputs' other than the batch. Received: axis={self.axis}, and "
+                f"input_shape={tuple(input_shape)}"
+            )
         units = input_shape[self.axis]
         if units is None:
             raise ValueError(

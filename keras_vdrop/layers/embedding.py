@@ -28,10 +28,10 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
 
     Input shape:
         (B, ...), indices in [0, V). One out of range gives what `keras.layers.Embedding` gives on the backend: an
-        error or NaN.
+        error or NaN. In TensorFlow also a `tf.RaggedTensor` of them.
 
     Output shape:
-        (B, ..., U).
+        (B, ..., U); ragged where the input is.
 
     Raises:
         ValueError: For a value that is out of range.
@@ -62,6 +62,10 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
             super().build(input_shape)
 
     def call(self, inputs, training=False):
+        if hasattr(inputs, "nested_row_lengths"):  # TensorFlow's ragged tensor
+            table = self.call(inputs.to_tensor(), training)
+            lengths, dtype = inputs.nested_row_lengths(), inputs.row_splits.dtype
+            return type(inputs).from_tensor(table, lengths=lengths, row_splits_dtype=dtype)
         taken = keras.backend.standardize_dtype(inputs.dtype) in ("int32", "int64")
         indices = inputs if taken else ops.cast(inputs, "int32")
         return self._apply(self.embeddings, _look_up, indices, self._noisy(training))

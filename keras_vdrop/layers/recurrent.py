@@ -133,7 +133,7 @@ class RecurrentCell(VariationalLayer):
     def get_dropout_mask(self, step_input):
         """Draw all that meets the inputs; `keras.layers.RNN` calls this before the first step."""
         # Not from the generator itself: a sequence without noise must not move it.
-        self._held = Held(ops.convert_to_tensor(self.seed_generator.state))
+        self._held = Held(ops.convert_to_tensor(self.seed_generator.state) if self.draws else None)
         self._held.products[_INPUTS] = self._both_products(_INPUTS, step_input)
 
     def get_recurrent_dropout_mask(self, step_input):
@@ -143,7 +143,7 @@ class RecurrentCell(VariationalLayer):
 
     def reset_dropout_mask(self):
         """Forget what was drawn, and move on if it was used; `keras.layers.RNN` calls this after the last step."""
-        if self._held is not None and self._held.used:
+        if self._held is not None and self._held.used and self.draws:
             advance(self.seed_generator)
         self._held = None
 
@@ -177,7 +177,7 @@ class RecurrentCell(VariationalLayer):
         if not noisy:
             return Product(self.units, matrix, bias)
         flips, signs = None, None
-        if self.estimator == "flipout" and not is_consistent():
+        if self.estimator == "flipout" and self._posterior_size and not is_consistent():
             shape = ops.shape(like)[0], weight.shape[-1]
             signs = self._signs(shape, f"signs of the product of the {name}")
         if isinstance(weight, VariationalWeight):
