@@ -1,7 +1,9 @@
 """Calibration while a model trains: metrics for `compile(metrics=[...])`, over all batches of an epoch.
 
 Each equals the function of `functional` that it names, on all the rows that it has seen. What Keras has itself is not
-here: NLL (`SparseCategoricalCrossentropy`), accuracy, `AUC`.
+here: the NLL of classes (`SparseCategoricalCrossentropy`), accuracy, `AUC`. Where outputs are the parameters of a
+distribution, as the losses of `losses` take them, Keras's errors of a number compare y with all of them; those here
+compare it with the distribution's mean.
 """
 
 import math
@@ -13,7 +15,8 @@ from keras import ops
 from keras_vdrop.functional import likelihoods
 from keras_vdrop.functional.calibration import EDGE
 from keras_vdrop.layers.base import check_positive_int
-from keras_vdrop.losses import mask_of, targets
+from keras_vdrop.losses import NegativeLogLikelihood as Likelihood
+from keras_vdrop.losses import NormalNLL, aligned, mask_of, targets, weights_of
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -172,6 +175,120 @@ class NormalCoverage(_Mean):
         return {**super().get_config(), "level": self.level}
 
 
+class _OfParameters(_Mean):
+    """A mean over numbers of which the outputs are the parameters of a distribution."""
+
+    def __init__(self, likelihood, name, dtype=None):
+        likelihood = NormalNLL() if likelihood is None else likelihood
+        if not isinstance(likelihood, Likelihood):
+            raise ValueError(
+                f"`likelihood` must be one of `keras_vdrop.losses`, such as NormalNLL(). "
+                f"Received: likelihood={likelihood!r}"
+            )
+        super().__init__(name, dtype)
+        self.likelihood = likelihood
+        self._direction = "down"
+
+    def values(self, y_true, y_pred):
+        return self.score(ops.cast(y_true, self.dtype), ops.cast(y_pred, self.dtype))
+
+    def score(self, y_true, y_pred):
+        raise NotImplementedError
+
+    def errors(self, y_true, y_pred):
+        """y − mean, of each number."""
+        size = self.likelihood.num_parameters
+        if size is None:
+            mean, _ = self.likelihood.moments(y_pred)
+            y = aligned(y_true, mean.shape, ops.shape(mean))
+            if y is None:
+                raise ValueError(
+                    "Expected y of the shape of the distribution's mean. "
+                    f"Received: shapes {tuple(y_true.shape)} and {tuple(mean.shape)}"
+                )
+        else:
+            y = targets(y_true, y_pred, f"numbers (B, ...) and parameters (B, ..., {size})", size)
+            mean, _ = self.likelihood.moments(y_pred)
+        return y - mean
+
+    def get_config(self):
+        return {**super().get_config(), "likelihood": keras.losses.serialize(self.likelihood)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "likelihood": keras.losses.deserialize(config["likelihood"])})
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class RootMeanSquaredError(_OfParameters):
+    """√ mean of (y − mean)², of a model whose outputs are a distribution's parameters.
+
+    Args:
+        likelihood: The loss of `losses` that says what the outputs are; None for `NormalNLL()`.
+        name: In the logs.
+        dtype: Of the sums.
+
+    Call arguments:
+        y_true: Numbers (B, ...) or (B, ..., 1).
+        y_pred: The parameters, (B, ..., 2) of `NormalNLL`.
+        sample_weight: Optional, one for each number, step or row.
+
+    Example:
+        >>> import keras_vdrop as kv
+        >>> metric = kv.metrics.RootMeanSquaredError()
+        >>> metric.update_state([1.0, 2.0], [[1.0, -5.0], [4.0, 5.0]])
+        >>> round(float(metric.result()), 4)
+        1.4142
+    """
+
+    def __init__(self, likelihood=None, name="rmse", dtype=None):
+        super().__init__(likelihood, name, dtype)
+
+    def score(self, y_true, y_pred):
+        return ops.square(self.errors(y_true, y_pred))
+
+    def result(self):
+        return ops.sqrt(super().result())
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class MeanAbsoluteError(_OfParameters):
+    """The mean of |y − mean|, of such a model.
+
+    Args:
+        likelihood, name, dtype: As for `RootMeanSquaredError`.
+
+    Call arguments:
+        y_true, y_pred, sample_weight: As for `RootMeanSquaredError`.
+    """
+
+    def __init__(self, likelihood=None, name="mae", dtype=None):
+        super().__init__(likelihood, name, dtype)
+
+    def score(self, y_true, y_pred):
+        return ops.abs(self.errors(y_true, y_pred))
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class NegativeLogLikelihood(_OfParameters):
+    """The mean of −log p(y) over numbers, in nats, of such a model: `functional.regression`'s for the normal one.
+
+    The loss of that likelihood is the sum over an example's numbers, and has the KL beside it; this is neither.
+
+    Args:
+        likelihood, name, dtype: As for `RootMeanSquaredError`.
+
+    Call arguments:
+        y_true, y_pred, sample_weight: As for `RootMeanSquaredError`.
+    """
+
+    def __init__(self, likelihood=None, name="negative_log_likelihood", dtype=None):
+        super().__init__(likelihood, name, dtype)
+
+    def score(self, y_true, y_pred):
+        return self.likelihood.values(y_true, y_pred)
+
+
 def _classification(y_true, y_pred, from_logits, dtype):
     """Class numbers (B, ...) and probabilities (B, ..., C)."""
     y_true, y_pred = ops.convert_to_tensor(y_true), ops.cast(y_pred, dtype)
@@ -193,11 +310,8 @@ def _standardised(y_true, y_pred, dtype):
 
 def _weight(values, y_pred, sample_weight, dtype):
     """The weight of every one of the values: 0 where the outputs are masked, as in Keras's own metrics."""
-    weight = ops.ones(ops.shape(values), dtype)
+    weight = ops.ones_like(values, dtype=dtype)
     if sample_weight is not None:
-        given = ops.cast(sample_weight, dtype)
-        if len(given.shape) == len(values.shape) + 1 and given.shape[-1] == 1:
-            given = ops.squeeze(given, axis=-1)
-        weight = weight * ops.reshape(given, (*ops.shape(given), *[1] * (len(values.shape) - len(given.shape))))
+        weight *= weights_of(ops.cast(sample_weight, dtype), values)
     mask = mask_of(y_pred)
-    return weight if mask is None else weight * ops.cast(mask, dtype)
+    return weight if mask is None else weight * weights_of(ops.cast(mask, dtype), values)

@@ -163,6 +163,145 @@ def test_y_has_the_shape_of_what_it_is_compared_with():
         losses.NormalNLL()(Y, outputs)
 
 
+STEPS = [(8, 5), (6, 6)]
+NORMAL = losses.NormalNLL
+
+
+def sequences(batch, steps, seed=0):
+    """Outputs of sequences, y, weights of steps and a mask, the last one of an example all masked; and −log p."""
+    rng = np.random.default_rng(seed)
+    y, outputs = rng.normal(size=(batch, steps)), rng.normal(size=(batch, steps, 2))
+    weight, mask = rng.uniform(0.2, 2.0, size=(batch, steps)), rng.uniform(size=(batch, steps)) < 0.6
+    mask[-1] = False
+    nll = -stats.norm.logpdf(y, outputs[..., 0], scale_of(outputs[..., 1]))
+    return *(each.astype("float32") for each in (y, outputs, weight)), mask, nll
+
+
+@pytest.mark.parametrize(("batch", "steps"), STEPS)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("kind", ["example", "column", "step", "number", "row", None])
+def test_weights_and_masks_of_steps(batch, steps, masked, kind):
+    """Σ w·m·nll over an example, whatever the sizes."""
+    y, outputs, weight, mask, nll = sequences(batch, steps)
+    given, each = {
+        None: (None, np.ones_like(weight)),
+        "example": (weight[:, 0], weight[:, :1]),
+        "column": (weight[:, :1], weight[:, :1]),
+        "step": (weight, weight),
+        "number": (weight[..., None], weight),
+        "row": (weight[:1], weight[:1]),
+    }[kind]
+    each = np.broadcast_to(each, nll.shape)
+    totals = (each * (mask if masked else 1.0) * nll).sum(axis=1)
+    expected = {
+        "sum_over_batch_size": totals.mean(),
+        "mean": totals.mean(),
+        "sum": totals.sum(),
+        "none": totals,
+        None: totals,
+        "mean_with_sample_weight": totals.sum() / each.mean(axis=1).sum(),
+    }
+    tensor = keras.ops.convert_to_tensor(outputs)
+    tensor = losses.with_mask(tensor, keras.ops.convert_to_tensor(mask)) if masked else tensor
+    for reduction, value in expected.items():
+        got = NORMAL(reduction=reduction)(y, tensor, sample_weight=given)
+        np.testing.assert_allclose(array(got), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "steps"), STEPS)
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_weights_and_masks_in_fit_and_evaluate(batch, steps, known):
+    """Of one batch, whose steps may be known only when the graph runs; with gradients of what counts alone."""
+    y, _, weight, mask, _ = sequences(batch, steps)
+    x = np.random.default_rng(1).normal(size=(batch, steps, 3)) * mask[..., None]
+    model = keras.Sequential(
+        [keras.Input((steps if known else None, 3)), keras.layers.Masking(0.0), keras.layers.Dense(2)]
+    )
+    outputs = model.predict(x, verbose=0)
+    nll = -stats.norm.logpdf(y, outputs[..., 0], scale_of(outputs[..., 1]))
+    model.compile(keras.optimizers.SGD(0.1), NORMAL())
+    expected = (weight * mask * nll).sum() / batch
+    for targets in (y, y[..., None]):
+        got = model.evaluate(x, targets, sample_weight=weight, batch_size=batch, verbose=0)
+        np.testing.assert_allclose(got, expected, rtol=1e-4)
+    np.testing.assert_allclose(model.evaluate(x, y, batch_size=batch, verbose=0), (mask * nll).sum() / batch, rtol=1e-4)
+    bias = array(model.layers[-1].bias)
+    model.fit(x, y, sample_weight=weight, batch_size=batch, verbose=0)
+    scale = scale_of(outputs[..., 1])
+    gradient = (weight * mask * (outputs[..., 0] - y) / scale**2).sum() / batch
+    np.testing.assert_allclose(bias[0] - array(model.layers[-1].bias)[0], 0.1 * gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_mask_or_a_weight_of_all_that_an_image_holds():
+    rng = np.random.default_rng(0)
+    y, outputs = rng.normal(size=(3, 4, 3)), rng.normal(size=(3, 4, 3, 2))
+    nll = -stats.norm.logpdf(y, outputs[..., 0], scale_of(outputs[..., 1]))
+    for shape in ((3,), (3, 1), (3, 4), (3, 4, 1), (3, 4, 3), (3, 1, 3), ()):
+        weight = rng.uniform(size=shape)
+        whole = weight.reshape(*shape, *[1] * (3 - len(shape)))
+        got = NORMAL()(y, outputs, sample_weight=weight)
+        np.testing.assert_allclose(array(got), (whole * nll).sum() / 3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5,), (8, 8), (5, 8), (8, 5, 2), (8, 5, 1, 1)])
+def test_weights_and_masks_of_another_layout_are_refused(shape):
+    y, outputs, *_ = sequences(8, 5)
+    with pytest.raises(ValueError, match=r"\(8, 5\).*\(" + ", ".join(map(str, shape))):
+        NORMAL()(y, outputs, sample_weight=np.ones(shape))
+    masked = losses.with_mask(keras.ops.convert_to_tensor(outputs), keras.ops.ones(shape, "bool"))
+    with pytest.raises(ValueError, match=r"\(8, 5\).*\(" + ", ".join(map(str, shape))):
+        NORMAL()(y, masked)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 6), (4, 5, 2)])
+def test_y_of_another_layout_is_refused_where_steps_are_unknown_too(shape):
+    """(B, 1) would be compared with every step."""
+    model = keras.Sequential([keras.Input((None, 3)), keras.layers.Dense(2)])
+    model.compile("sgd", NORMAL())
+    with pytest.raises(Exception, match=r"shape"):
+        model.fit(np.ones((4, 5, 3)), np.ones(shape), verbose=0)
+
+
+def two_headed(activation):
+    inputs = keras.Input((3,))
+    heads = {name: keras.layers.Dense(2, activation=activation)(inputs) for name in ("b", "a")}
+    return keras.Model(inputs, heads)
+
+
+@pytest.mark.parametrize(
+    ("activation", "reach"),
+    [("relu", "at least 0.694"), ("softplus", "at least 0.694"), ("sigmoid", "between 0.694 and 1.31")],
+)
+def test_an_activation_before_a_raw_scale_is_said(activation, reach):
+    one = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation=activation)])
+    inside = keras.Sequential([keras.Input((3,)), one])
+    after = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Activation(activation)])
+    for model in (one, inside, after):
+        model.compile("sgd", NORMAL())
+        with pytest.warns(UserWarning, match=f"{activation!r}.*{reach}"):
+            losses.check_outputs(model)
+    several = two_headed(activation)
+    several.compile("sgd", {"a": NORMAL(), "b": "mse"})
+    with pytest.warns(UserWarning, match=f"for 'a'.*{activation!r}"):
+        losses.check_outputs(several)
+
+
+@pytest.mark.parametrize("metric", ["mse", "mae", keras.metrics.RootMeanSquaredError()])
+def test_a_metric_of_all_parameters_is_said(metric):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("sgd", NORMAL(), metrics=[metric])
+    with pytest.warns(UserWarning, match="raw scale"):
+        losses.check_outputs(model)
+    model.compile("sgd", NORMAL(), metrics=[kv.metrics.RootMeanSquaredError()])
+    losses.check_outputs(model)
+    model.compile("sgd", "mse", metrics=[metric])
+    losses.check_outputs(model)
+    several = two_headed(None)
+    several.compile("sgd", {"a": NORMAL(), "b": "mse"}, metrics={"a": [metric]})
+    with pytest.warns(UserWarning, match="raw scale"):
+        losses.check_outputs(several)
+
+
 def test_scale_of_a_mean_squared_error():
     """mse·D/(2σ²) + KL/N and mse + (2σ²/D)·KL/N have one minimum: the KL's weight is that of the latter."""
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2)])
@@ -184,10 +323,6 @@ def test_bad_input():
         losses.NormalNLL()(Y, LOC)
     with pytest.raises(ValueError, match=r"parameters \(B, \.\.\., 2\).*\(6, 3, 9\)"):
         losses.NormalNLL()(Y, THREE)
-    steps = keras.Sequential([keras.Input((3, 2)), keras.layers.Masking(), keras.layers.Dense(2)])
-    steps.compile("sgd", losses.NormalNLL())
-    with pytest.raises(ValueError, match="mask"):
-        steps.fit(np.zeros((4, 3, 2)), np.zeros((4, 3)), verbose=0)
     with pytest.raises(ValueError, match="likelihood_scale=0"):
         kv.ELBO(8, likelihood_scale=0)
     inputs = keras.Input((None, 4))

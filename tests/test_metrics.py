@@ -41,6 +41,21 @@ CASES = {
     "crps": (kv.metrics.NormalCRPS, OUTPUTS, Y, lambda p, y: regression.normal_crps(*normal(p), y)),
     "coverage": (lambda: kv.metrics.NormalCoverage(0.8), OUTPUTS, Y, coverage),
 }
+CASES |= {
+    "rmse": (
+        kv.metrics.RootMeanSquaredError,
+        OUTPUTS,
+        Y,
+        lambda p, y: np.sqrt(np.mean((p[:, 0].astype("float64") - y) ** 2)),
+    ),
+    "mae": (kv.metrics.MeanAbsoluteError, OUTPUTS, Y, lambda p, y: np.abs(p[:, 0].astype("float64") - y).mean()),
+    "nll": (
+        kv.metrics.NegativeLogLikelihood,
+        OUTPUTS,
+        Y,
+        lambda p, y: regression.normal_negative_log_likelihood(*normal(p), y),
+    ),
+}
 METRICS = pytest.mark.parametrize("make, outputs, y, function", CASES.values(), ids=CASES)
 
 
@@ -162,6 +177,41 @@ def test_a_compiled_model_comes_back_with_its_metrics(tmp_path):
     assert loaded.evaluate(x, y, verbose=0, return_dict=True) == pytest.approx(expected)
 
 
+LIKELIHOODS = [
+    kv.losses.LaplaceNLL(),
+    kv.losses.StudentTNLL(df=5.0),
+    kv.losses.NormalMixtureNLL(num_components=2),
+]
+
+
+@pytest.mark.parametrize("loss", LIKELIHOODS, ids=lambda loss: loss.name)
+def test_metrics_of_any_likelihood(loss):
+    """Of two numbers a row; and in a model, with its config."""
+    outputs = RNG.normal(size=(30, 2, loss.num_parameters)).astype("float32")
+    y = RNG.normal(size=(30, 2)).astype("float32")
+    mean = keras.ops.convert_to_numpy(loss.moments(keras.ops.convert_to_tensor(outputs))[0]).astype("float64")
+    expected = {
+        kv.metrics.RootMeanSquaredError: np.sqrt(np.mean((mean - y) ** 2)),
+        kv.metrics.MeanAbsoluteError: np.abs(mean - y).mean(),
+        kv.metrics.NegativeLogLikelihood: float(keras.ops.convert_to_numpy(loss(y, outputs))) / 2,
+    }
+    for cls, wanted in expected.items():
+        metric = keras.metrics.deserialize(keras.metrics.serialize(cls(loss)))
+        assert metric.likelihood.get_config() == loss.get_config()
+        metric.update_state(y, outputs)
+        np.testing.assert_allclose(value(metric), wanted, rtol=1e-5)
+
+
+def test_errors_are_of_the_mean_where_keras_takes_the_raw_scale_too():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    x = RNG.normal(size=(20, 3)).astype("float32")
+    model.compile("sgd", kv.losses.NormalNLL(), metrics=[kv.metrics.RootMeanSquaredError(), "mse"])
+    logs = model.evaluate(x, Y[:20], verbose=0, return_dict=True)
+    error = model.predict(x, verbose=0)[:, 0] - Y[:20]
+    np.testing.assert_allclose(logs["rmse"], np.sqrt(np.mean(error**2)), rtol=1e-5)
+    assert abs(logs["mse"] - np.mean(error**2)) > 0.01
+
+
 def test_a_checkpoint_knows_which_way_is_better():
     assert kv.metrics.ExpectedCalibrationError()._direction == kv.metrics.BrierScore()._direction == "down"
 
@@ -175,6 +225,13 @@ def test_what_is_refused():
         kv.metrics.BrierScore().update_state(np.eye(4)[LABELS], PROBABILITY)
     with pytest.raises(ValueError, match="raw scale"):
         kv.metrics.NormalCRPS().update_state(OUTPUTS, OUTPUTS)
+    with pytest.raises(ValueError, match="likelihood='normal'"):
+        kv.metrics.RootMeanSquaredError("normal")
+    with pytest.raises(ValueError, match=r"\(200,\).*\(100,\)"):
+        kv.metrics.NormalCRPS().update_state(Y, OUTPUTS, sample_weight=np.ones(100))
     for size in (1, 3):
         with pytest.raises(ValueError, match="raw scale"):
             kv.metrics.NormalCoverage().update_state(np.zeros(4), np.zeros((4, size)))
+        for cls in (kv.metrics.RootMeanSquaredError, kv.metrics.NegativeLogLikelihood):
+            with pytest.raises(ValueError, match=r"parameters \(B, \.\.\., 2\)"):
+                cls().update_state(np.zeros(4), np.zeros((4, size)))
