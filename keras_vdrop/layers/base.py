@@ -15,6 +15,7 @@ import warnings
 import weakref
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vdrop import priors
@@ -34,6 +35,10 @@ _UNSET_MESSAGE = (
 _LARGEST_LOG_VARIANCE = 80
 
 _SEED_STATE = "seed_generator_state"
+
+# What a config means that says nothing of it: such a one, and the state of an optimizer beside it, is from before it
+# could be said.
+_BEFORE_RATES = {"log_variance_rate": 1.0}
 
 
 def _signature_of(method):
@@ -93,6 +98,10 @@ class DropIn:
         if twice := set(named) & set(kwargs):
             raise TypeError(f"{cls.__name__} got multiple values for {sorted(twice)}.")
         return {**named, **kwargs}
+
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config({**_BEFORE_RATES, **config})
 
 
 class StochasticLayer(keras.layers.Layer):
@@ -261,13 +270,28 @@ class StochasticLayer(keras.layers.Layer):
 
     def save_own_variables(self, store):
         # Keras's Dense and Conv save only what they know of: a kernel and a bias.
-        keras.layers.Layer.save_own_variables(self, store)
+        own = {}
+        keras.layers.Layer.save_own_variables(self, own)
+        scaled = self._scaled()
+        for key, variable in own.items():
+            store[key] = scaled[id(variable)].value if id(variable) in scaled else variable
         if self.built:
             store[_SEED_STATE] = self.seed_generator.state
 
+    def _scaled(self):
+        """What is stored in units of its own, by the id of its variable: files hold it in nats, whatever the units."""
+        weights = [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
+        return {id(weight.log_variance.variable): weight.log_variance for weight in weights}
+
     def load_own_variables(self, store):
         keys = set(store.keys())  # a store is not quite a dict
-        keras.layers.Layer.load_own_variables(self, {key: store[key] for key in keys - {_SEED_STATE}})
+        own, scaled = {}, self._scaled()
+        keras.layers.Layer.save_own_variables(self, own)
+        values = {key: store[key] for key in keys - {_SEED_STATE}}
+        for key, variable in own.items():
+            if key in values and id(variable) in scaled:
+                values[key] = np.asarray(values[key]) / scaled[id(variable)].factor
+        keras.layers.Layer.load_own_variables(self, values)
         if _SEED_STATE in keys:
             self.seed_generator.state.assign(store[_SEED_STATE])
         if self in _unset and not math.isclose(float(self._kl_weight), self._default_kl_weight(), rel_tol=1e-6):
@@ -286,7 +310,10 @@ class VariationalLayer(DropIn, StochasticLayer):
         bias_prior: The same for the bias.
         estimator: One of `functional.estimators.ESTIMATORS`: how noise enters the output.
         kl_weight: As for `StochasticLayer`.
-        initial_log_variance: Float, where log_variance starts.
+        initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 14 % of the root
+            mean square of the initial weights (0.014 where these are 0).
+        log_variance_rate: Float > 0, how many learning rates a step of an optimizer such as Adam moves log_variance;
+            SGD moves it by the gradient times the learning rate times this squared.
         threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
             is 3, and 5 where weights live and die in groups.
         seed: As for `StochasticLayer`.
@@ -300,7 +327,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         bias_prior=None,
         estimator="local_reparameterization",
         kl_weight=None,
-        initial_log_variance=-10.0,
+        initial_log_variance=None,
         log_variance_rate=10.0,
         threshold=None,
         seed=None,
@@ -310,7 +337,9 @@ class VariationalLayer(DropIn, StochasticLayer):
         seed = kwargs.pop("seed", seed)
         if estimator not in self._estimators():
             raise ValueError(f"`estimator` must be one of {self._estimators()}. Received: estimator={estimator!r}")
-        check_log_variance("initial_log_variance", initial_log_variance)
+        if initial_log_variance is not None:
+            check_log_variance("initial_log_variance", initial_log_variance)
+        check_positive("log_variance_rate", log_variance_rate)
         if threshold is not None:
             check_finite("threshold", threshold)
         kernel_prior, bias_prior = priors.get(kernel_prior), priors.get(bias_prior)
@@ -318,7 +347,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         self.kernel_prior = kernel_prior
         self.bias_prior = bias_prior
         self.estimator = estimator
-        self.initial_log_variance = float(initial_log_variance)
+        self.initial_log_variance = None if initial_log_variance is None else float(initial_log_variance)
         self.log_variance_rate = float(log_variance_rate)
         self.threshold = None if threshold is None else float(threshold)
 
@@ -496,6 +525,13 @@ def check_non_negative(name, value):
     check_finite(name, value)
     if value < 0:
         raise ValueError(f"`{name}` must be ≥ 0. Received: {name}={value!r}")
+
+
+def check_positive(name, value):
+    """Raise a `ValueError` unless `value` is a finite number > 0."""
+    check_finite(name, value)
+    if value <= 0:
+        raise ValueError(f"`{name}` must be > 0. Received: {name}={value!r}")
 
 
 def check_rate(name, value):
