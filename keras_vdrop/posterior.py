@@ -8,10 +8,14 @@ from keras import ops
 
 from keras_vdrop.functional import estimators, sparsity
 from keras_vdrop.sampling import is_consistent
-from keras_vdrop.variables import Scaled, VariableLike
+from keras_vdrop.variables import LogScaleOf, Scaled, VariableLike
 
 # Added to a log variance, it leaves a variance that is 0 in every type.
 _NO_VARIANCE = -1e9
+
+# Where a posterior starts that was not told where: its standard deviation is e^(_START / 2) of the weights' size, or of
+# this where all of them are 0, as biases are.
+_START, _SIZE_OF_ZEROS = -4.0, 0.1
 
 
 class Posterior:
@@ -92,7 +96,8 @@ class VariationalWeight(VariableLike, Posterior):
         """Create the variables by `add_weight`, whose arguments the others are, as in Keras.
 
         `loc` can be a constant (`learn_loc=False`), and weights can share a log variance: its shape
-        needs only be broadcast to theirs. An optimizer's step moves it by `log_variance_rate` learning rates.
+        needs only be broadcast to theirs. It starts at `initial_log_variance`, or where that is None, as the size of
+        the initial `loc` has it. An optimizer's step moves it by `log_variance_rate` learning rates.
         """
         super().__init__(owner, math.prod(shape))
         self.name = name
@@ -113,7 +118,9 @@ class VariationalWeight(VariableLike, Posterior):
         stored = add_weight(
             name=f"{name}_log_variance",
             shape=shape if log_variance_shape is None else log_variance_shape,
-            initializer=keras.initializers.Constant(initial_log_variance / log_variance_rate),
+            initializer=LogScaleOf(self.loc, 2.0, _START, log_variance_rate, _SIZE_OF_ZEROS)
+            if initial_log_variance is None
+            else keras.initializers.Constant(initial_log_variance / log_variance_rate),
             regularizer=_LogVariancePenalty(self),
             constraint=log_variance_constraint,
             dtype=dtype,

@@ -182,19 +182,21 @@ class ARD(Prior):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class Normal(Prior):
-    """N(0, scale²), the classic prior of Bayes by backprop.
+    """N(0, scale²), the classic prior of Bayes by backprop, with the scale fitted to each kernel unless it is given.
 
     See `functional.kl.normal`. Blundell et al., 2015, https://arxiv.org/abs/1505.05424.
 
     Args:
-        scale: The standard deviation (not the variance), > 0.
-        trainable: Whether the scale is learned with the weights, one for each kernel, from `scale` on: its logarithm
-            is then the variable `layer.kernel.prior_parameters["log_scale"]`.
+        scale: The standard deviation (not the variance), > 0. None for the one at which the KL is least, at every step:
+            scale² = mean(loc² + variance) over the kernel, of which it takes one number (empirical Bayes).
+        trainable: Whether the scale is learned by the optimizer, one for each kernel, from `scale` (None for 1) on: its
+            logarithm is then the variable `layer.kernel.prior_parameters["log_scale"]`.
     """
 
-    def __init__(self, scale=1.0, trainable=False):
-        _check_positive("scale", scale)
-        self.scale = float(scale)
+    def __init__(self, scale=None, trainable=False):
+        if scale is not None:
+            _check_positive("scale", scale)
+        self.scale = None if scale is None else float(scale)
         self.trainable = bool(trainable)
 
     def add_weights(self, add_weight, name):
@@ -203,22 +205,27 @@ class Normal(Prior):
         log_scale = add_weight(
             name=f"{name}_prior_log_scale",
             shape=(),
-            initializer=keras.initializers.Constant(math.log(self.scale)),
+            initializer=keras.initializers.Constant(math.log(self.scale or 1.0)),
             dtype="float32",
             autocast=False,
         )
         return {"log_scale": log_scale}
 
     def kl(self, loc, log_variance, log_scale=None):
-        return kl.normal(loc, log_variance, self._scale(log_scale))
+        return kl.normal(loc, log_variance, self._scale(loc, log_variance, log_scale))
 
     def distribution(self, loc, log_variance, log_scale=None):
         from tensorflow_probability import distributions as tfd
 
-        return tfd.Normal(ops.zeros_like(loc), self._scale(log_scale))
+        return tfd.Normal(ops.zeros_like(loc), self._scale(loc, log_variance, log_scale))
 
-    def _scale(self, log_scale):
-        return self.scale if log_scale is None else ops.exp(log_scale)
+    def _scale(self, loc, log_variance, log_scale):
+        if log_scale is not None:
+            return ops.exp(log_scale)
+        if self.scale is not None:
+            return self.scale
+        # The KL is least there, so that the gradient by way of the scale is 0.
+        return ops.stop_gradient(ops.sqrt(ops.mean(kl.ard_variance(loc, log_variance))))
 
     def get_config(self):
         return {"scale": self.scale, "trainable": self.trainable}

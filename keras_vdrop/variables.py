@@ -111,3 +111,29 @@ class Scaled(VariableLike):
 
     def __repr__(self):
         return f"<{self.factor:g} x {self.variable!r}>"
+
+
+class LogScaleOf(keras.initializers.Initializer):
+    """power·log(rms of a variable) + offset, with the root mean square of the values that the variable has by then.
+
+    Args:
+        variable: The `keras.Variable`, made before whatever this initializes.
+        power: Float, 1 for the logarithm of a scale and 2 for that of a variance.
+        offset: Float.
+        unit: Float > 0, by which the result is divided: the factor of a `Scaled`.
+        zeros: Float > 0, what takes the place of the root mean square of a variable that is 0.
+    """
+
+    def __init__(self, variable, power, offset, unit, zeros):
+        self.variable = variable
+        self.power = power
+        self.offset = offset
+        self.unit = unit
+        self.zeros = zeros
+
+    def __call__(self, shape, dtype=None):
+        values = ops.convert_to_tensor(self.variable)
+        rms = ops.sqrt(ops.mean(ops.square(values)))
+        rms = ops.where(rms > 0.0, rms, self.zeros)
+        start = (self.power * ops.log(rms) + self.offset) / self.unit
+        return ops.broadcast_to(ops.cast(start, dtype or values.dtype), shape)

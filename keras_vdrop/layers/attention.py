@@ -27,8 +27,8 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
             kernel_constraint, bias_constraint: As in `keras.layers.MultiHeadAttention`. `dropout` is Keras's own, of
             attention scores.
         seed: Int for the same noise in every run, or None.
-        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold: As in `VariationalDense`, for
-            all four projections.
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold: As in
+            `VariationalDense`, for all four projections.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:

@@ -40,6 +40,10 @@ _RETIRED_ESTIMATORS = {"fast_local_reparameterization": "local_reparameterizatio
 
 _SEED_STATE = "seed_generator_state"
 
+# What a config means that says nothing of it: such a one, and the state of an optimizer beside it, is from before it
+# could be said.
+_BEFORE_RATES = {"log_variance_rate": 1.0}
+
 
 def _signature_of(method):
     """Its signature without `self`."""
@@ -98,6 +102,10 @@ class DropIn:
         if twice := set(named) & set(kwargs):
             raise TypeError(f"{cls.__name__} got multiple values for {sorted(twice)}.")
         return {**named, **kwargs}
+
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config({**_BEFORE_RATES, **config})
 
 
 class StochasticLayer(keras.layers.Layer):
@@ -287,15 +295,28 @@ class StochasticLayer(keras.layers.Layer):
 
     def save_own_variables(self, store):
         # Keras's Dense and Conv save only what they know of: a kernel and a bias.
-        keras.layers.Layer.save_own_variables(self, store)
+        keras.layers.Layer.save_own_variables(self, own := {})
+        scaled = self._scaled()
+        for key, variable in own.items():
+            store[key] = scaled[id(variable)].value if id(variable) in scaled else variable
         if self.seed_generator is not None:
             store[_SEED_STATE] = self.seed_generator.state
 
+    def _scaled(self):
+        """What is stored in units of its own, by the id of its variable: files hold it in nats, whatever the units."""
+        weights = [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
+        return {id(weight.log_variance.variable): weight.log_variance for weight in weights}
+
     def load_own_variables(self, store):
-        found = {key: store[key] for key in store.keys()}  # a store is not quite a dict
+        found = {key: store[key] for key in store.keys()}  # noqa: SIM118: a store is not quite a dict
         state = found.pop(_SEED_STATE, None)
         if found:
             found = {**self._dispensable(), **found}
+        scaled = self._scaled()
+        keras.layers.Layer.save_own_variables(self, own := {})
+        for key, variable in own.items():
+            if key in found and id(variable) in scaled:
+                found[key] = np.asarray(found[key]) / scaled[id(variable)].factor
         keras.layers.Layer.load_own_variables(self, found)
         if state is not None and self.seed_generator is not None:
             self.seed_generator.state.assign(state)
@@ -316,7 +337,10 @@ class VariationalLayer(DropIn, StochasticLayer):
         estimator: How noise enters the output: one of `functional.estimators.ESTIMATORS`; or "auto", local
             reparameterization where an example uses each number of the weight once, and flipout elsewhere.
         kl_weight: As for `StochasticLayer`.
-        initial_log_variance: Float, where log_variance starts.
+        initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 14 % of the root
+            mean square of the initial weights (0.014 where these are 0).
+        log_variance_rate: Float > 0, how many learning rates a step of an optimizer such as Adam moves log_variance;
+            SGD moves it by the gradient times the learning rate times this squared.
         threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
             is 3, and 5 where weights live and die in groups.
         seed: As for `StochasticLayer`.
@@ -330,7 +354,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         bias_prior=None,
         estimator="auto",
         kl_weight=None,
-        initial_log_variance=-10.0,
+        initial_log_variance=None,
         log_variance_rate=10.0,
         threshold=None,
         seed=None,
@@ -341,7 +365,9 @@ class VariationalLayer(DropIn, StochasticLayer):
         estimator = _RETIRED_ESTIMATORS.get(estimator, estimator)
         if estimator not in self._estimators():
             raise ValueError(f"`estimator` must be one of {self._estimators()}. Received: estimator={estimator!r}")
-        check_log_variance("initial_log_variance", initial_log_variance)
+        if initial_log_variance is not None:
+            check_log_variance("initial_log_variance", initial_log_variance)
+        check_positive("log_variance_rate", log_variance_rate)
         if threshold is not None:
             check_finite("threshold", threshold)
         kernel_prior, bias_prior = priors.get(kernel_prior), priors.get(bias_prior)
@@ -349,7 +375,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         self.kernel_prior = kernel_prior
         self.bias_prior = bias_prior
         self.estimator = estimator
-        self.initial_log_variance = float(initial_log_variance)
+        self.initial_log_variance = None if initial_log_variance is None else float(initial_log_variance)
         self.log_variance_rate = float(log_variance_rate)
         self.threshold = None if threshold is None else float(threshold)
 
@@ -565,6 +591,13 @@ def check_non_negative(name, value):
     check_finite(name, value)
     if value < 0:
         raise ValueError(f"`{name}` must be ≥ 0. Received: {name}={value!r}")
+
+
+def check_positive(name, value):
+    """Raise a `ValueError` unless `value` is a finite number > 0."""
+    check_finite(name, value)
+    if value <= 0:
+        raise ValueError(f"`{name}` must be > 0. Received: {name}={value!r}")
 
 
 def check_rate(name, value):

@@ -57,7 +57,7 @@ class VariationalConv1D(ConvolutionLayer, keras.layers.Conv1D):
         kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
             bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
             bias_constraint: As in `keras.layers.Conv1D`; those of the kernel act on its mean.
-        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -105,7 +105,7 @@ class VariationalConv2D(ConvolutionLayer, keras.layers.Conv2D):
         kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
             bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
             bias_constraint: As in `keras.layers.Conv2D`; those of the kernel act on its mean.
-        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -142,7 +142,7 @@ class VariationalConv3D(ConvolutionLayer, keras.layers.Conv3D):
         kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
             bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
             bias_constraint: As in `keras.layers.Conv3D`; those of the kernel act on its mean.
-        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -180,7 +180,7 @@ class VariationalConv1DTranspose(TransposedConvolutionLayer, keras.layers.Conv1D
             kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer,
             kernel_constraint, bias_constraint: As in `keras.layers.Conv1DTranspose`; those of the kernel act on its
             mean.
-        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -217,7 +217,7 @@ class VariationalConv2DTranspose(TransposedConvolutionLayer, keras.layers.Conv2D
             kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer,
             kernel_constraint, bias_constraint: As in `keras.layers.Conv2DTranspose`; those of the kernel act on its
             mean.
-        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -253,7 +253,7 @@ class VariationalDepthwiseConv2D(ConvolutionLayer, keras.layers.DepthwiseConv2D)
             depthwise_initializer, bias_initializer, depthwise_regularizer, bias_regularizer, activity_regularizer,
             depthwise_constraint, bias_constraint: As in `keras.layers.DepthwiseConv2D`; those of the kernel act on its
             mean.
-        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -297,7 +297,7 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
             depthwise_initializer, pointwise_initializer, bias_initializer, depthwise_regularizer,
             pointwise_regularizer, bias_regularizer, activity_regularizer, depthwise_constraint, pointwise_constraint,
             bias_constraint: As in `keras.layers.SeparableConv2D`; those of the kernel act on its mean.
-        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
 

@@ -28,7 +28,10 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
         estimator: "local_reparameterization", "flipout" or "reparameterization": see `functional.estimators`; or
             "auto", the first for inputs (B, D), and flipout for inputs (B, ..., D), whose places share the kernel.
         kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
-        initial_log_variance: Float, where log_variance starts.
+        initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 14 % of the root
+            mean square of the initial weights (0.014 where these are 0).
+        log_variance_rate: Float > 0, how many learning rates a step of an optimizer such as Adam moves log_variance;
+            SGD moves it by the gradient times the learning rate times this squared.
         threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
             is 3, and 5 where weights live and die in groups.
         seed: Int for the same noise in every run, or None.
@@ -72,7 +75,7 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
         equation, output_shape, activation, bias_axes, kernel_initializer, bias_initializer, kernel_regularizer,
             bias_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.EinsumDense`; those of the kernel
             act on its mean.
-        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, threshold, seed: As in
+        kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`, `activity_regularizer`.
 

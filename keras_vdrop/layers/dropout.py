@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_vdrop import priors
 from keras_vdrop.functional import noise
-from keras_vdrop.layers.base import StochasticLayer, check_finite, check_rate, left_along
+from keras_vdrop.layers.base import StochasticLayer, check_finite, check_positive, check_rate, left_along
 from keras_vdrop.posterior import KLPenalty, Posterior, VariationalWeight
 from keras_vdrop.sampling import mask_shape
 
@@ -227,9 +227,7 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
         if initial_rate == 0.0:
             raise ValueError("`initial_rate` must be > 0, or its logit is infinite. Received: initial_rate=0.0")
         for name, value in (("temperature", temperature), ("prior_scale", prior_scale)):
-            check_finite(name, value)
-            if value <= 0:
-                raise ValueError(f"`{name}` must be > 0. Received: {name}={value!r}")
+            check_positive(name, value)
         super().__init__(layer=layer, kl_weight=kl_weight, seed=seed, **kwargs)
         self.initial_rate = float(initial_rate)
         self.temperature = float(temperature)

@@ -23,7 +23,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
         mask_zero: As in `keras.layers.Embedding`: whether 0 is padding, to be masked.
         weights: Optional array (V, U), the mean to start from.
         kernel_prior: The prior of the table; `priors.ARD(group_axis=0)` for one that drops words.
-        estimator, kl_weight, initial_log_variance, threshold, seed: As in `VariationalDense`.
+        estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:

@@ -283,7 +283,7 @@ class VariationalLSTMCell(RecurrentCell, keras.layers.LSTMCell):
         kernel_prior: The prior of the kernel and of the recurrent kernel; else as in `VariationalDense`.
         estimator: "auto" or "reparameterization", one draw of the weights for the batch at the products of a plain
             LSTM; or "flipout", with signs of its own for each example, held over time, at twice the products.
-        bias_prior, kl_weight, initial_log_variance, threshold: As in `VariationalDense`.
+        bias_prior, kl_weight, initial_log_variance, log_variance_rate, threshold: As in `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`; `implementation`, which has no effect: products are of all gates at once
             wherever their masks are tied.
 
@@ -334,7 +334,7 @@ class VariationalGRUCell(RecurrentCell, keras.layers.GRUCell):
     Args:
         *args: The arguments of `keras.layers.GRUCell`, in their order: `units`, U, ..., `reset_after`, `seed`.
         output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
-            initial_log_variance, threshold, **kwargs: As in `VariationalLSTMCell`.
+            initial_log_variance, log_variance_rate, threshold, **kwargs: As in `VariationalLSTMCell`.
 
     Input shape:
         (B, D), and the state h, (B, U).
@@ -381,7 +381,7 @@ class VariationalSimpleRNNCell(RecurrentCell, keras.layers.SimpleRNNCell):
     Args:
         *args: The arguments of `keras.layers.SimpleRNNCell`, in their order: `units`, U, ..., `seed`.
         output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
-            initial_log_variance, threshold: As in `VariationalLSTMCell`.
+            initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:
@@ -459,7 +459,7 @@ class VariationalLSTM(RecurrentLayer, keras.layers.LSTM):
     Args:
         *args: The arguments of `keras.layers.LSTM`, in their order: `units`, U, ..., `unroll`.
         output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
-            initial_log_variance, threshold: As in `VariationalLSTMCell`.
+            initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
         use_cudnn: "auto" or False, which are the same: a cuDNN kernel has no noise in it.
         **kwargs: `zero_output_for_mask`, `implementation`, `name`, `dtype`, `trainable`.
 
@@ -495,7 +495,7 @@ class VariationalGRU(RecurrentLayer, keras.layers.GRU):
     Args:
         *args: The arguments of `keras.layers.GRU`, in their order: `units`, U, ..., `reset_after`.
         output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
-            initial_log_variance, threshold: As in `VariationalLSTMCell`.
+            initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
         use_cudnn, **kwargs: As in `VariationalLSTM`.
 
     Input shape:
@@ -530,7 +530,7 @@ class VariationalSimpleRNN(RecurrentLayer, keras.layers.SimpleRNN):
     Args:
         *args: The arguments of `keras.layers.SimpleRNN`, in their order: `units`, U, ..., `seed`.
         output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
-            initial_log_variance, threshold: As in `VariationalLSTMCell`.
+            initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
         **kwargs: `zero_output_for_mask`, `name`, `dtype`, `trainable`.
 
     Input shape:
