@@ -28,21 +28,21 @@ def places(model_or_layer):
     }
 
 
-def uses(model_or_layer):
-    """How often one example uses each weight of a layer, over all calls of the layer: at places, or in lookups.
+def used_repeatedly(model_or_layer):
+    """The layers of which one example uses a weight more than once: at several places, in lookups, or call by call.
 
     Args:
         model_or_layer: As for `places`.
 
     Returns:
-        List of pairs: each of our layers that has weights, and an int, or None where it depends on a size that is not
-        known.
+        List of pairs: each of those of our layers that draw weights, and whether all uses are in one call.
     """
-    return [
-        (layer, known_sum(product([times, layer.uses(shape)]) for shape, times in calls))
-        for layer, calls in _all_calls(model_or_layer, VariationalLayer)
-        if layer.draws
-    ]
+    found = []
+    for layer, calls in _all_calls(model_or_layer, VariationalLayer):
+        uses = [product([times, layer.uses(shape)]) for shape, times in calls]
+        if layer.draws and known_sum(uses) != 1:
+            found.append((layer, all(layer.uses(shape) != 1 for shape, _ in calls)))
+    return found
 
 
 def _all_calls(model_or_layer, cls):

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vdrop import costs
 from keras_vdrop.functional import likelihoods, uncertainty
 from keras_vdrop.layers.base import StochasticLayer, check_positive_int
 from keras_vdrop.sampling import FixedSeeds, drawing, generator_states, seed_generator, take_part
@@ -63,7 +64,8 @@ class MonteCarlo(keras.Model):
             another size than the likelihood takes.
 
     Warns:
-        UserWarning: In `predict`, if there are rows with NaN or infinity: how many.
+        UserWarning: If a layer has learned with noise that no draw of its weights makes; and in `predict`, if there are
+            rows with NaN or infinity: how many.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -108,6 +110,7 @@ class MonteCarlo(keras.Model):
             raise ValueError(
                 f"The model {model.name!r} ends in an activation that makes probabilities. Give `from_logits=False`."
             )
+        _report_noise_of_places(model)
         # Its own arithmetic, and what it hands on: the wrapped model sees to its own precision.
         kwargs.setdefault("dtype", "float64" if model.compute_dtype == "float64" else "float32")
         super().__init__(**kwargs)
@@ -160,6 +163,12 @@ class MonteCarlo(keras.Model):
         """The outputs (s, B, ...) under s draws, side by side."""
         states = generator_states(self.model)
         ids = {id(state) for state in states}
+        # Of what learned with noise of each place's own, draws are like that too.
+        repeated = [
+            id(layer.seed_generator.state)
+            for layer, _ in costs.used_repeatedly(self.model)
+            if layer.estimator != "local_reparameterization"
+        ]
         held = [(v, ops.convert_to_tensor(v)) for v in self.model.variables if id(v) not in ids]
 
         def draw(seeds):
@@ -167,7 +176,7 @@ class MonteCarlo(keras.Model):
             started = [
                 (state, ops.cast(ops.stack([seed, 0]), state.dtype)) for state, seed in zip(states, ops.unstack(seeds))
             ]
-            with keras.StatelessScope(state_mapping=started + held), drawing(self.consistent) as scope:
+            with keras.StatelessScope(state_mapping=started + held), drawing(self.consistent, repeated) as scope:
                 outputs = self.model(inputs, training=False)
             if not scope.used:
                 raise ValueError(
@@ -464,6 +473,23 @@ def _ends_in_probabilities(model):
         return _ends_in_probabilities(last)
     probabilities = (keras.activations.softmax, keras.activations.sigmoid)
     return isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) in probabilities
+
+
+def _report_noise_of_places(model):
+    """Say which layers have learned with noise that no draw of their weights makes."""
+    names = [
+        layer.name
+        for layer, in_one_call in costs.used_repeatedly(model)
+        if layer.learns_locally and (layer.estimator == "local_reparameterization" or not in_one_call)
+    ]
+    if names:
+        warnings.warn(
+            f"The layers {names} are used at several places of an example, and each place has noise of its own while "
+            "they learn. No draw of their weights does that, so what `MonteCarlo` shows is not the uncertainty of their "
+            'posterior. Learn by `estimator="flipout"`, and give a layer all places in one call, not one by one as a '
+            "shared layer or `TimeDistributed` gets them.",
+            stacklevel=3,
+        )
 
 
 def _report_not_finite(result):

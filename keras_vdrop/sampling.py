@@ -35,14 +35,17 @@ class _Scope:
 
     Attributes:
         consistent: Whether all calls draw the same.
+        repeated: The ids of the states of generators whose layers an example uses more than once: an example keeps its
+            draw of them from call to call.
         held: Of the generators that are to advance when the scope ends, the states, by their id.
         used: Whether anything was drawn.
         around: Whether functions can be compiled within it that outlive it.
         threads: Those that ran when it was opened.
     """
 
-    def __init__(self, consistent):
+    def __init__(self, consistent, repeated=()):
         self.consistent = bool(consistent)
+        self.repeated = frozenset(repeated)
         self.held = {}
         self.used = False
         self.around = False
@@ -98,13 +101,13 @@ def sampling(consistent=False):
 
 
 @contextlib.contextmanager
-def drawing(consistent=False):
+def drawing(consistent=False, repeated=()):
     """The same for this thread alone, and for who sees to it that the next scope finds other states of generators.
 
-    A function that is compiled must have it inside.
+    A function that is compiled must have it inside. `repeated`: see `_Scope`.
     """
     take_part()
-    scope = _Scope(consistent)
+    scope = _Scope(consistent, repeated)
     token = _scope.set(scope)
     try:
         yield scope
@@ -248,11 +251,17 @@ class CompiledByScope:
                 delattr(model, step_name)
 
 
+def is_repeated(generator):
+    """True within a scope in which an example keeps its draw from one call of the generator's layer to the next."""
+    scope = _current()
+    return scope is not None and id(generator.state) in scope.repeated
+
+
 def advance(generator):
     """Have a layer's generator of noise move on: now, or where draws are consistent, when the scope ends."""
     if is_consistent():
         _current().held[id(generator.state)] = generator.state
-    else:
+    elif not is_repeated(generator):
         generator.next()
 
 
@@ -261,10 +270,10 @@ def seeds(generator, purpose):
 
     Args:
         generator: The layer's.
-        purpose: What it is drawn for, by a name: where draws are consistent, all that is drawn for one thing is the
-            same, and what is drawn for two is independent.
+        purpose: What it is drawn for, by a name: where draws are consistent or repeated, all that is drawn for one
+            thing is the same, and what is drawn for two is independent.
     """
-    if not is_consistent():
+    if not (is_consistent() or is_repeated(generator)):
         return generator
     advance(generator)
     return FixedSeeds(generator.state, noise.hash_seed(purpose))

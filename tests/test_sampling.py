@@ -293,7 +293,9 @@ def test_loops_of_keras(consistent):
         np.testing.assert_allclose(each, array(layer(x)), atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [keras.layers.TimeDistributed, keras.layers.Bidirectional], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "layer", [keras.layers.TimeDistributed, keras.layers.Bidirectional], ids=lambda cls: cls.__name__
+)
 def test_wrappers(layer):
     inside = kv.VariationalLSTM(3) if layer is keras.layers.Bidirectional else kv.VariationalDense(3)
     model = keras.Sequential([keras.Input((5, 4)), layer(inside)])

@@ -21,7 +21,17 @@ from keras import ops
 from keras_vdrop import priors
 from keras_vdrop.functional import estimators
 from keras_vdrop.posterior import VariationalWeight, posteriors
-from keras_vdrop.sampling import FixedSeeds, advance, drawing, is_consistent, is_sampling, seed_generator, seeds, use_scope
+from keras_vdrop.sampling import (
+    FixedSeeds,
+    advance,
+    drawing,
+    is_consistent,
+    is_repeated,
+    is_sampling,
+    seed_generator,
+    seeds,
+    use_scope,
+)
 
 # Built layers whose `kl_weight` nobody has set, and of which nobody has been told.
 _unset = weakref.WeakSet()
@@ -288,7 +298,9 @@ class StochasticLayer(keras.layers.Layer):
     def _dispensable(self):
         """The values with which a layer starts where a file, from before a variable existed, does not have it."""
         keras.layers.Layer.save_own_variables(self, own := {})
-        scalars = {id(self._kl_weight): self._default_kl_weight(), id(self._free_bits): 0.0} if self._posterior_size else {}
+        scalars = (
+            {id(self._kl_weight): self._default_kl_weight(), id(self._free_bits): 0.0} if self._posterior_size else {}
+        )
         masks = {id(variable): np.ones(variable.shape, bool) for variable in own.values() if variable.dtype == "bool"}
         values = {**scalars, **masks}
         return {key: values[id(variable)] for key, variable in own.items() if id(variable) in values}
@@ -308,7 +320,7 @@ class StochasticLayer(keras.layers.Layer):
         return {id(weight.log_variance.variable): weight.log_variance for weight in weights}
 
     def load_own_variables(self, store):
-        found = {key: store[key] for key in store.keys()}  # noqa: SIM118: a store is not quite a dict
+        found = {key: store[key] for key in store.keys()}  # noqa: SIM118 (a store is not quite a dict)
         state = found.pop(_SEED_STATE, None)
         if found:
             found = {**self._dispensable(), **found}
@@ -394,11 +406,17 @@ class VariationalLayer(DropIn, StochasticLayer):
         """
         return self.places(input_shape)
 
+    @property
+    def learns_locally(self):
+        """Whether the estimator may be local reparameterisation."""
+        return self.estimator in ("auto", "local_reparameterization")
+
     def _estimator(self, input_shape):
         """The estimator of a call on inputs of that shape."""
         if self.estimator != "auto":
             return self.estimator
-        return "local_reparameterization" if self.uses(tuple(input_shape)) == 1 else "flipout"
+        once = self.uses(tuple(input_shape)) == 1 and not (self.draws and is_repeated(self.seed_generator))
+        return "local_reparameterization" if once else "flipout"
 
     def _channel_axis(self):
         """The axis of the channels in inputs and outputs."""

@@ -116,6 +116,10 @@ class RecurrentCell(VariationalLayer):
     def _estimators(cls):
         return "auto", "reparameterization", "flipout"
 
+    @property
+    def learns_locally(self):
+        return False
+
     def build(self, input_shape):
         super().build(input_shape)
         groups = {} if self.kernel_prior is None else self.kernel_prior.groups

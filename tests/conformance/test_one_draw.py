@@ -1,8 +1,11 @@
 """By default, what an example sees is one draw of the weights, the same at all of its places."""
 
+import keras
 import numpy as np
 import pytest
+from keras import layers, ops
 
+import keras_vdrop as kv
 from tests.cases import CASES, array, posteriors, randomize
 from tests.statistics import STANDARD_ERRORS, sample
 
@@ -72,3 +75,69 @@ def test_covariance_over_places_is_that_of_weights_drawn_whole(other):
         found.append(covariance(of_one_example(case, layer, case.inputs())))
     (by_default, error), (whole, other_error) = found
     assert_close(by_default, whole, np.hypot(error, other_error))
+
+
+def shared():
+    """One layer on two inputs of an example."""
+    layer = kv.VariationalDense(2, use_bias=False, kl_weight=0.1)
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    return keras.Model(inputs, layers.Concatenate()([layer(each) for each in inputs]))
+
+
+def over_time():
+    """One layer on the two steps of an example, one by one."""
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    steps = ops.stack(inputs, axis=1)
+    layer = layers.TimeDistributed(kv.VariationalDense(2, use_bias=False, kl_weight=0.1))
+    return keras.Model(inputs, layers.Flatten()(layer(steps)))
+
+
+def twice():
+    """A model within a model, called twice."""
+    inner = keras.Sequential([keras.Input((3,)), kv.VariationalDense(2, use_bias=False, kl_weight=0.1)])
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    return keras.Model(inputs, layers.Concatenate()([inner(each) for each in inputs]))
+
+
+@pytest.mark.parametrize("consistent", [False, True])
+@pytest.mark.parametrize("make", [shared, over_time, twice])
+def test_an_example_keeps_its_draw_from_call_to_call(make, consistent):
+    """Of (x·W, z·W): Cov = diag(Σ x·z·variance) in every block; rows of their own unless consistent."""
+    model = make()
+    randomize(model)
+    (weight,) = posteriors(model)
+    variance = np.exp(array(weight.log_variance))
+    x, z = np.random.default_rng(0).normal(size=(2, 1, 3)).astype("float32")
+    with pytest.warns(UserWarning, match="draw of their weights"):
+        drawn = kv.MonteCarlo(model, DRAWS, output="samples", consistent=consistent, seed=0, sample_batch_size=500)
+    samples = drawn.predict([np.repeat(x, 2, axis=0), np.repeat(z, 2, axis=0)], verbose=0)
+    blocks = [[np.diag((one * other)[0] @ variance) for other in (x, z)] for one in (x, z)]
+    found, error = covariance(samples[0])
+    assert_close(found, np.block(blocks), error)
+    np.testing.assert_equal((samples[0] == samples[1]).all(), consistent)
+
+
+LOCAL = {"estimator": "local_reparameterization"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: kv.VariationalConv2D(2, 2, **LOCAL),
+        lambda: kv.VariationalDense(2, **LOCAL),
+        lambda: kv.VariationalSeparableConv2D(2, 2, **LOCAL),
+        lambda: layers.TimeDistributed(layers.TimeDistributed(kv.VariationalDense(2))),
+    ],
+)
+def test_noise_of_places_is_reported(make):
+    model = keras.Sequential([keras.Input((4, 4, 3)), make()])
+    with pytest.warns(UserWarning, match="draw of their weights"):
+        kv.MonteCarlo(model)
+
+
+def test_noise_of_examples_is_not_reported():
+    """Nor what local reparameterisation does where it is exact."""
+    for layer in (kv.VariationalConv2D(2, 2), kv.VariationalConv2D(2, 4, **LOCAL), kv.VariationalDense(2)):
+        kv.MonteCarlo(keras.Sequential([keras.Input((4, 4, 3)), layer]))
+    kv.MonteCarlo(keras.Sequential([keras.Input((4,)), kv.VariationalDense(2, **LOCAL)]))
+    kv.MonteCarlo(keras.Sequential([keras.Input((4, 3)), kv.VariationalLSTM(2), kv.VariationalDense(2)]))
