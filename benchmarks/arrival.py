@@ -1,0 +1,185 @@
+"""Does a posterior arrive in a run of usual length, at Keras's default rate? The defaults, beside those before them.
+
+    python benchmarks/arrival.py --data DIR --out benchmarks/results/arrival.json
+
+"fixed" are the arguments that were the defaults: log variances start at −10, a step moves them by one learning rate,
+and "normal" is N(0, 1). "default" names nothing but the prior.
+
+- mnist: 784-300-100-10, 8 epochs, batches of 128, Adam from 1e-3 linearly to 0, the KL from the second epoch on and
+  whole three epochs later. The negative ELBO of all 60,000 images in nats an image, by 20 draws of the noise and the
+  exact KL, and its two parts; the test error of the mean, and the NLL of the mean of 20 draws; the ratio and the error
+  of what `prune` leaves.
+- pruning: the same for 20 epochs at 3e-3.
+- regression: 300 rows on two stretches, 1-50-50-2, 600 steps at 1e-3 and 2,000 at 1e-2. The KL a row, and the epistemic
+  standard deviation at the data (the greater of two), between them and beyond them.
+- digits: the first 1,400 of scikit-learn's, a small convolutional network, 25 epochs at 3e-3. The accuracy on the rest.
+
+DIR holds mnist.npz.
+"""
+
+import functools
+
+import common
+import images
+import keras
+import numpy as np
+from keras import layers, ops
+
+import keras_vdrop as kv
+from keras_vdrop.functional import kl
+
+TOPICS = {
+    "mnist": ("log_uniform", "ard", "normal"),
+    "pruning": ("log_uniform", "ard"),
+    "regression": ("600 steps", "2000 steps"),
+    "digits": ("log_uniform", "plain"),
+}
+REGRESSION = {"600 steps": (1e-3, 60), "2000 steps": (1e-2, 200)}
+FIXED = {"initial_log_variance": -10.0, "log_variance_rate": 1.0}
+
+
+def arguments_of(prior, defaults):
+    """Of a layer with that prior: as they are, or as they were."""
+    if defaults == "default":
+        return {"kernel_prior": prior}
+    return {"kernel_prior": kv.priors.Normal(1.0) if prior == "normal" else prior, "bias_prior": None, **FIXED}
+
+
+def draws(model, x, options, seed=0):
+    """Log probabilities of the classes, (draws, rows, classes)."""
+    count = 2 if options.quick else 20
+    logits = kv.MonteCarlo(model, count, output="samples", seed=seed).predict(x, batch_size=1000, verbose=0)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def exact_kl(model):
+    """In nats; to the log-uniform prior, without the error of its approximation in training."""
+    total = 0.0
+    for weight in kv.posterior.posteriors(model):
+        if isinstance(weight.prior, kv.priors.LogUniform):
+            total += float(ops.sum(kl.log_uniform_exact(weight.loc.value, weight.log_variance.value)))
+        else:
+            total += float(weight.kl())
+    return total
+
+
+def learn_images(prior, defaults, data, options, rate=1e-3, epochs=8):
+    epochs = 2 if options.quick else epochs
+    (x, y), (x_test, y_test) = data["train"], data["test"]
+    dense = functools.partial(kv.VariationalDense, **arguments_of(prior, defaults))
+    hidden = (dense(units, activation="relu") for units in (300, 100))
+    model = keras.Sequential([keras.Input((28, 28, 1)), layers.Flatten(), *hidden, dense(10)])
+    steps = epochs * -(-len(x) // 128)
+    adam = keras.optimizers.Adam(keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(adam, loss, steps_per_execution=20)
+    elbo = kv.ELBO(len(x), start_epoch=min(1, epochs - 1), warmup_epochs=min(3, epochs - 1))
+    model.fit(x, y, batch_size=128, epochs=epochs, callbacks=[elbo], verbose=0)
+
+    def error():
+        return 100 * float(np.mean(model.predict(x_test, batch_size=1000, verbose=0).argmax(-1) != y_test))
+
+    nll = -float(np.take_along_axis(draws(model, x, options), y[:, None, None], axis=-1).mean())
+    mean = np.logaddexp.reduce(draws(model, x_test, options), axis=1) - np.log(2 if options.quick else 20)
+    result = {
+        "negative_elbo": nll + exact_kl(model) / len(x),
+        "nll": nll,
+        "kl": exact_kl(model) / len(x),
+        "error": error(),
+        "test_nll": -float(np.take_along_axis(mean, y_test[:, None], axis=-1).mean()),
+    }
+    ratio = kv.prune(model).ratio
+    return {**result, "ratio": ratio, "pruned_error": error()}
+
+
+def learn_regression(length, defaults, seed, options):
+    rate, epochs = REGRESSION[length]
+    epochs = 4 if options.quick else epochs
+    rng = np.random.default_rng(seed)
+    x = np.concatenate([rng.uniform(-4, -1, 150), rng.uniform(1, 4, 150)])[:, None].astype("float32")
+    y = (np.sin(x) + 0.1 * rng.normal(size=x.shape)).astype("float32")
+    arguments = arguments_of("normal", defaults)
+    dense = functools.partial(kv.VariationalDense, **{**arguments, "bias_prior": arguments["kernel_prior"]})
+    model = keras.Sequential([keras.Input((1,)), *(dense(50, activation="relu") for _ in range(2)), dense(2)])
+    model.compile(keras.optimizers.Adam(rate), kv.losses.NormalNLL(), steps_per_execution=10)
+    elbo = kv.ELBO(len(x), warmup_epochs=epochs // 4)
+    model.fit(x, y, epochs=epochs, batch_size=32, callbacks=[elbo], verbose=0)
+    points = np.float32([[0.0], [-2.5], [2.5], [6.0]])
+    predicted = kv.MonteCarlo(model, 200, "normal", seed=0).predict(points, verbose=0)
+    between, left, right, beyond = np.sqrt(np.ravel(predicted["epistemic_variance"])).tolist()
+    at = max(left, right)
+    return {"kl": exact_kl(model) / len(x), "at": at, "between": between, "beyond": beyond, "times": beyond / at}
+
+
+def learn_digits(prior, defaults, options):
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = x.reshape(-1, 8, 8, 1).astype("float32") / 16
+    if prior == "plain":
+        dense, convolution = layers.Dense, layers.Conv2D
+    else:
+        arguments = arguments_of(prior, defaults)
+        dense, convolution = (functools.partial(c, **arguments) for c in (kv.VariationalDense, kv.VariationalConv2D))
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            convolution(32, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            dense(128, activation="relu"),
+            dense(10),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(3e-3), loss, steps_per_execution=11)
+    epochs = 3 if options.quick else 25
+    elbo = [] if prior == "plain" else [kv.ELBO(1400, start_epoch=min(2, epochs - 1), warmup_epochs=min(8, epochs))]
+    model.fit(x[:1400], y[:1400], batch_size=32, epochs=epochs, callbacks=elbo, verbose=0)
+    right = model.predict(x[1400:], verbose=0).argmax(-1) == y[1400:]
+    return {"accuracy": 100 * float(np.mean(right))}
+
+
+def learn(name, seed, data, options):
+    """One network with one seed."""
+    keras.utils.set_random_seed(seed)
+    topic, what, defaults = name.split(", ")
+    if topic == "digits":
+        return learn_digits(what, defaults, options)
+    if topic == "regression":
+        return learn_regression(what, defaults, seed, options)
+    rate, epochs = (3e-3, 20) if topic == "pruning" else (1e-3, 8)
+    return learn_images(what, defaults, data, options, rate, epochs)
+
+
+def show(rows):
+    for topic in TOPICS:
+        ours = {name: each for name, each in rows.items() if name.startswith(topic) and each}
+        if not ours:
+            continue
+        columns = [key for key in next(iter(ours.values()))[0] if key != "seed"]
+        print(f"\n{topic:<40}" + "".join(f"{column:>18}" for column in columns))
+        for name, each in ours.items():
+            cells = "".join(f"{common.spread([row[column] for row in each]):>18}" for column in columns)
+            print(f"{name.partition(', ')[2]:<40}{cells}")
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("--topics", nargs="+", choices=[*TOPICS], default=[*TOPICS])
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds = 1
+    needs_images = {"mnist", "pruning"} & set(options.topics)
+    data = images.load(options.data, None if options.quick else "mnist") if needs_images else None
+    names = [
+        f"{topic}, {what}, {defaults}"
+        for topic in options.topics
+        for what in TOPICS[topic]
+        for defaults in (("default",) if what == "plain" else ("fixed", "default"))
+    ]
+    show(common.learn_rows(names, options, functools.partial(learn, data=data, options=options)))
+
+
+if __name__ == "__main__":
+    main()
