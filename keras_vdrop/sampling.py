@@ -87,6 +87,9 @@ def sampling(consistent=False):
         ...     bool(layer(x) == layer(x))
         True
     """
+    outer = _current()
+    if outer is None or outer.around:
+        _compile_for(outer, refuse=False)
     with drawing(consistent) as scope:
         scope.around = tracing.compiled_function() is None
         with _open_to_threads(scope):
@@ -174,13 +177,13 @@ def take_part():
         scope.used = True
 
 
-def _compile_for(scope):
+def _compile_for(scope, refuse=True):
     found = tracing.compiled_function()
     if found is None:
         return
     model, name = found
     function = None if model is None else getattr(model, f"{name}_function")
-    if function is None and scope is not None:
+    if function is None and scope is not None and refuse:
         raise ValueError(_COMPILED_MESSAGE)
     if function is None:
         return
