@@ -197,15 +197,12 @@ def test_a_model_can_be_made_and_saved_within_a_scope(tmp_path):
 
 
 def test_a_scope_in_which_nothing_is_drawn_is_an_error():
-    with pytest.raises(ValueError, match="Nothing was drawn"):
-        with kv.sampling():
-            keras.layers.Dense(3)(X)
-    with pytest.raises(KeyError):
-        with kv.sampling():
-            raise KeyError
-    with kv.sampling():
-        with kv.sampling(consistent=True):
-            network()(X)
+    with pytest.raises(ValueError, match="Nothing was drawn"), kv.sampling():
+        keras.layers.Dense(3)(X)
+    with pytest.raises(KeyError), kv.sampling():
+        raise KeyError
+    with kv.sampling(), kv.sampling(consistent=True):
+        network()(X)
 
 
 def compiled(function):
@@ -232,13 +229,11 @@ def test_a_function_that_is_compiled_within_a_scope_is_refused():
     model = network()
     for consistent in (False, True):
         function = compiled(stateless(model))
-        with pytest.raises(ValueError, match="Open the scope inside the function"):
-            with kv.sampling(consistent):
-                function(X)
+        with pytest.raises(ValueError, match="Open the scope inside the function"), kv.sampling(consistent):
+            function(X)
         np.testing.assert_allclose(array(function(X)), array(model(X)), atol=1e-5)
-        with pytest.raises(ValueError, match="Nothing was drawn"):
-            with kv.sampling(consistent):
-                function(X)
+        with pytest.raises(ValueError, match="Nothing was drawn"), kv.sampling(consistent):
+            function(X)
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="as above")
@@ -284,7 +279,9 @@ def test_loops_of_keras(consistent):
         np.testing.assert_allclose(each, array(layer(x)), atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [keras.layers.TimeDistributed, keras.layers.Bidirectional], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "layer", [keras.layers.TimeDistributed, keras.layers.Bidirectional], ids=lambda cls: cls.__name__
+)
 def test_wrappers(layer):
     inside = kv.VariationalLSTM(3) if layer is keras.layers.Bidirectional else kv.VariationalDense(3)
     model = keras.Sequential([keras.Input((5, 4)), layer(inside)])

@@ -20,7 +20,16 @@ from keras import ops
 from keras_vdrop import priors
 from keras_vdrop.functional import estimators
 from keras_vdrop.posterior import VariationalWeight, posteriors
-from keras_vdrop.sampling import FixedSeeds, advance, drawing, is_consistent, is_sampling, seed_generator, seeds, use_scope
+from keras_vdrop.sampling import (
+    FixedSeeds,
+    advance,
+    drawing,
+    is_consistent,
+    is_sampling,
+    seed_generator,
+    seeds,
+    use_scope,
+)
 
 # Built layers whose `kl_weight` nobody has set, and of which nobody has been told.
 _unset = weakref.WeakSet()
