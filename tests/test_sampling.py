@@ -467,5 +467,5 @@ with concurrent.futures.ThreadPoolExecutor(1) as pool:
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 def test_replicas_draw_one_function_where_it_is_consistent_and_their_own_elsewhere():
-    run = subprocess.run([sys.executable, "-c", REPLICAS], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", REPLICAS], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
