@@ -180,8 +180,8 @@ class MonteCarlo(keras.Model):
                 outputs = self.model(inputs, training=False)
             if not scope.used:
                 raise ValueError(
-                    f"Nothing was drawn from {self.model.name!r}: its layers are called by a function that was compiled "
-                    "before, such as a `call` under `tf.function`. Leave the compiling to `MonteCarlo`."
+                    f"Nothing was drawn from {self.model.name!r}: its layers are called by a function that was "
+                    "compiled before, such as a `call` under `tf.function`. Leave the compiling to `MonteCarlo`."
                 )
             return outputs
 

@@ -18,15 +18,15 @@ _open = []
 _GENERATOR_NAME = "variational_noise"
 
 _COMPILED_MESSAGE = (
-    "This function is being compiled within a `sampling()` scope that was opened outside of it: it would keep the noise "
-    "for good. Open the scope inside the function, or predict by `keras_vdrop.MonteCarlo(model)`. Models that Keras "
-    "compiles itself (`predict`, `evaluate`, `fit`) may be called within a scope."
+    "This function is being compiled within a `sampling()` scope that was opened outside of it: it would keep the "
+    "noise for good. Open the scope inside the function, or predict by `keras_vdrop.MonteCarlo(model)`. Models that "
+    "Keras compiles itself (`predict`, `evaluate`, `fit`) may be called within a scope."
 )
 
 _UNUSED_MESSAGE = (
-    "Nothing was drawn within this `sampling()` scope: no layer with a prior or a rate was called in it. A function that "
-    "was compiled before does not notice the scope, nor does a thread that was started before: open the scope inside "
-    "them, or predict by `keras_vdrop.MonteCarlo(model)`."
+    "Nothing was drawn within this `sampling()` scope: no layer with a prior or a rate was called in it. A function "
+    "that was compiled before does not notice the scope, nor does a thread that was started before: open the scope "
+    "inside them, or predict by `keras_vdrop.MonteCarlo(model)`."
 )
 
 
@@ -90,6 +90,9 @@ def sampling(consistent=False):
         ...     bool(layer(x) == layer(x))
         True
     """
+    outer = _current()
+    if outer is None or outer.around:
+        _compile_for(outer, refuse=False)
     with drawing(consistent) as scope:
         scope.around = tracing.compiled_function() is None
         with _open_to_threads(scope):
@@ -177,13 +180,13 @@ def take_part():
         scope.used = True
 
 
-def _compile_for(scope):
+def _compile_for(scope, refuse=True):
     found = tracing.compiled_function()
     if found is None:
         return
     model, name = found
     function = None if model is None else getattr(model, f"{name}_function")
-    if function is None and scope is not None:
+    if function is None and scope is not None and refuse:
         raise ValueError(_COMPILED_MESSAGE)
     if function is None:
         return

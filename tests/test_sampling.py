@@ -58,10 +58,7 @@ def trained(model, on_batch):
     else:
         model.fit(X, Y, batch_size=64, verbose=0)
     result = array(model.layers[0].kernel.loc)
-    states = [array(variable) for variable in model.non_trainable_variables]
     model.set_weights(weights)
-    for variable, state in zip(model.non_trainable_variables, states):
-        variable.assign(state)
     return result
 
 
@@ -91,19 +88,13 @@ ORDERS = [
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
 def test_no_scope_sticks(call, order, jit):
     model = network(jit_compile=jit)
-    mean = call(network_with(model))
+    mean = array(model(X))
+    mean = mean if call in (predict, predict_on_batch) else np.mean(mean**2)
     for name in order:
         scope, repeats = SCOPES[name]
         with scope():
             assert same(call, model) == repeats, name
             assert np.allclose(call(model), mean, atol=1e-5) == (name == "none"), name
-
-
-def network_with(model):
-    """Keras's own layers with the same means."""
-    plain = kv.to_deterministic(model)
-    plain.compile("sgd", "mse")
-    return plain
 
 
 @pytest.mark.parametrize("jit", COMPILED, ids=lambda jit: "jit" if jit else "no_jit")
@@ -206,15 +197,12 @@ def test_a_model_can_be_made_and_saved_within_a_scope(tmp_path):
 
 
 def test_a_scope_in_which_nothing_is_drawn_is_an_error():
-    with pytest.raises(ValueError, match="Nothing was drawn"):
-        with kv.sampling():
-            keras.layers.Dense(3)(X)
-    with pytest.raises(KeyError):
-        with kv.sampling():
-            raise KeyError
-    with kv.sampling():
-        with kv.sampling(consistent=True):
-            network()(X)
+    with pytest.raises(ValueError, match="Nothing was drawn"), kv.sampling():
+        keras.layers.Dense(3)(X)
+    with pytest.raises(KeyError), kv.sampling():
+        raise KeyError
+    with kv.sampling(), kv.sampling(consistent=True):
+        network()(X)
 
 
 def compiled(function):
@@ -241,13 +229,11 @@ def test_a_function_that_is_compiled_within_a_scope_is_refused():
     model = network()
     for consistent in (False, True):
         function = compiled(stateless(model))
-        with pytest.raises(ValueError, match="Open the scope inside the function"):
-            with kv.sampling(consistent):
-                function(X)
+        with pytest.raises(ValueError, match="Open the scope inside the function"), kv.sampling(consistent):
+            function(X)
         np.testing.assert_allclose(array(function(X)), array(model(X)), atol=1e-5)
-        with pytest.raises(ValueError, match="Nothing was drawn"):
-            with kv.sampling(consistent):
-                function(X)
+        with pytest.raises(ValueError, match="Nothing was drawn"), kv.sampling(consistent):
+            function(X)
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="as above")
@@ -378,11 +364,14 @@ class TestThreads:
         drawn = kv.MonteCarlo(model, 4, output="samples")
         mean = array(model(X))
 
+        # In JAX Keras takes the variables from a model while it predicts.
+        call = (lambda model: array(model(X))) if BACKEND == "jax" else predict
+
         def plain():
-            return [predict(model) for _ in range(3)]
+            return [call(model) for _ in range(3)]
 
         def noisy():
-            return [predict(drawn).std(axis=1).min() for _ in range(3)]
+            return [call(drawn).std(axis=1).min() for _ in range(3)]
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             runs = [pool.submit(noisy if index % 2 else plain) for index in range(8)]
@@ -478,5 +467,5 @@ with concurrent.futures.ThreadPoolExecutor(1) as pool:
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 def test_replicas_draw_one_function_where_it_is_consistent_and_their_own_elsewhere():
-    run = subprocess.run([sys.executable, "-c", REPLICAS], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", REPLICAS], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
