@@ -7,7 +7,7 @@ import keras_vdrop
 
 ROOT = pathlib.Path(keras_vdrop.__file__).parent
 FLOORS = [
-    ["functional", "version"],
+    ["functional", "files", "version"],
     ["sampling", "priors"],
     ["posterior"],
     ["layers"],

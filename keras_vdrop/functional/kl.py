@@ -242,8 +242,8 @@ def scale_mixture(loc, log_variance, probability, scale, narrow_scale):
     k = 0.5 * (narrow_scale**-2 - scale**-2)
     loc, log_variance = tensors(loc, log_variance, least="float32")
     deviation = ops.exp(0.5 * log_variance)
-    # Where the integrand is below e^−20 of its greatest value; beyond 6 deviations q is. In deviations from `loc`, which
-    # float32 can tell apart where the numbers themselves round to `loc`.
+    # Where the integrand is below e^−20 of its greatest value; beyond 6 deviations q is. In deviations from `loc`, as
+    # float32 can tell them apart where the numbers themselves round to `loc`.
     reach = math.sqrt((max(c, 0.0) + 20.0) / k)
     low = ops.stop_gradient(ops.clip((-reach - loc) / deviation, -6.0, 6.0))
     high = ops.stop_gradient(ops.clip((reach - loc) / deviation, -6.0, 6.0))

@@ -274,7 +274,9 @@ class StochasticLayer(keras.layers.Layer):
     def _dispensable(self):
         """The values with which a layer starts where a file, from before a variable existed, does not have it."""
         keras.layers.Layer.save_own_variables(self, own := {})
-        scalars = {id(self._kl_weight): self._default_kl_weight(), id(self._free_bits): 0.0} if self._posterior_size else {}
+        scalars = (
+            {id(self._kl_weight): self._default_kl_weight(), id(self._free_bits): 0.0} if self._posterior_size else {}
+        )
         masks = {id(variable): np.ones(variable.shape, bool) for variable in own.values() if variable.dtype == "bool"}
         values = {**scalars, **masks}
         return {key: values[id(variable)] for key, variable in own.items() if id(variable) in values}
@@ -286,7 +288,8 @@ class StochasticLayer(keras.layers.Layer):
             store[_SEED_STATE] = self.seed_generator.state
 
     def load_own_variables(self, store):
-        found = {key: store[key] for key in store.keys()}  # a store is not quite a dict
+        keys = set(store.keys())  # a store is not quite a dict
+        found = {key: store[key] for key in keys}
         state = found.pop(_SEED_STATE, None)
         if found:
             found = {**self._dispensable(), **found}

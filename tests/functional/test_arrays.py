@@ -142,7 +142,7 @@ OF_SAMPLES = [f"uncertainty.{name}" for name in ("moments", "categorical", "bern
 def test_none_at_all_are_refused(name):
     module, function = name.split(".")
     arguments = [value[:0] if isinstance(value, np.ndarray) else value for value in ARGUMENTS[name]]
-    with pytest.raises(ValueError, match="at least|shape"):
+    with pytest.raises(ValueError, match=r"at least|shape"):
         getattr(getattr(functional, module), function)(*arguments)
 
 
