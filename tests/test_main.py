@@ -113,7 +113,7 @@ def test_full_disk_in_the_demo(tmp_path, capsys, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     from keras_vdrop import demo
 
-    monkeypatch.setattr(figure.Figure, "savefig", write_half)
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kwargs: write_half(path))
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2)])
     with pytest.raises(OSError, match="No space left"):
         demo.draw(model, ([1, 2], [[0.1, 0.2]] * 2, [0.1, 0.2]), 1, tmp_path / "digits.png")

@@ -242,11 +242,11 @@ def scale_mixture(loc, log_variance, probability, scale, narrow_scale):
     k = 0.5 * (narrow_scale**-2 - scale**-2)
     loc, log_variance = tensors(loc, log_variance, least="float32")
     deviation = ops.exp(0.5 * log_variance)
-    # Where the integrand is below e^−20 of its greatest value; beyond 6 deviations q is. In deviations from `loc`, as
+    # Where the integrand is below e^−16 of its greatest value; beyond 6 deviations q is. In deviations from `loc`, as
     # float32 can tell them apart where the numbers themselves round to `loc`.
-    reach = math.sqrt((max(c, 0.0) + 20.0) / k)
-    low = ops.stop_gradient(ops.clip((-reach - loc) / deviation, -6.0, 6.0))
-    high = ops.stop_gradient(ops.clip((reach - loc) / deviation, -6.0, 6.0))
+    reach = math.sqrt((max(c, 0.0) + 16.0) / k)
+    inverse = ops.exp(-0.5 * log_variance)
+    low, high = (ops.clip((end - loc) * inverse, -6.0, 6.0) for end in (-reach, reach))
     half, middle = 0.5 * (high - low), 0.5 * (high + low)
 
     def term(node, weight):
