@@ -2,9 +2,13 @@
 
 import argparse
 import importlib.util
+import math
+import os
 import pathlib
 import sys
 import zipfile
+
+from keras_vdrop.files import replace
 
 
 def main(arguments=None):
@@ -18,15 +22,15 @@ def main(arguments=None):
         default="demo",
         help="folder for the model and the picture, numbered where it is taken (default: %(default)s)",
     )
-    demo.add_argument("--seed", type=int, default=0, help="of the split, the weights and the noise (default: 0)")
+    demo.add_argument("--seed", type=_seed, default=0, help="of the split, the weights and the noise (default: 0)")
     demo.add_argument("--quick", action="store_true", help="fewer epochs: to see it run, not to judge it by")
-    demo.add_argument("--beta", type=float, default=0.3, help="weight of the KL; 1 is the ELBO (default: %(default)s)")
+    demo.add_argument("--beta", type=_beta, default=0.3, help="weight of the KL; 1 is the ELBO (default: %(default)s)")
 
     report = commands.add_parser("report", help="how many weights a saved model needs, layer by layer")
     compact = commands.add_parser("compact", help="save a smaller model of Keras's own layers that predicts the same")
     for command in (report, compact):
         command.add_argument("model", type=pathlib.Path, help="a .keras file")
-        command.add_argument("--threshold", type=float, help="on log alpha (default: each layer's own)")
+        command.add_argument("--threshold", type=_finite, help="on log alpha (default: each layer's own)")
     compact.add_argument("-o", "--out", type=pathlib.Path, required=True, help="the .keras file to write")
     compact.add_argument(
         "--data",
@@ -37,13 +41,40 @@ def main(arguments=None):
 
     options = parser.parse_args(arguments)
     run = {"demo": _demo, "report": _report, "compact": _compact}[options.command]
-    return run(options, commands.choices[options.command])
+    try:
+        return run(options, commands.choices[options.command])
+    except OSError as error:
+        print(f"{parser.prog} {options.command}: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _finite(text):
+    """A finite number, of a word of the command line."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number. Received: {text}")
+    return value
+
+
+def _beta(text):
+    value = _finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be ≥ 0. Received: {text}")
+    return value
+
+
+def _seed(text):
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be an int from 0 to 2³² − 1. Received: {text}")
+    return value
 
 
 def _demo(options, parser):
     missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f"the demo needs {' and '.join(missing)}: pip install 'keras-vdrop[demo]'")
+    _check_writable(_nearest_folder(pathlib.Path(options.out)))
     from keras_vdrop import demo
 
     return demo.run(options.out, options.seed, options.quick, options.beta)
@@ -63,17 +94,32 @@ def _compact(options, parser):
         parser.error(f"{options.out} is there already: name another file, or pass --force.")
     if not options.out.parent.is_dir():
         parser.error(f"The folder {options.out.parent} is not there.")
+    if options.out.is_dir():
+        parser.error(f"{options.out} is a folder.")
+    _check_writable(options.out.parent)
     from keras_vdrop.compaction import compact
     from keras_vdrop.costs import file_sizes
 
+    if options.data is not None:
+        _check_arrays(options.data, parser)
     model = _load(options.model, parser)
     x = None if options.data is None else _arrays(options.data, len(model.inputs), parser)
     small = _or_error(parser, lambda: compact(model, options.threshold, x))
     before = file_sizes(options.model)  # which may be written over
-    small.save(options.out)
+    replace(options.out, small.save)
     small.summary()
     for path, (plain, gzipped) in ((options.model, before), (options.out, file_sizes(options.out))):
         print(f"{path}: {plain:,} bytes, {gzipped:,} gzipped")
+
+
+def _check_writable(folder):
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"The folder {folder} can't be written to.")
+
+
+def _nearest_folder(path):
+    """The folder, or where it is not there yet, the one in which it will be made."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def _load(path, parser):
@@ -81,19 +127,28 @@ def _load(path, parser):
 
     if not path.is_file():
         parser.error(f"{path} is not there.")
-    return _or_error(parser, lambda: keras.saving.load_model(path, compile=False))
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except Exception as error:  # of a damaged file, of whatever kind
+        raise OSError(f"{path} can't be loaded as a model: {type(error).__name__}: {error}") from error
+
+
+def _check_arrays(path, parser):
+    if not path.is_file():
+        parser.error(f"{path} is not there.")
+    if not zipfile.is_zipfile(path):
+        parser.error(f"{path} is no .npz file, as numpy.savez writes it.")
 
 
 def _arrays(path, count, parser):
     """The one array of a file, or all of them, in the order of their names."""
     import numpy as np
 
-    if not path.is_file():
-        parser.error(f"{path} is not there.")
-    if not zipfile.is_zipfile(path):
-        parser.error(f"{path} is no .npz file, as numpy.savez writes it.")
-    with np.load(path) as file:
-        arrays = _or_error(parser, lambda: {name: file[name] for name in sorted(file.files)})
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in sorted(file.files)}
+    except Exception as error:  # of a damaged file, of whatever kind
+        raise OSError(f"{path} can't be read: {type(error).__name__}: {error}") from error
     if len(arrays) != count:
         parser.error(f"{path} must hold an array for each of {count} inputs of the model. It has: {', '.join(arrays)}")
     x = list(arrays.values())
@@ -106,6 +161,10 @@ def _or_error(parser, action):
         return action()
     except (ValueError, TypeError, RuntimeError) as error:
         parser.error(str(error))
+
+
+def _one_line(error):
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

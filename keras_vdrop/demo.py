@@ -9,7 +9,9 @@ import numpy as np
 from keras import layers
 
 import keras_vdrop as kv
+from keras_vdrop.files import replace
 from keras_vdrop.functional import calibration
+from keras_vdrop.layers.base import check_non_negative
 
 THRESHOLD = 3.0
 NUM_SAMPLES = 32
@@ -89,8 +91,10 @@ def draw(model, frontier, chosen, path):
     figure, (one, other) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     kv.plots.log_alpha_histogram(model, THRESHOLD, ax=one)
     kv.plots.metric_against_weights(left, samples, mean, chosen, metric="test accuracy", ax=other)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        replace(path, lambda beside: figure.savefig(beside, dpi=120))
+    finally:
+        plt.close(figure)
 
 
 def row(name, probability, y, left, ratio=1.0):
@@ -104,9 +108,13 @@ def fresh_folder(path):
     """That folder, or with a number behind it where it holds files already: nothing is written over."""
     path = pathlib.Path(path)
     candidates = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
-    folder = next(candidate for candidate in candidates if not candidate.exists() or not any(candidate.iterdir()))
+    folder = next(candidate for candidate in candidates if _is_free(candidate))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _is_free(path):
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def run(out="demo", seed=0, quick=False, beta=0.3):
@@ -121,7 +129,12 @@ def run(out="demo", seed=0, quick=False, beta=0.3):
 
     Returns:
         0, or 1 where the reloaded model predicts anything else.
+
+    Raises:
+        ValueError: For a `beta` that is out of range.
+        OSError: Where the folder can't be written to; before anything is trained, if that can be told.
     """
+    check_non_negative("beta", beta)
     start = time.monotonic()
     out = fresh_folder(out)
     epochs = 4 if quick else 50
@@ -157,7 +170,7 @@ def run(out="demo", seed=0, quick=False, beta=0.3):
     print("-" * 79)
     print("\n".join(rows))
 
-    model.save(out / "model.keras")
+    replace(out / "model.keras", model.save)
     again = keras.saving.load_model(out / "model.keras")
     same = np.array_equal(probabilities(again, x_test), probabilities(model, x_test))
     print(f"\n{out / 'model.keras'}: written; reloaded, its predictions are {'equal' if same else 'DIFFERENT'}.")

@@ -7,7 +7,7 @@ import keras_vdrop
 
 ROOT = pathlib.Path(keras_vdrop.__file__).parent
 FLOORS = [
-    ["functional", "variables", "version"],
+    ["functional", "files", "variables", "version"],
     ["sampling", "priors"],
     ["posterior"],
     ["layers"],

@@ -1,6 +1,8 @@
 """The command line, but for the demo."""
 
+import errno
 import gzip
+import os
 
 import keras
 import numpy as np
@@ -64,10 +66,97 @@ def test_nothing_is_written_over_unless_told(saved, tmp_path, capsys):
         (["compact", "{saved}", "-o", "small.keras", "--data", __file__], "is no .npz file"),
         (["compact", "{saved}", "-o", "nowhere/small.keras"], "The folder nowhere is not there"),
         (["report", "{saved}", "--threshold", "nan"], "must be a finite number"),
+        (["compact", "nowhere.keras", "-o", "small.keras", "--threshold", "inf"], "must be a finite number"),
+        (["demo", "--beta", "-1"], "must be ≥ 0. Received: -1"),
+        (["demo", "--beta", "nan"], "must be a finite number. Received: nan"),
+        (["demo", "--seed", "-1"], "must be an int from 0"),
     ],
 )
 def test_bad_input(arguments, message, saved, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         main([argument.format(saved=saved) for argument in arguments])
     assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def fails_in_one_line(arguments, capsys):
+    """The line, of a command that ends with exit code 1."""
+    assert main([str(argument) for argument in arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def write_half(path, *args, **kwargs):
+    """What a writer does on a disk that fills up."""
+    with open(path, "wb") as file:
+        file.write(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk(saved, tmp_path, capsys, monkeypatch):
+    """What is there stays, and no half file does."""
+    taken = tmp_path / "taken.keras"
+    taken.write_text("precious")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(keras.Model, "save", lambda self, path, *args, **kwargs: write_half(path))
+    for out in (taken, tmp_path / "new.keras", saved):
+        content = saved.read_bytes()
+        assert "No space left" in fails_in_one_line(["compact", saved, "-o", out, "--force"], capsys)
+        assert sorted(tmp_path.iterdir()) == before
+        assert taken.read_text() == "precious" and saved.read_bytes() == content
+
+
+def test_full_disk_in_the_demo(tmp_path, capsys, monkeypatch):
+    """Here without its training: a model or picture is whole or not there."""
+    figure = pytest.importorskip("matplotlib.figure")
+    from keras_vdrop import demo
+
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kwargs: write_half(path))
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2)])
+    with pytest.raises(OSError, match="No space left"):
+        demo.draw(model, ([1, 2], [[0.1, 0.2]] * 2, [0.1, 0.2]), 1, tmp_path / "digits.png")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["report", "compact", "demo"])
+def test_read_only_target(command, saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode, **kwargs: False)  # whoever runs the tests may write anywhere
+    before = sorted(tmp_path.iterdir())
+    arguments = {
+        "report": ["report", saved],  # which writes nothing
+        "compact": ["compact", saved, "-o", tmp_path / "small.keras"],
+        "demo": ["demo", "--out", tmp_path / "demo" / "again"],
+    }[command]
+    if command == "report":
+        assert not main([str(argument) for argument in arguments])
+    else:
+        assert f"{tmp_path} can't be written to" in fails_in_one_line(arguments, capsys)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["report", "compact"])
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped"])
+def test_damaged_model(command, damage, saved, tmp_path, capsys):
+    content = saved.read_bytes()
+    middle = len(content) // 2
+    saved.write_bytes(
+        {
+            "empty": b"",
+            "text": b"no model",
+            "cut": content[:middle],
+            "flipped": content[: middle - 200] + bytes(255 - byte for byte in content[middle - 200 :]),
+        }[damage]
+    )
+    arguments = [command, saved] + (["-o", tmp_path / "small.keras"] if command == "compact" else [])
+    assert str(saved) in fails_in_one_line(arguments, capsys)
+    assert not (tmp_path / "small.keras").exists()
+
+
+def test_damaged_data(saved, tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", x=np.ones((20, 8), "float32"))
+    content = (tmp_path / "x.npz").read_bytes()
+    (tmp_path / "x.npz").write_bytes(content[:60] + b"?" * 200 + content[260:])
+    line = fails_in_one_line(["compact", saved, "-o", tmp_path / "small.keras", "--data", tmp_path / "x.npz"], capsys)
+    assert str(tmp_path / "x.npz") in line

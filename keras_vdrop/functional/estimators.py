@@ -19,6 +19,7 @@ import keras
 from keras import ops
 
 from keras_vdrop.functional import noise
+from keras_vdrop.functional.tensors import tensors
 
 # Keeps the gradient of the square root finite where an output has no variance at all.
 _SMALLEST_VARIANCE = 1e-16
@@ -29,11 +30,13 @@ _BATCH_AND_CHANNELS = ((0, -1), (0, -1))
 
 def reparameterize(loc, log_variance, seed):
     """One draw w = loc + exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and type of `loc`."""
+    loc, log_variance = tensors(loc, log_variance, least="float32")
     return loc + perturbation(log_variance, seed)
 
 
 def perturbation(log_variance, seed):
     """One draw exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and type of `log_variance`."""
+    (log_variance,) = tensors(log_variance, least="float32")
     return ops.exp(0.5 * log_variance) * noise.normal(ops.shape(log_variance), seed, log_variance.dtype)
 
 
@@ -60,6 +63,7 @@ def local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATC
         https://arxiv.org/abs/1506.02557
     """
     del sign_axes
+    x, loc, log_variance = _arguments(x, loc, log_variance)
     mean = linear(x, ops.cast(loc, dtype or x.dtype))
     # float16 ends at 65504, so the square of 300 is already infinite in it. The square of a row of a lookup is itself.
     squared = x if _is_lookup(x) else ops.square(ops.cast(x, log_variance.dtype))
@@ -92,12 +96,18 @@ def flipout(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, d
         Flipout: Efficient Pseudo-Independent Weight Perturbations on Mini-Batches, Wen et al., 2018,
         https://arxiv.org/abs/1803.04386
     """
+    x, loc, log_variance = _arguments(x, loc, log_variance)
     dtype = dtype or x.dtype
     mean = linear(x, ops.cast(loc, dtype))
     delta = ops.cast(perturbation(log_variance, seed), dtype)
     # A lookup meets one row of the weight at a time: the output's signs alone make it independent.
     signed = x if _is_lookup(x) else x * _signs(x, seed, sign_axes[0])
     return mean + linear(signed, delta) * _signs(mean, seed, sign_axes[1])
+
+
+def _arguments(x, loc, log_variance):
+    """All three as tensors."""
+    return ops.convert_to_tensor(x), *tensors(loc, log_variance, least="float32")
 
 
 def _is_lookup(x):
@@ -132,6 +142,7 @@ def reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_
         Weight Uncertainty in Neural Networks, Blundell et al., 2015, https://arxiv.org/abs/1505.05424
     """
     del sign_axes
+    x, loc, log_variance = _arguments(x, loc, log_variance)
     return linear(x, ops.cast(reparameterize(loc, log_variance, seed), dtype or x.dtype))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_vdrop.functional.sparsity import over_groups
+from keras_vdrop.functional.tensors import tensors
 
 # KL ≈ K1·(1 − sigmoid(K2 + 1.5·log alpha)) + ½·log(1 + 1/alpha). The slope 1.5 was chosen so that
 # the sigmoid needs no logarithm; K1 and K2 were then fitted to the exact KL (tests/functional).
@@ -30,13 +31,6 @@ _CUBIC_OFFSET = 0.5 * (np.euler_gamma + math.log(2.0))
 _LEAST_LOG_VARIANCE = -70.0
 
 _LEGENDRE_NODES, _LEGENDRE_WEIGHTS = np.polynomial.legendre.leggauss(32)
-
-
-def _tensors(loc, log_variance):
-    """Both as tensors of one floating type: float32, or wider where one of them is."""
-    loc, log_variance = ops.convert_to_tensor(loc), ops.convert_to_tensor(log_variance)
-    dtype = keras.backend.result_type(loc.dtype, log_variance.dtype, "float32")
-    return ops.cast(loc, dtype), ops.cast(log_variance, dtype)
 
 
 def _signal_to_noise(loc, log_variance):
@@ -65,7 +59,7 @@ def _by_signal_to_noise(kl, loc, log_variance):
         return values, gradient
 
     # TensorFlow lets such a function read no variables: their values are copies.
-    loc, log_variance = ops.copy(loc), ops.copy(log_variance)
+    loc, log_variance = (ops.copy(each) for each in tensors(loc, log_variance, least="float32"))
     if tuple(loc.shape) != tuple(log_variance.shape):  # the gradient of each must have its own
         loc, log_variance = loc + ops.zeros_like(log_variance), log_variance + ops.zeros_like(loc)
     return value(loc, log_variance)
@@ -122,7 +116,7 @@ def log_uniform_exact(loc, log_variance):
         https://arxiv.org/abs/1701.05369; the integral: Variational Gaussian Dropout is not Bayesian, Hron, Matthews,
         Ghahramani, 2017, https://arxiv.org/abs/1711.02989
     """
-    s = _signal_to_noise(loc, log_variance)
+    s = _signal_to_noise(*tensors(loc, log_variance, least="float32"))
     t = ops.square(ops.minimum(s, 1e9))
     # Both polynomials over (1 + t)⁶, so that neither they nor the square of Q in the gradient overflow.
     w = 1.0 / (1.0 + t)
@@ -157,6 +151,7 @@ def log_uniform_cubic(log_alpha):
         Variational Dropout and the Local Reparameterization Trick, Kingma, Salimans, Welling, 2015,
         https://arxiv.org/abs/1506.02557
     """
+    (log_alpha,) = tensors(log_alpha, least="float32")
     log_alpha = ops.minimum(log_alpha, 0.0)
     alpha = ops.exp(log_alpha)
     c1, c2, c3 = _CUBIC
@@ -183,6 +178,7 @@ def ard(loc, log_variance, group_axis=None, blocks=1):
     """
     if group_axis is None:
         return _by_signal_to_noise(_ard, loc, log_variance)
+    loc, log_variance = tensors(loc, log_variance, least="float32")
     return 0.5 * (ops.log(ard_variance(loc, log_variance, group_axis, blocks)) - log_variance)
 
 
@@ -192,6 +188,7 @@ def _ard(t):
 
 def ard_variance(loc, log_variance, group_axis=None, blocks=1):
     """The variance s² that the ARD prior takes: loc² + variance, or its mean over the group."""
+    loc, log_variance = tensors(loc, log_variance, least="float32")
     second_moment = ops.square(loc) + ops.exp(log_variance)
     if group_axis is None:
         return second_moment
@@ -214,7 +211,7 @@ def normal(loc, log_variance, scale=1.0):
     Reference:
         Weight Uncertainty in Neural Networks, Blundell et al., 2015, https://arxiv.org/abs/1505.05424
     """
-    log_variance = ops.convert_to_tensor(log_variance)
+    loc, log_variance = tensors(loc, log_variance, least="float32")
     scale = ops.cast(scale, log_variance.dtype)
     log_ratio = log_variance - 2.0 * ops.log(scale)
     return 0.5 * (ops.exp(log_ratio) + ops.square(loc / scale) - 1.0 - log_ratio)
@@ -243,13 +240,13 @@ def scale_mixture(loc, log_variance, probability, scale, narrow_scale):
     """
     c = math.log((1.0 - probability) * scale / (probability * narrow_scale))
     k = 0.5 * (narrow_scale**-2 - scale**-2)
-    loc, log_variance = _tensors(loc, log_variance)
+    loc, log_variance = tensors(loc, log_variance, least="float32")
     deviation = ops.exp(0.5 * log_variance)
-    # Where the integrand is below e^−16 of its greatest value; beyond 6 deviations q is. In deviations from `loc`, which
-    # float32 can tell apart where the numbers themselves round to `loc`.
+    # Where the integrand is below e^−16 of its greatest value; beyond 6 deviations q is. In deviations from `loc`, as
+    # float32 can tell them apart where the numbers themselves round to `loc`.
     reach = math.sqrt((max(c, 0.0) + 16.0) / k)
-    low = ops.stop_gradient(ops.clip((-reach - loc) / deviation, -6.0, 6.0))
-    high = ops.stop_gradient(ops.clip((reach - loc) / deviation, -6.0, 6.0))
+    inverse = ops.exp(-0.5 * log_variance)
+    low, high = (ops.clip((end - loc) * inverse, -6.0, 6.0) for end in (-reach, reach))
     half, middle = 0.5 * (high - low), 0.5 * (high + low)
 
     def term(node, weight):

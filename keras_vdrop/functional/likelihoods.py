@@ -4,6 +4,8 @@ import math
 
 from keras import ops
 
+from keras_vdrop.functional.tensors import tensors
+
 LEAST_SCALE = 1e-3
 
 
@@ -13,6 +15,7 @@ def scale_of(raw_scale):
     Without the least scale, an output far below 0, as at an outlier among the inputs, makes the scale so small that
     ((y − loc) / scale)² is no number in float32. It asks for y that is not much smaller than 1: standardise it.
     """
+    (raw_scale,) = tensors(raw_scale)
     return ops.softplus(raw_scale) + LEAST_SCALE
 
 
@@ -22,6 +25,7 @@ def normal(y, loc, scale):
     Args:
         y, loc, scale: Tensors of shapes that broadcast, in the units of y; `scale`, the standard deviation, > 0.
     """
+    y, loc, scale = tensors(y, loc, scale)
     return -0.5 * math.log(2.0 * math.pi) - ops.log(scale) - 0.5 * ops.square((y - loc) / scale)
 
 
@@ -31,6 +35,7 @@ def laplace(y, loc, scale):
     Args:
         y, loc, scale: As for `normal`; the standard deviation is √2·scale.
     """
+    y, loc, scale = tensors(y, loc, scale)
     return -math.log(2.0) - ops.log(scale) - ops.abs(y - loc) / scale
 
 
@@ -41,6 +46,7 @@ def student_t(y, df, loc, scale):
         y, loc, scale: As for `normal`; the standard deviation is scale·√(df / (df − 2)) for df > 2, else infinite.
         df: Float > 0, the degrees of freedom: the fewer, the heavier the tails; ∞ is the normal distribution.
     """
+    y, loc, scale = tensors(y, loc, scale)
     constant = math.lgamma(0.5 * (df + 1.0)) - math.lgamma(0.5 * df) - 0.5 * math.log(math.pi * df)
     return constant - ops.log(scale) - 0.5 * (df + 1.0) * ops.log1p(ops.square((y - loc) / scale) / df)
 
@@ -52,5 +58,6 @@ def normal_mixture(y, logits, loc, scale):
         y: Tensor (B, ...).
         logits, loc, scale: Tensors (B, ..., K), of K normal distributions; `scale` > 0.
     """
+    y, logits, loc, scale = tensors(y, logits, loc, scale)
     parts = normal(ops.expand_dims(y, axis=-1), loc, scale)
     return ops.logsumexp(ops.log_softmax(logits, axis=-1) + parts, axis=-1)

@@ -157,7 +157,7 @@ def _uniform(shape, seed):
 
 def bernoulli(shape, probability, seed, dtype="float32"):
     """Independent draws of 1 with the given probability, else 0. Other arguments as for `normal`."""
-    return ops.cast(uniform(shape, seed) < probability, dtype)
+    return ops.cast(uniform(shape, seed) < ops.cast(probability, "float32"), dtype)
 
 
 def concrete(shape, logit, temperature, seed):
@@ -174,4 +174,4 @@ def concrete(shape, logit, temperature, seed):
         The Concrete Distribution, Maddison, Mnih, Teh, 2017, https://arxiv.org/abs/1611.00712
     """
     u = ops.clip(uniform(shape, seed), 1e-7, 1.0 - 1e-7)
-    return ops.sigmoid((logit + ops.log(u) - ops.log1p(-u)) / temperature)
+    return ops.sigmoid((ops.cast(logit, "float32") + ops.log(u) - ops.log1p(-u)) / temperature)

@@ -2,6 +2,8 @@
 
 from keras import ops
 
+from keras_vdrop.functional.tensors import tensors
+
 # About the least normal float32, so that log alpha of a weight that is exactly 0 stays finite.
 _SMALLEST_SQUARE = 1e-37
 
@@ -21,6 +23,7 @@ def log_alpha(loc, log_variance, group_axis=None, blocks=1):
     Returns:
         Tensor of the same shape, not clipped; where `loc` is 0, large and finite.
     """
+    loc, log_variance = tensors(loc, log_variance, least="float32")
     square = ops.square(loc)
     if group_axis is not None:
         log_variance = over_groups(ops.logsumexp, log_variance, group_axis, blocks)
@@ -41,6 +44,7 @@ def check_groups(shape, group_axis=None, blocks=1):
 
 def over_groups(reduce, tensor, group_axis, blocks=1):
     """`reduce(tensor, axis, keepdims)` over each group, in the place of each of its members."""
+    (tensor,) = tensors(tensor)
     shape, rank = tuple(tensor.shape), len(tensor.shape)
     check_groups(shape, group_axis, blocks)
     axis = group_axis % rank
@@ -64,4 +68,5 @@ def keep_mask(loc, log_variance, threshold=3.0, group_axis=None, blocks=1):
     Returns:
         Boolean tensor of the same shape.
     """
+    loc, log_variance = tensors(loc, log_variance, least="float32")
     return ops.logical_and(ops.not_equal(loc, 0.0), log_alpha(loc, log_variance, group_axis, blocks) <= threshold)

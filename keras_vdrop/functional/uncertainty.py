@@ -10,6 +10,8 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_vdrop.functional.tensors import tensors
+
 
 class Summary(NamedTuple):
     """How statistics come of means over samples.
@@ -39,7 +41,8 @@ def entropy(probability):
     Returns:
         Tensor (...), in nats.
     """
-    tiny = ops.cast(1e-37, probability.dtype) if probability.dtype != "float16" else 6e-8
+    (probability,) = tensors(probability)
+    tiny = 6e-8 if keras.backend.standardize_dtype(probability.dtype) == "float16" else 1e-37
     return -ops.sum(probability * ops.log(ops.maximum(probability, tiny)), axis=-1)
 
 
@@ -52,7 +55,7 @@ def moments(samples):
     Returns:
         Dict of `mean` and `variance`, each (B, ...), or a structure of such tensors.
     """
-    return MOMENTS.of(samples)
+    return MOMENTS.of(_samples(samples))
 
 
 def categorical(probability):
@@ -69,7 +72,7 @@ def categorical(probability):
     Reference:
         Uncertainty in Deep Learning, Gal, 2016, section 3.3
     """
-    return CATEGORICAL.of(probability)
+    return CATEGORICAL.of(_samples(probability))
 
 
 def bernoulli(probability):
@@ -81,7 +84,7 @@ def bernoulli(probability):
     Returns:
         Dict as of `categorical`, all of shape (B, ...).
     """
-    return BERNOULLI.of(probability)
+    return BERNOULLI.of(_samples(probability))
 
 
 def normal(loc, scale):
@@ -94,7 +97,23 @@ def normal(loc, scale):
     Returns:
         Dict of `mean`, `aleatoric_variance` (the data's) and `epistemic_variance` (the model's), all (B, ...).
     """
-    return TOTAL_VARIANCE.of((loc, ops.square(scale)))
+    loc, scale = tensors(loc, scale)
+    return TOTAL_VARIANCE.of(_samples((loc, ops.square(scale))))
+
+
+def _samples(samples):
+    """Those samples as tensors.
+
+    Raises:
+        ValueError: For none.
+    """
+    if isinstance(samples, list) and not any(isinstance(each, (dict, tuple)) for each in samples):
+        samples = ops.convert_to_tensor(samples)
+    samples = keras.tree.map_structure(lambda each: tensors(each)[0], samples)
+    for each in keras.tree.flatten(samples):
+        if len(each.shape) == 0 or each.shape[0] == 0:
+            raise ValueError(f"Expected samples (S, B, ...), at least one. Received: shape {tuple(each.shape)}")
+    return samples
 
 
 def _moment_terms(samples, origin):

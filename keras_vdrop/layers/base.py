@@ -320,7 +320,8 @@ class StochasticLayer(keras.layers.Layer):
         return {id(weight.log_variance.variable): weight.log_variance for weight in weights}
 
     def load_own_variables(self, store):
-        found = {key: store[key] for key in store.keys()}  # noqa: SIM118 (a store is not quite a dict)
+        keys = set(store.keys())  # a store is not quite a dict
+        found = {key: store[key] for key in keys}
         state = found.pop(_SEED_STATE, None)
         if found:
             found = {**self._dispensable(), **found}

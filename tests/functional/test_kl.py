@@ -239,3 +239,50 @@ def test_gradients_are_finite_at_zero_and_true_elsewhere(function):
             np.testing.assert_allclose(by_loc[index], (ahead - behind) / (2 * h), rtol=1e-6)
         ahead, behind = (ops.sum(function(loc, log_variance + sign * step)) for sign in (1, -1))
         np.testing.assert_allclose(by_log_variance[index], (ahead - behind) / (2 * h), atol=1e-8, rtol=1e-6)
+
+
+FINITE = [kl.log_uniform, kl.log_uniform_exact, kl.ard, kl.normal, grouped, mixture]
+
+
+def gradients(function, loc, log_variance):
+    """Of the sum, by loc and by log_variance; on every backend."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        loc, log_variance = tf.constant(loc), tf.constant(log_variance)
+        with tf.GradientTape() as tape:
+            tape.watch([loc, log_variance])
+            value = ops.sum(function(loc, log_variance))
+        return tape.gradient(value, [loc, log_variance])
+    if backend == "jax":
+        import jax
+
+        return jax.grad(lambda *both: ops.sum(function(*both)), argnums=(0, 1))(loc, log_variance)
+    both = [ops.convert_to_tensor(value).requires_grad_(True) for value in (loc, log_variance)]
+    ops.sum(function(*both)).backward()
+    return [value.grad for value in both]
+
+
+@pytest.mark.parametrize("function", FINITE)
+def test_finite_wherever_a_layer_may_start(function):
+    from keras_vdrop.layers import base
+
+    locs = [-1e4, -30.0, -1e-3, -1e-20, 0.0, 1e-30, 1e-10, 0.1, 1.0, 1e4]
+    log_variances = np.linspace(base._LEAST_LOG_VARIANCE, base._LARGEST_LOG_VARIANCE, 25)
+    loc, log_variance = (value.ravel().astype("float32") for value in np.meshgrid(locs, log_variances))
+    pairs = [(loc, log_variance)]
+    if function is grouped:
+        pairs = [(np.full(4, one, "float32"), np.full(4, other, "float32")) for one, other in zip(loc, log_variance)]
+    for pair in pairs:
+        assert np.isfinite(array(function(*pair))).all()
+        for gradient in gradients(function, *pair):
+            assert np.isfinite(array(gradient)).all()
+
+
+def test_scale_mixture_where_a_deviation_is_below_the_precision_of_the_mean():
+    """KL = −½·log(2πe·variance) − log p(loc), as q is all but a point."""
+    loc, log_variance = np.float32([1e-3, 0.05, 1.0]), np.float32([-50.0, -60.0, -70.0])
+    wide, narrow = (0.5 / scale / np.sqrt(2 * np.pi) * np.exp(-0.5 * (loc / scale) ** 2) for scale in (1.0, 0.0025))
+    expected = -0.5 * (np.log(2 * np.pi * np.e) + log_variance) - np.log(wide + narrow)
+    np.testing.assert_allclose(array(kl.scale_mixture(loc, log_variance, 0.5, 1.0, 0.0025)), expected, rtol=1e-5)
