@@ -485,7 +485,7 @@ def _report_noise_of_places(model):
     if names:
         warnings.warn(
             f"The layers {names} are used at several places of an example, and each place has noise of its own while "
-            "they learn. No draw of their weights does that, so what `MonteCarlo` shows is not the uncertainty of their "
+            "they learn. No draw of their weights does that, so `MonteCarlo` does not show the uncertainty of their "
             'posterior. Learn by `estimator="flipout"`, and give a layer all places in one call, not one by one as a '
             "shared layer or `TimeDistributed` gets them.",
             stacklevel=3,
