@@ -28,6 +28,7 @@ from keras_vdrop.sampling import (
     is_consistent,
     is_repeated,
     is_sampling,
+    repeated,
     seed_generator,
     seeds,
     use_scope,
@@ -208,13 +209,13 @@ class StochasticLayer(keras.layers.Layer):
         # Keras tells the layers within this one of `training` at the first computation only.
         state = ops.convert_to_tensor(self.seed_generator.state)
         advance(self.seed_generator)
-        noisy, consistent = self._noisy(kwargs.get("training")), is_consistent()
+        noisy, scope = self._noisy(kwargs.get("training")), (is_consistent(), repeated())
 
         @functools.wraps(layer_call)
         def call(*args):
             token = self._replay.set(_Replay(state, noisy))
             try:
-                with drawing(consistent):  # whether there is noise, `noisy` says
+                with drawing(*scope):  # whether there is noise, `noisy` says
                     return layer_call(*args, **kwargs)
             finally:
                 self._replay.reset(token)
