@@ -49,7 +49,10 @@ def _class_rows(probability, labels):
     if values.shape == np.shape(probability["predictive_entropy"]):  # of the class 1 alone
         values = np.stack([1.0 - values, values], axis=-1)
     labels = np.asarray(labels)
-    if labels.shape not in (values.shape[:-1], (*values.shape[:-1], 1), (len(values),) * (labels.size == len(values))):
+    given, expected = (
+        shape[:-1] if len(shape) > 1 and shape[-1] == 1 else shape for shape in (labels.shape, values.shape[:-1])
+    )
+    if given != expected:
         raise ValueError(f"Expected labels of the shape {values.shape[:-1]}. Received: shape {labels.shape}")
     return values.reshape(-1, values.shape[-1]), labels.ravel()
 
