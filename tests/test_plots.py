@@ -159,11 +159,12 @@ def test_plots_take_predictions():
     numbers = kv.MonteCarlo(model_of(2), 4, "normal").predict(x, verbose=0)
     column = kv.MonteCarlo(model_of(1), 4).predict(x, verbose=0)
     plots = kv.plots
+    band = numbers.mean, numbers.aleatoric_variance, numbers.epistemic_variance
     pairs = [
         (plots.reliability_diagram(classes, labels), plots.reliability_diagram(classes.probability, labels)),
         (plots.risk_coverage(classes, labels == 0), plots.risk_coverage(classes.predictive_entropy, labels == 0)),
         (plots.risk_coverage(numbers, labels), plots.risk_coverage(numbers.stddev() ** 2, labels)),
-        (plots.regression_band(x[:, :1], numbers), plots.regression_band(x[:, 0], *numbers.values())),
+        (plots.regression_band(x[:, :1], numbers), plots.regression_band(x[:, 0], *band)),
     ]
     one = np.stack([1 - two.probability[:, 0], two.probability[:, 0]], axis=-1)
     for shape in ((40,), (40, 1)):
