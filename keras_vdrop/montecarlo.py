@@ -609,7 +609,10 @@ class _Reading:
                 f"Received: y of the shape {tuple(y.shape)}"
             )
         if weight is not None:
-            weight = weights_of(weight, point[..., 0] if self.likelihood == "categorical" else point)
+            weighed = point[..., 0] if self.likelihood == "categorical" else point
+            weight = weights_of(weight, weighed)
+            if mask_of(point) is not None:  # by which Keras multiplies them in place in PyTorch
+                weight = weight * ops.ones_like(weighed, dtype=weight.dtype)
         return fitting, weight
 
     def compared(self, y, found, weight):

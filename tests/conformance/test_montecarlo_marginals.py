@@ -1,14 +1,12 @@
 """A row's predictive distribution is one, whether draws are each row's own or one function for all of them."""
 
 import numpy as np
-import pytest
 
 import keras_vdrop as kv
-from tests.cases import CASES, randomize
+from tests.cases import randomize
 from tests.statistics import STANDARD_ERRORS
 
 DRAWS = 600
-KERNELS = [case for case in CASES if case.is_kernel]
 
 
 def draws(model, x, consistent):
@@ -20,11 +18,9 @@ def means_and_errors(values):
     return values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(values))
 
 
-@pytest.mark.parametrize("case", KERNELS, ids=str)
 def test_draws_of_rows_and_of_functions_agree(case):
     """In the mean and in the variance of every number, by an estimator whose noise is a draw of the weight."""
-    estimator = case.ours.get("estimator", "flipout")
-    model = case.model(estimator=estimator)
+    model = case.model(**{"estimator": case.ours.get("estimator", "flipout")} if case.is_kernel else {})
     randomize(model, log_variance=(-3.0, -1.0))
     one, other = (draws(model, case.inputs(), consistent) for consistent in (False, True))
     centre = 0.5 * (one.mean(axis=0) + other.mean(axis=0))
