@@ -6,11 +6,11 @@ import keras_vdrop as kv
 from tests.cases import randomize
 from tests.statistics import STANDARD_ERRORS
 
-DRAWS = 600
+DRAWS = 250
 
 
 def draws(model, x, consistent):
-    sampler = kv.MonteCarlo(model, DRAWS, output="samples", seed=3, consistent=consistent, sample_batch_size=200)
+    sampler = kv.MonteCarlo(model, DRAWS, output="samples", seed=3, consistent=consistent, sample_batch_size=125)
     return np.swapaxes(sampler.predict(x, verbose=0), 0, 1).reshape(DRAWS, -1).astype("float64")
 
 
