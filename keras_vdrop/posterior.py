@@ -13,9 +13,8 @@ from keras_vdrop.variables import LogScaleOf, Scaled, VariableLike
 # Added to a log variance, it leaves a variance that is 0 in every type.
 _NO_VARIANCE = -1e9
 
-# Where a posterior starts that was not told where: its standard deviation is e^(_START / 2) of the weights' size, or of
-# this where all of them are 0, as biases are.
-_START, _SIZE_OF_ZEROS = -4.0, 0.1
+# Where a posterior starts that was not told where: the log of its variance over the mean square of the weights.
+_START = -6.0
 
 
 class Posterior:
@@ -120,7 +119,7 @@ class VariationalWeight(VariableLike, Posterior):
         stored = add_weight(
             name=f"{name}_log_variance",
             shape=shape if log_variance_shape is None else log_variance_shape,
-            initializer=LogScaleOf(self.loc, 2.0, _START, log_variance_rate, _SIZE_OF_ZEROS)
+            initializer=LogScaleOf(self.loc, 2.0, _START, unit=log_variance_rate)
             if initial_log_variance is None
             else keras.initializers.Constant(initial_log_variance / log_variance_rate),
             regularizer=_LogVariancePenalty(self),
@@ -131,7 +130,7 @@ class VariationalWeight(VariableLike, Posterior):
         )
         self.log_variance = Scaled(stored, log_variance_rate)
         self.mask = add_weight(name=f"{name}_mask", shape=shape, initializer="ones", dtype="bool", trainable=False)
-        self.prior_parameters = prior.add_weights(add_weight, name)
+        self.prior_parameters = prior.add_weights(add_weight, name, self.loc)
 
     @property
     def shape(self):

@@ -278,16 +278,27 @@ class StochasticLayer(keras.layers.Layer):
         if self.built:
             store[_SEED_STATE] = self.seed_generator.state
 
+    def _variational_weights(self):
+        return [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
+
     def _scaled(self):
         """What is stored in units of its own, by the id of its variable: files hold it in nats, whatever the units."""
-        weights = [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
-        return {id(weight.log_variance.variable): weight.log_variance for weight in weights}
+        return {id(weight.log_variance.variable): weight.log_variance for weight in self._variational_weights()}
+
+    def _of_today(self, own, values):
+        """Saved values by today's keys: in a file from before it had a scale of its own, "normal" was N(0, 1)."""
+        parameters = [each for weight in self._variational_weights() for each in weight.prior_parameters.values()]
+        fixed = {id(parameter) for parameter in parameters if not parameter.trainable}
+        if len(own) - sum(id(variable) in fixed for variable in own.values()) != len(values):
+            return values
+        saved = iter([values[key] for key in sorted(values, key=int)])
+        return {key: 0.0 if id(variable) in fixed else next(saved) for key, variable in own.items()}
 
     def load_own_variables(self, store):
         keys = set(store.keys())  # a store is not quite a dict
         own, scaled = {}, self._scaled()
         keras.layers.Layer.save_own_variables(self, own)
-        values = {key: store[key] for key in keys - {_SEED_STATE}}
+        values = self._of_today(own, {key: store[key] for key in keys - {_SEED_STATE}})
         for key, variable in own.items():
             if key in values and id(variable) in scaled:
                 values[key] = np.asarray(values[key]) / scaled[id(variable)].factor
@@ -310,8 +321,8 @@ class VariationalLayer(DropIn, StochasticLayer):
         bias_prior: The same for the bias.
         estimator: One of `functional.estimators.ESTIMATORS`: how noise enters the output.
         kl_weight: As for `StochasticLayer`.
-        initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 14 % of the root
-            mean square of the initial weights (0.014 where these are 0).
+        initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 5 % of the root
+            mean square of the initial weights (0.005 where these are 0).
         log_variance_rate: Float > 0, how many learning rates a step of an optimizer such as Adam moves log_variance;
             SGD moves it by the gradient times the learning rate times this squared.
         threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
