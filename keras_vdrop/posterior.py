@@ -13,9 +13,6 @@ from keras_vdrop.variables import LogScaleOf, Scaled, VariableLike
 # Added to a log variance, it leaves a variance that is 0 in every type.
 _NO_VARIANCE = -1e9
 
-# Where a posterior starts that was not told where: the log of its variance over the mean square of the weights.
-_START = -6.0
-
 
 class Posterior:
     """Whatever has a KL in the loss. A regularizer, `KLPenalty`, puts it there.
@@ -119,7 +116,7 @@ class VariationalWeight(VariableLike, Posterior):
         stored = add_weight(
             name=f"{name}_log_variance",
             shape=shape if log_variance_shape is None else log_variance_shape,
-            initializer=LogScaleOf(self.loc, 2.0, _START, unit=log_variance_rate)
+            initializer=LogScaleOf(self.loc, 2.0, prior.start, unit=log_variance_rate)
             if initial_log_variance is None
             else keras.initializers.Constant(initial_log_variance / log_variance_rate),
             regularizer=_LogVariancePenalty(self),

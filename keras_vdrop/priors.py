@@ -24,9 +24,12 @@ class Prior:
         threshold: Float, the log alpha above which weights go where a layer was given none: for single weights 3, at
             which a weight is 95 % noise. Of groups it is 5: weights that a group does not need are as noisy as its s²
             lets them be, so that one in which only a few are needed has a large log alpha too.
+        start: Float, where a posterior starts whose layer was told nothing: the log of its variance over the mean
+            square of the initial weights.
     """
 
     groups: typing.ClassVar = {}
+    start = -6.0
 
     @property
     def threshold(self):
@@ -155,6 +158,8 @@ class Normal(Prior):
     `layer.kernel.prior_parameters["log_scale"]`, and saved with the layer.
     """
 
+    # Nearer to the prior, at whose width most weights are to end.
+    start = -3.0
     _TIMES = 2.0
 
     def __init__(self, scale=None, trainable=False):

@@ -322,7 +322,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         estimator: One of `functional.estimators.ESTIMATORS`: how noise enters the output.
         kl_weight: As for `StochasticLayer`.
         initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 5 % of the root
-            mean square of the initial weights (0.005 where these are 0).
+            mean square of the initial weights, 22 % with a normal prior (and of 0.1 where these are 0).
         log_variance_rate: Float > 0, how many learning rates a step of an optimizer such as Adam moves log_variance;
             SGD moves it by the gradient times the learning rate times this squared.
         threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
@@ -339,7 +339,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         estimator="local_reparameterization",
         kl_weight=None,
         initial_log_variance=None,
-        log_variance_rate=10.0,
+        log_variance_rate=5.0,
         threshold=None,
         seed=None,
         **kwargs,

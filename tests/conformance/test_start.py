@@ -22,7 +22,7 @@ def size(values):
 def test_it_starts_at_the_size_of_the_weights(subject):
     for weight in posteriors(subject.built()):
         log_variance = array(weight.log_variance)
-        np.testing.assert_allclose(log_variance, 2 * np.log(size(array(weight.loc))) - 6, rtol=1e-5)
+        np.testing.assert_allclose(log_variance, 2 * np.log(size(array(weight.loc))) + weight.prior.start, rtol=1e-5)
 
 
 @pytest.mark.parametrize("subject", KERNELS, ids=str)
