@@ -151,7 +151,7 @@ class Normal(Prior):
 
     Args:
         scale: The standard deviation (not the variance), > 0. None for twice the root mean square of the initial
-            weights, of each kernel its own; 0.2 where these are 0, as biases are.
+            weights, of each kernel its own; 1 where these are 0, as biases are.
         trainable: Whether the scale is learned with the weights, one for each kernel, from there on.
 
     Unless the scale is a number that stays, its logarithm is the variable
@@ -171,7 +171,7 @@ class Normal(Prior):
     def add_weights(self, add_weight, name, loc):
         if self.scale is not None and not self.trainable:
             return {}
-        start = LogScaleOf(loc, 1.0, math.log(self._TIMES))
+        start = LogScaleOf(loc, 1.0, math.log(self._TIMES), zeros=1.0 / self._TIMES)
         if self.scale is not None:
             start = keras.initializers.Constant(math.log(self.scale))
         log_scale = add_weight(

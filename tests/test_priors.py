@@ -145,7 +145,7 @@ class TestScaleOfTheWeights:
         layer = kv.VariationalDense(3, kl_weight=0.1, kernel_prior="normal", bias_prior="normal")
         model = keras.Sequential([keras.Input((4,)), layer])
         weights = layer.kernel, layer.bias
-        expected = [2 * np.sqrt(np.mean(array(layer.kernel.loc) ** 2)), 0.2]
+        expected = [2 * np.sqrt(np.mean(array(layer.kernel.loc) ** 2)), 1.0]
         model.compile("adam", "mse")
         model.fit(np.ones((4, 4)), np.ones((4, 3)), verbose=0)
         log_scales = [weight.prior_parameters["log_scale"] for weight in weights]
