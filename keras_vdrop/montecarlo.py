@@ -103,8 +103,8 @@ class MonteCarlo(keras.Model):
     Warns:
         UserWarning: If a layer has learned with noise that no draw of its weights makes; for Keras's Dropout, which
             stays off; an activation before a raw scale. In `predict` and `evaluate`, if there are rows with NaN or
-            infinity: how many. In `evaluate`, if numbers are predicted worse than by the mean and variance of y, as where
-            y was not standardised.
+            infinity: how many. In `evaluate`, if numbers are predicted worse than by the mean and variance of y, as
+            where y was not standardised.
 
     Example:
         >>> import keras, keras_vdrop as kv

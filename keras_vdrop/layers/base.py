@@ -315,19 +315,30 @@ class StochasticLayer(keras.layers.Layer):
         if self.seed_generator is not None:
             store[_SEED_STATE] = self.seed_generator.state
 
+    def _variational_weights(self):
+        return [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
+
     def _scaled(self):
         """What is stored in units of its own, by the id of its variable: files hold it in nats, whatever the units."""
-        weights = [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
-        return {id(weight.log_variance.variable): weight.log_variance for weight in weights}
+        return {id(weight.log_variance.variable): weight.log_variance for weight in self._variational_weights()}
+
+    def _of_today(self, own, values):
+        """Saved values by today's keys: in a file from before it had a scale of its own, "normal" was N(0, 1)."""
+        parameters = [each for weight in self._variational_weights() for each in weight.prior_parameters.values()]
+        fixed = {id(parameter) for parameter in parameters if not parameter.trainable}
+        if len(own) - sum(id(variable) in fixed for variable in own.values()) != len(values):
+            return values
+        saved = iter([values[key] for key in sorted(values, key=int)])
+        return {key: 0.0 if id(variable) in fixed else next(saved) for key, variable in own.items()}
 
     def load_own_variables(self, store):
         keys = set(store.keys())  # a store is not quite a dict
         found = {key: store[key] for key in keys}
         state = found.pop(_SEED_STATE, None)
-        if found:
-            found = {**self._dispensable(), **found}
-        scaled = self._scaled()
         keras.layers.Layer.save_own_variables(self, own := {})
+        if found:
+            found = {**self._dispensable(), **self._of_today(own, found)}
+        scaled = self._scaled()
         for key, variable in own.items():
             if key in found and id(variable) in scaled:
                 found[key] = np.asarray(found[key]) / scaled[id(variable)].factor
@@ -351,8 +362,8 @@ class VariationalLayer(DropIn, StochasticLayer):
         estimator: How noise enters the output: one of `functional.estimators.ESTIMATORS`; or "auto", local
             reparameterization where an example uses each number of the weight once, and flipout elsewhere.
         kl_weight: As for `StochasticLayer`.
-        initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 14 % of the root
-            mean square of the initial weights (0.014 where these are 0).
+        initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 5 % of the root
+            mean square of the initial weights, 22 % with a normal prior (and of 0.1 where these are 0).
         log_variance_rate: Float > 0, how many learning rates a step of an optimizer such as Adam moves log_variance;
             SGD moves it by the gradient times the learning rate times this squared.
         threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
@@ -369,7 +380,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         estimator="auto",
         kl_weight=None,
         initial_log_variance=None,
-        log_variance_rate=10.0,
+        log_variance_rate=5.0,
         threshold=None,
         seed=None,
         **kwargs,
