@@ -444,9 +444,11 @@ def _is_built(model):
 def _symbolic_outputs(model):
     """What is known of a model's outputs before it is called; None where nothing is."""
     try:
-        return outputs_of(model.output, getattr(model, "output_names", None))
+        # A `Sequential` that was called has no `output`, but has one of these.
+        tensors = model.outputs[0] if isinstance(model, keras.Sequential) else model.output
     except (AttributeError, ValueError):
         return None
+    return outputs_of(tensors, getattr(model, "output_names", None))
 
 
 def _eagerly():
