@@ -219,11 +219,11 @@ class ELBO(keras.callbacks.Callback):
             return None
         return likelihood_factor(outputs, self.model.loss, self._loss_weights, self.likelihood_scale)
 
-    def _see(self, y_pred):
+    def _see(self):
         """What a step does as it is traced: all that is still to be done for a model that was not built before."""
         if not self._pending:
             return
-        self._factor = self._find_factor(outputs_of(y_pred, getattr(self.model, "output_names", None)))
+        self._factor = self._find_factor(self._observer.outputs)
         if keras.backend.backend() != "jax":  # whose step has its weights by now: `on_train_batch_end` sets them
             with _eagerly():
                 self._start()
@@ -279,8 +279,8 @@ class ELBO(keras.callbacks.Callback):
         if self.labels_per_example is None:
             require_loss(self.model)
             self._loss_weights = compiled_loss_weights(self.model)
-        self._factor = self._find_factor(_symbolic_outputs(self.model))
         self._observer = Observer.of(self.model)
+        self._factor = self._find_factor(_symbolic_outputs(self.model) or self._observer.outputs)
         self._observer.attach()
         self._observer.on_outputs = self._see
         self._observer.observe("train_function")

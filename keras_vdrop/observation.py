@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_vdrop.layers.base import kl_costs
+from keras_vdrop.objective import outputs_of
 
 
 class LossTerms(keras.metrics.Metric):
@@ -49,12 +50,19 @@ class Observer:
 
     Args:
         model: A compiled `keras.Model`.
+
+    Attributes:
+        outputs: The `Output`s of the step that was traced last; None before.
+        on_outputs: Called at every trace, before the loss is computed.
+        terms: The `LossTerms`; None for a model without metrics.
+        batch_size: How many examples that step has; None where it varies.
     """
 
     def __init__(self, model):
         self.model = model
         self.terms = None
         self.on_outputs = None
+        self.outputs = None
         self.batch_size = None
         self._running = False
         self._shown = False
@@ -143,8 +151,10 @@ class Observer:
         if not self._running:
             return self._compute_loss(*args, **kwargs)
         named = dict(zip(("x", "y", "y_pred"), args)) | kwargs
+        if named.get("y_pred") is not None:
+            self.outputs = outputs_of(named["y_pred"], getattr(self.model, "output_names", None))
         if self.on_outputs is not None:
-            self.on_outputs(named.get("y_pred"))
+            self.on_outputs()
         with kl_costs() as costs:
             loss = self._compute_loss(*args, **kwargs)
             penalty = sum(_penalties(self.model))
