@@ -33,7 +33,7 @@ def test_warmup_by_default(epochs, start, warmup):
     for initial_epoch in {0, epochs // 2}:
         model, elbo = built(), kv.ELBO(64)
         note = keras.callbacks.LambdaCallback(
-            on_train_batch_begin=lambda batch, logs, m=model: seen.append(weight(m) * 64)
+            on_train_batch_begin=lambda batch, logs, model=model: seen.append(weight(model) * 64)
         )
         arguments = {"initial_epoch": initial_epoch, "epochs": epochs, "batch_size": 64, "verbose": 0}
         model.fit(X, Y, callbacks=[elbo, note], **arguments)
@@ -64,6 +64,13 @@ def test_a_fit_without_any_kl_is_said():
 
 
 # The number of examples
+
+
+def test_a_weight_of_one_example_is_said():
+    """`kl_weight=1`, as if there was one training example."""
+    with pytest.warns(UserWarning, match=r"one training example.*kl_weight=1"):
+        built(kl_weight=1.0).fit(X, Y, verbose=0)
+    built(kl_weight=1 / 64).fit(X, Y, verbose=0)
 
 
 class Batches(keras.utils.PyDataset):
@@ -243,7 +250,7 @@ def test_nothing_is_said_of_one_that_has_arrived_or_of_few_epochs():
 
 def test_a_collapse_is_said():
     """A KL of a thousand times its weight leaves no weight."""
-    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(1, name="gone")])
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(1, name="gone", threshold=0.0)])
     model.compile(keras.optimizers.Adam(0.3), "mse")
     elbo = kv.ELBO(64, start_epoch=10, warmup_epochs=5, temperature=1000.0)
     with pytest.warns(UserWarning, match=r"collapsed.*'gone'.*temperature"):

@@ -84,7 +84,7 @@ def test_a_scale_of_one_output_of_several():
     np.testing.assert_allclose(likelihood_factor(TWO, loss, weights, likelihood_scale=0.1), 1)
     with pytest.raises(ValueError, match=r"'a': 8.0, 'b': 100.0"):
         likelihood_factor(TWO, loss, None, likelihood_scale=0.1)
-    with pytest.raises(ValueError, match="likelihood_scale=0.1"):
+    with pytest.raises(ValueError, match=r"likelihood_scale=0.1"):
         likelihood_factor(TWO[:1], "sparse_categorical_crossentropy", None, likelihood_scale=0.1)
 
 

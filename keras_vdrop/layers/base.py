@@ -32,6 +32,14 @@ _UNSET_MESSAGE = (
     "`callbacks=[keras_vdrop.ELBO(num_examples=len(x_train))]` to `fit`, or `kl_weight=1 / len(x_train)` to each layer."
 )
 
+# Built layers that were given a `kl_weight` of 1 or more, and of which nobody has been told.
+_heavy = weakref.WeakSet()
+
+_HEAVY_MESSAGE = (
+    "A KL weight of 1 or more is that of one training example. Pass `kl_weight=1 / len(x_train)`, or leave it out and "
+    "pass `callbacks=[keras_vdrop.ELBO(num_examples=len(x_train))]` to `fit`. Received: kl_weight={:g}"
+)
+
 _LARGEST_LOG_VARIANCE = 80
 
 _SEED_STATE = "seed_generator_state"
@@ -155,6 +163,8 @@ class StochasticLayer(keras.layers.Layer):
             self._free_bits = self._add_scalar("free_bits", 0.0)
             if self._initial_kl_weight is None and not _weighed.get():
                 _unset.add(self)
+            elif (self._initial_kl_weight or 0.0) >= 1.0:
+                _heavy.add(self)
 
     def _add_scalar(self, name, value):
         """A variable that a callback may change while a compiled function runs."""
@@ -180,6 +190,9 @@ class StochasticLayer(keras.layers.Layer):
         if training and self in _unset:
             _unset.clear()  # one warning speaks for all layers there are
             warnings.warn(_UNSET_MESSAGE, stacklevel=2)
+        if training and self in _heavy:
+            _heavy.clear()
+            warnings.warn(_HEAVY_MESSAGE.format(self._initial_kl_weight), stacklevel=2)
         replay = self._replay.get()
         return bool(training) or is_sampling() if replay is None else replay.noisy
 
@@ -224,6 +237,7 @@ class StochasticLayer(keras.layers.Layer):
         else:
             self._kl_weight.assign(value)
             _unset.discard(self)
+            _heavy.discard(self)
 
     def _default_kl_weight(self):
         return 1.0 / self._posterior_size if self._initial_kl_weight is None else self._initial_kl_weight
