@@ -6,6 +6,7 @@ wherever a prior is given, and the layer's `call` applies it. Below that, `Stoch
 and has a KL to weigh.
 """
 
+import contextlib
 import contextvars
 import functools
 import inspect
@@ -54,6 +55,35 @@ _SEED_STATE = "seed_generator_state"
 # What a config means that says nothing of it: such a one, and the state of an optimizer beside it, is from before it
 # could be said.
 _BEFORE_RATES = {"log_variance_rate": 1.0}
+
+# Built layers that were given a `kl_weight` of 1 or more, and of which nobody has been told.
+_heavy = weakref.WeakSet()
+
+_HEAVY_MESSAGE = (
+    "A KL weight of 1 or more is that of one training example. Pass `kl_weight=1 / len(x_train)`, or leave it out and "
+    "pass `callbacks=[keras_vdrop.ELBO(num_examples=len(x_train))]` to `fit`. Received: kl_weight={:g}"
+)
+
+# What the KLs cost that were computed within `kl_costs`, by posterior; None outside of it.
+_costs = contextvars.ContextVar("costs", default=None)
+
+# Whether a callback weighs the KL of what is built now.
+_weighed = contextvars.ContextVar("weighed", default=False)
+
+
+@contextlib.contextmanager
+def kl_costs():
+    """A scope in which each posterior's KL is computed once: a dict from the posteriors to what `kl_cost` gave."""
+    token = _costs.set({})
+    try:
+        yield _costs.get()
+    finally:
+        _costs.reset(token)
+
+
+def weighed_by_callback(yes):
+    """Say whether a callback sets the KL weight of the layers that are built from now on."""
+    _weighed.set(yes)
 
 
 def _signature_of(method):
@@ -163,8 +193,10 @@ class StochasticLayer(keras.layers.Layer):
         if self._posterior_size:
             self._kl_weight = self._add_scalar("kl_weight", self._default_kl_weight())
             self._free_bits = self._add_scalar("free_bits", 0.0)
-            if self._initial_kl_weight is None:
+            if self._initial_kl_weight is None and not _weighed.get():
                 _unset.add(self)
+            elif (self._initial_kl_weight or 0.0) >= 1.0:
+                _heavy.add(self)
 
     def _add_scalar(self, name, value):
         """A variable that a callback may change while a compiled function runs."""
@@ -190,6 +222,9 @@ class StochasticLayer(keras.layers.Layer):
         if training and self in _unset:
             _unset.clear()  # one warning speaks for all layers there are
             warnings.warn(_UNSET_MESSAGE, stacklevel=2)
+        if training and self in _heavy:
+            _heavy.clear()
+            warnings.warn(_HEAVY_MESSAGE.format(self._initial_kl_weight), stacklevel=2)
         replay = self._replay.get()
         if replay is not None:
             return replay.noisy
@@ -239,6 +274,7 @@ class StochasticLayer(keras.layers.Layer):
         else:
             self._kl_weight.assign(value)
             _unset.discard(self)
+            _heavy.discard(self)
 
     def _default_kl_weight(self):
         return 1.0 / self._posterior_size if self._initial_kl_weight is None else self._initial_kl_weight
@@ -257,11 +293,21 @@ class StochasticLayer(keras.layers.Layer):
             )
         self._free_bits.assign(value)
 
+    def kl_cost(self, posterior):
+        """What one of the layer's posteriors costs before it is weighed: max(KL, free_bits·size), in nats."""
+        costs = _costs.get()
+        if costs is not None and posterior in costs:
+            return costs[posterior]
+        kl = posterior.kl()
+        cost = ops.maximum(kl, ops.cast(self._free_bits, kl.dtype) * posterior.size)
+        if costs is not None:
+            costs[posterior] = cost
+        return cost
+
     def weighted_kl(self, posterior):
         """The term that one of the layer's posteriors adds to the loss: kl_weight·max(KL, free_bits·size)."""
-        kl = posterior.kl()
-        free = ops.cast(self._free_bits, kl.dtype) * posterior.size
-        return ops.cast(self._kl_weight, kl.dtype) * ops.maximum(kl, free)
+        cost = self.kl_cost(posterior)
+        return ops.cast(self._kl_weight, cost.dtype) * cost
 
     # What `sparsity` asks
 
