@@ -136,4 +136,4 @@ class LogScaleOf(keras.initializers.Initializer):
         rms = ops.sqrt(ops.mean(ops.square(values)))
         rms = ops.where(rms > 0.0, rms, self.zeros)
         start = (self.power * ops.log(rms) + self.offset) / self.unit
-        return ops.cast(start, dtype or values.dtype) * ops.ones(shape, dtype or values.dtype)
+        return ops.ones(shape, dtype or values.dtype) * ops.cast(start, dtype or values.dtype)
