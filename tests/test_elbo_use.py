@@ -68,7 +68,7 @@ def test_a_fit_without_any_kl_is_said():
 
 def test_a_weight_of_one_example_is_said():
     """`kl_weight=1`, as if there was one training example."""
-    with pytest.warns(UserWarning, match=r"one training example.*kl_weight=1"):
+    with pytest.warns(RuntimeWarning, match=r"one training example.*kl_weight=1"):
         built(kl_weight=1.0).fit(X, Y, verbose=0)
     built(kl_weight=1 / 64).fit(X, Y, verbose=0)
 

@@ -224,7 +224,7 @@ class StochasticLayer(keras.layers.Layer):
             warnings.warn(_UNSET_MESSAGE, stacklevel=2)
         if training and self in _heavy:
             _heavy.clear()
-            warnings.warn(_HEAVY_MESSAGE.format(self._initial_kl_weight), stacklevel=2)
+            warnings.warn(_HEAVY_MESSAGE.format(self._initial_kl_weight), RuntimeWarning, stacklevel=2)
         replay = self._replay.get()
         if replay is not None:
             return replay.noisy
