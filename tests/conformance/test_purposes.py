@@ -105,7 +105,9 @@ def stacked():
 
 
 @pytest.mark.parametrize(
-    "make", [stacked, *(lambda case=case: case.replace(**MASKS).make(seed=1) for case in CELLS)], ids=["stacked", *map(str, CELLS)]
+    "make",
+    [stacked, *(lambda case=case: case.replace(**MASKS).make(seed=1) for case in CELLS)],
+    ids=["stacked", *map(str, CELLS)],
 )
 def test_a_cell_by_hand_draws_what_it_draws_in_an_rnn(make, asked):
     layer = make()
