@@ -1,18 +1,18 @@
 """Does a posterior arrive in a run of usual length, at Keras's default rate? The defaults, beside those before them.
 
-    python benchmarks/arrival.py --data DIR --out benchmarks/results/arrival.json
+    KERAS_BACKEND=jax python benchmarks/arrival.py --data DIR --out benchmarks/results/arrival.json
 
 "fixed" are the arguments that were the defaults: log variances start at −10, a step moves them by one learning rate,
 and "normal" is N(0, 1). "default" names nothing but the prior.
 
+- regression: 300 rows on two stretches, 1-50-50-2, 600 steps at 1e-3 and 2,000 at 1e-2. The KL a row, and the epistemic
+  standard deviation at the data (the greater of two), between them and beyond them.
+- digits: the first 1,400 of scikit-learn's, a small convolutional network, 25 epochs at 3e-3. The accuracy on the rest.
 - mnist: 784-300-100-10, 8 epochs, batches of 128, Adam from 1e-3 linearly to 0, the KL from the second epoch on and
   whole three epochs later. The negative ELBO of all 60,000 images in nats an image, by 20 draws of the noise and the
   exact KL, and its two parts; the test error of the mean, and the NLL of the mean of 20 draws; the ratio and the error
   of what `prune` leaves.
 - pruning: the same for 20 epochs at 3e-3.
-- regression: 300 rows on two stretches, 1-50-50-2, 600 steps at 1e-3 and 2,000 at 1e-2. The KL a row, and the epistemic
-  standard deviation at the data (the greater of two), between them and beyond them.
-- digits: the first 1,400 of scikit-learn's, a small convolutional network, 25 epochs at 3e-3. The accuracy on the rest.
 
 DIR holds mnist.npz.
 """
@@ -29,10 +29,10 @@ import keras_vdrop as kv
 from keras_vdrop.functional import kl
 
 TOPICS = {
-    "mnist": ("log_uniform", "ard", "normal"),
-    "pruning": ("log_uniform", "ard"),
     "regression": ("600 steps", "2000 steps"),
     "digits": ("log_uniform", "plain"),
+    "mnist": ("log_uniform", "ard", "normal"),
+    "pruning": ("log_uniform", "ard"),
 }
 REGRESSION = {"600 steps": (1e-3, 60), "2000 steps": (1e-2, 200)}
 FIXED = {"initial_log_variance": -10.0, "log_variance_rate": 1.0}

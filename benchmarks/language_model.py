@@ -110,7 +110,7 @@ def learn(name, seed, data, size, options):
     steps = options.epochs * (len(x) // options.batch)
     rate = keras.optimizers.schedules.PolynomialDecay(options.rate, steps, options.rate / 20)
     model.compile(keras.optimizers.Adam(rate, global_clipnorm=1.0), loss, metrics=[nll])
-    elbo = [kv.ELBO(x.size, warmup_epochs=options.warmup, temperature=options.temperature)]
+    elbo = [kv.ELBO(len(x), warmup_epochs=options.warmup, temperature=options.temperature)]
     elbo = elbo if name.startswith("Bayesian") else []
     train, valid = [], []
     for epoch in range(options.epochs):

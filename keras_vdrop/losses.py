@@ -88,7 +88,7 @@ def weights_of(sample_weight, values):
 
 def mask_of(tensor):
     """The mask that Keras keeps with a tensor, or None. Keras tells layers of it, and nobody else."""
-    if not ops.is_tensor(tensor):
+    if not (ops.is_tensor(tensor) or isinstance(tensor, keras.KerasTensor)):
         return None
     found = []
     _MaskReader(found.append)(tensor)

@@ -1,20 +1,48 @@
 """`MonteCarlo`: predictions from many draws of the weights, and what to do about them."""
 
+import itertools
 import math
+import numbers
+import statistics
 import warnings
 
 import keras
 import numpy as np
-from keras import ops
+from keras import layers, ops
 
 from keras_vdrop import costs
 from keras_vdrop.functional import likelihoods, uncertainty
-from keras_vdrop.layers.base import StochasticLayer, check_positive_int
+from keras_vdrop.functional.checks import fraction
+from keras_vdrop.layers.base import DropIn, StochasticLayer, check_positive_int
+from keras_vdrop.losses import (
+    NegativeLogLikelihood,
+    aligned,
+    check_activation,
+    last_activation,
+    last_layer,
+    mask_of,
+    output_names,
+    weights_of,
+    with_mask,
+)
 from keras_vdrop.sampling import FixedSeeds, drawing, generator_states, seed_generator, take_part
 
 _LIKELIHOODS = (None, "categorical", "bernoulli", "normal")
 _OUTPUTS = ("statistics", "samples")
 _SEED_STATE = "seed_state"
+
+# Keras's layers whose noise is for training alone.
+_KERAS_NOISE = (
+    layers.Dropout,
+    layers.SpatialDropout1D,
+    layers.SpatialDropout2D,
+    layers.SpatialDropout3D,
+    layers.GaussianDropout,
+    layers.AlphaDropout,
+)
+
+# How many labels it takes to say that a model knows less of them than their own mean and variance tell.
+_ENOUGH = 30
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -24,15 +52,20 @@ class MonteCarlo(keras.Model):
     The draws are taken inside one compiled graph, `sample_batch_size` of them side by side and the others after them,
     so memory is that of so many, whatever S. The wrapped model stays as it is and deterministic, and everything in it
     that is not variational stays in inference mode. A stateful RNN starts every draw from the state that it holds, and
-    keeps it. Steps that the model masks have statistics like all others, and count in `evaluate`. It is saved with the
-    wrapped model, but not with what that was compiled with.
+    keeps it. Steps that the model masks have statistics like all others; `evaluate` leaves them out. It is saved with
+    the wrapped model, but not with what that was compiled with.
+
+    Keras's own Dropout and its like, `dropout=` of attention among them, are not drawn: a warning says so. Use
+    `MonteCarloDropout` for what is to be drawn.
 
     In TensorFlow it runs without XLA unless `compile(jit_compile=True)` asks for it: that compiles for some seconds,
     and then predicts in less time.
 
     `evaluate` compares y with the `probability` or the `mean`, after `compile(metrics=[...])`. The loss, unless
     `compile` is given one, is −log p(y): of the mean probability, or of the normal distribution of that mean
-    and both variances.
+    and both variances. As for the losses that models learn by, it is the mean over the classes of an example (Keras's
+    cross-entropies), and the sum over its numbers (`losses`); over outputs, the sum. Weights of examples or of single
+    steps and the masks of the outputs count.
 
     Args:
         model: A built `keras.Model` with at least one variational layer.
@@ -45,7 +78,9 @@ class MonteCarlo(keras.Model):
             "normal": outputs (B, ..., 2), the loc and the raw scale, as `losses.NormalNLL` takes them: `mean`,
                 `aleatoric_variance` and `epistemic_variance`.
             A loss of `losses`, or any object with `moments(outputs)` -> (mean, variance) of y: the same three.
-        from_logits: Whether the outputs of a categorical or bernoulli model are logits.
+            A dict of these, by the names of the outputs, for models of several: the names of a model's dict of outputs,
+                or `model.output_names` where it gives a list.
+        from_logits: Whether the outputs of a categorical or bernoulli model are logits; or a dict of bools by name.
         output: "statistics", or "samples" for the outputs themselves, (B, S, ...).
         seed: Int for the same draws in every run, or None.
         consistent: Whether a draw serves all rows, in all batches and calls, instead of each its own: S functions
@@ -57,16 +92,20 @@ class MonteCarlo(keras.Model):
         **kwargs: `name`, `dtype`.
 
     Returns:
-        `predict` gives `Predictions`, a dict of arrays; or an array of samples.
+        `predict` and `predict_on_batch` give `Predictions`, a dict of arrays; with a dict of likelihoods, a dict of
+        `Predictions` by name; or an array of samples.
 
     Raises:
         ValueError: For a value that is out of range; a model in which nothing is drawn; probabilities where logits are
-            expected, as far as the last layer's activation tells, or the other way round; and in a call, for outputs of
-            another size than the likelihood takes.
+            expected, as far as the last layer's activation tells, or the other way round; a dict whose names are not
+            those of the outputs; in a call, for outputs of another size than the likelihood takes; and in `evaluate`,
+            for y or weights of another layout than the outputs'.
 
     Warns:
-        UserWarning: If a layer has learned with noise that no draw of its weights makes; and in `predict`, if there are
-            rows with NaN or infinity: how many.
+        UserWarning: If a layer has learned with noise that no draw of its weights makes; for Keras's Dropout, which
+            stays off; an activation before a raw scale. In `predict` and `evaluate`, if there are rows with NaN or
+            infinity: how many. In `evaluate`, if numbers are predicted worse than by the mean and variance of y, as
+            where y was not standardised.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -93,25 +132,14 @@ class MonteCarlo(keras.Model):
     ):
         check_positive_int("num_samples", num_samples)
         check_positive_int("sample_batch_size", sample_batch_size)
-        if not (likelihood in _LIKELIHOODS or hasattr(likelihood, "moments")):
-            raise ValueError(
-                f"`likelihood` must be one of {_LIKELIHOODS} or one of `keras_vdrop.losses`. "
-                f"Received: likelihood={likelihood!r}"
-            )
         if output not in _OUTPUTS:
             raise ValueError(f"`output` must be one of {_OUTPUTS}. Received: output={output!r}")
+        readings = _readings(likelihood, from_logits)
         if not model.built:
             raise ValueError(f"The model {model.name!r} has not been built: call it on some data first.")
-        if not any(isinstance(layer, StochasticLayer) and layer.draws for layer in model._flatten_layers()):
-            raise ValueError(
-                f"Every draw from the model {model.name!r} would be the same: it has no variational layer with a prior "
-                "or a rate. Use one, such as keras_vdrop.VariationalDense, where it has a Keras layer."
-            )
-        if from_logits and likelihood in ("categorical", "bernoulli") and _ends_in_probabilities(model):
-            raise ValueError(
-                f"The model {model.name!r} ends in an activation that makes probabilities. Give `from_logits=False`."
-            )
-        _report_noise_of_places(model)
+        _check_draws(model)
+        _check_noise_is_a_draw(model)
+        _check_outputs(model, readings)
         # Its own arithmetic, and what it hands on: the wrapped model sees to its own precision.
         kwargs.setdefault("dtype", "float64" if model.compute_dtype == "float64" else "float32")
         super().__init__(**kwargs)
@@ -123,6 +151,8 @@ class MonteCarlo(keras.Model):
         self.likelihood = likelihood
         self.from_logits = from_logits
         self.output_kind = output
+        self._readings = readings
+        self._seen = [_Finite(), *filter(None, (_seen(name, reading) for name, reading in readings.items()))]
         self.consistent = bool(consistent)
         if _in_tensorflow():
             self.jit_compile = False
@@ -164,6 +194,10 @@ class MonteCarlo(keras.Model):
 
     def _draws(self, seeds, inputs):
         """The outputs (s, B, ...) under s draws, side by side."""
+        return self._masked_draws(seeds, inputs)[0]
+
+    def _masked_draws(self, seeds, inputs):
+        """The same, and the masks (B, ...) of the outputs by their places, as far as they have one."""
         states = generator_states(self.model)
         ids = {id(state) for state in states}
         # Of what learned with noise of each place's own, draws are like that too.
@@ -181,14 +215,16 @@ class MonteCarlo(keras.Model):
             ]
             with keras.StatelessScope(state_mapping=started + held), drawing(self.consistent, repeated) as scope:
                 outputs = self.model(inputs, training=False)
+                masks = {place: mask_of(each) for place, each in enumerate(self._in_order(outputs))}
             if not scope.used:
                 raise ValueError(
                     f"Nothing was drawn from {self.model.name!r}: its layers are called by a function that was "
                     "compiled before, such as a `call` under `tf.function`. Leave the compiling to `MonteCarlo`."
                 )
-            return outputs
+            return outputs, {place: mask for place, mask in masks.items() if mask is not None}
 
-        return _side_by_side(draw, seeds)
+        outputs, masks = _side_by_side(draw, seeds)
+        return outputs, {place: mask[0] for place, mask in masks.items()}
 
     # Statistics
 
@@ -197,7 +233,8 @@ class MonteCarlo(keras.Model):
             return keras.tree.map_structure(lambda each: ops.swapaxes(each, 0, 1), self.samples(inputs))
         summary = self._summary()
         first, rest = self._seeds()
-        samples = self._interpreted(self._draws(first, inputs))
+        outputs, masks = self._masked_draws(first, inputs)
+        samples = self._interpreted(outputs)
         origin = keras.tree.map_structure(lambda each: each[0], samples)
 
         def total(samples):
@@ -212,49 +249,61 @@ class MonteCarlo(keras.Model):
 
             totals = ops.fori_loop(0, rest.shape[0], add, totals)
         means = keras.tree.map_structure(lambda each: each / self.num_samples, totals)
-        return summary.statistics(means, origin)
+        return self._masked(summary.statistics(means, origin), masks)
+
+    @property
+    def _is_named(self):
+        """Whether the statistics are of several outputs, by name."""
+        return None not in self._readings
 
     def _summary(self):
-        if self.likelihood is None:
-            return uncertainty.MOMENTS
-        if self.likelihood == "categorical":
-            return uncertainty.CATEGORICAL
-        if self.likelihood == "bernoulli":
-            return uncertainty.BERNOULLI
-        return uncertainty.TOTAL_VARIANCE
+        if self._is_named:
+            return uncertainty.by_name({name: reading.summary for name, reading in self._readings.items()})
+        return self._readings[None].summary
 
     def _interpreted(self, outputs):
         """What the summary takes of outputs: in float32 at least."""
         outputs = keras.tree.map_structure(_at_least_float32, outputs)
-        if self.likelihood is None:
-            return outputs
-        if not ops.is_tensor(outputs):
-            raise ValueError(
-                f"A `likelihood` is that of one output; a model of several takes None. "
-                f"Received: likelihood={self.likelihood!r}, and {len(outputs)} outputs"
-            )
-        self._check_size(outputs.shape)
-        if self.likelihood == "categorical":
-            return ops.softmax(outputs) if self.from_logits else outputs
-        if self.likelihood == "bernoulli":
-            return ops.sigmoid(outputs) if self.from_logits else outputs
-        if self.likelihood == "normal":
-            return outputs[..., 0], ops.square(likelihoods.scale_of(outputs[..., 1]))
-        return self.likelihood.moments(outputs)
+        if not self._is_named:
+            return self._readings[None].samples(outputs)
+        outputs = self._by_name(outputs, "outputs")
+        if set(outputs) != set(self._readings):
+            raise ValueError(_wrong_names(self._readings, outputs))
+        return {name: reading.samples(outputs[name]) for name, reading in self._readings.items()}
 
-    def _check_size(self, shape):
-        """Refuse outputs whose last axis has not what the likelihood takes."""
-        if self.likelihood == "categorical" and shape[-1] == 1:
+    def _by_name(self, values, what):
+        """Values of outputs in a dict, a list in the order of the outputs, or alone, by the names of the outputs."""
+        if isinstance(values, dict):
+            unknown = sorted(set(values) - set(self._readings))
+            if unknown:
+                raise ValueError(f"The {what} have names that no output has: {unknown}. {_known(self._readings)}")
+            return dict(values)
+        values = list(values) if isinstance(values, (list, tuple)) else [values]
+        names = output_names(self.model) or (tuple(self._readings) if len(self._readings) == 1 else None)
+        if names is None:
             raise ValueError(
-                'One output is no choice between classes: give likelihood="bernoulli", of which it is the logit. '
-                f"Received: outputs of the shape {tuple(shape)}"
+                f"The outputs of {self.model.name!r} have no names: have it give a dict. {_known(self._readings)}"
             )
-        size = 2 if self.likelihood == "normal" else getattr(self.likelihood, "num_parameters", None)
-        if size is not None and shape[-1] != size:
-            raise ValueError(
-                f"The likelihood takes outputs (B, ..., {size}). Received: likelihood={self.likelihood!r}, and outputs "
-                f"of the shape {tuple(shape)}"
-            )
+        if len(values) != len(names):
+            raise ValueError(f"Expected {what} for {names}. Received: {len(values)} of them")
+        return dict(zip(names, values))
+
+    def _in_order(self, outputs):
+        """The outputs one by one, in the order in which `_masked` takes their masks."""
+        return keras.tree.flatten(self._by_name(outputs, "outputs") if self._is_named else outputs)
+
+    def _masked(self, found, masks):
+        """Statistics with the masks of the outputs, as `evaluate` honours them."""
+        if not masks:
+            return found
+        places = itertools.count()
+
+        def keep(found):
+            key = _point_name(found)
+            point = keras.tree.map_structure(lambda each: with_mask(each, masks.get(next(places))), found[key])
+            return {**found, key: point}
+
+        return {name: keep(found[name]) for name in sorted(found)} if self._is_named else keep(found)
 
     # What Keras's models do
 
@@ -276,14 +325,28 @@ class MonteCarlo(keras.Model):
         return super().make_test_function(force)
 
     def predict(self, x, *args, **kwargs):
-        """As in Keras; gives `Predictions`, or an array of samples."""
-        result = super().predict(x, *args, **kwargs)
-        _report_not_finite(result)
+        """As in Keras; gives `Predictions`, a dict of them by the name of the output, or an array of samples."""
+        return self._told(super().predict(x, *args, **kwargs))
+
+    def predict_on_batch(self, x):
+        """The same, of one batch."""
+        return self._told(super().predict_on_batch(x))
+
+    def _told(self, result):
+        """Arrays as `predict` gives them, once what is wrong with them is said."""
+        _report_not_finite(_rows_not_finite(result), len(keras.tree.flatten(result)[0]))
         if self.output_kind == "samples":
             return result
-        if self.likelihood in ("categorical", "bernoulli") and not self.from_logits:
-            _check_probabilities(result["probability"], self.likelihood)
-        return Predictions(result)
+        if not self._is_named:
+            return self._readings[None].told(result)
+        return {name: reading.told(result[name]) for name, reading in self._readings.items()}
+
+    def evaluate(self, *args, **kwargs):
+        """As in Keras; the loss is the NLL of the prediction, unless `compile` was given one."""
+        result = super().evaluate(*args, **kwargs)
+        for seen in self._seen:
+            seen.report()
+        return result
 
     def fit(self, *args, **kwargs):
         """Not for a `MonteCarlo`."""
@@ -292,7 +355,18 @@ class MonteCarlo(keras.Model):
     train_on_batch = fit
 
     def export(self, filepath, format="tf_saved_model", *, input_signature=None, **kwargs):
-        """As in Keras; takes the inputs that the wrapped model does."""
+        """As in Keras, to a SavedModel; takes the inputs that the wrapped model does.
+
+        Raises:
+            ValueError: For another format: the runtimes of ONNX and LiteRT have no operations for the draws, and would
+                refuse the file.
+        """
+        if format != "tf_saved_model":
+            raise ValueError(
+                "A MonteCarlo draws random numbers by operations that only TensorFlow runs, so it is exported to a "
+                f'SavedModel alone. Received: format={format!r}; give "tf_saved_model", or export the model without '
+                "noise, keras_vdrop.compact(model) or keras_vdrop.to_deterministic(model)."
+            )
         if input_signature is None and hasattr(self.model, "inputs"):
             input_signature = self.model.inputs if isinstance(self.model, keras.Sequential) else [self.model.input]
         super().export(filepath, format, input_signature=input_signature, **kwargs)
@@ -303,27 +377,44 @@ class MonteCarlo(keras.Model):
         return []
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=False):
-        if self.likelihood is None or self.loss is not None:
-            return super().compute_loss(x, y, self._point(y_pred), sample_weight, training)
-        point = self._point(y_pred)
-        if self.likelihood == "bernoulli":
-            return keras.losses.BinaryCrossentropy()(y, point, sample_weight)
-        if self.likelihood == "categorical":
-            one_hot = len(y.shape) == len(point.shape) and y.shape[-1] == point.shape[-1]
-            loss = keras.losses.CategoricalCrossentropy if one_hot else keras.losses.SparseCategoricalCrossentropy
-            return loss()(y, point, sample_weight)
-        variance = y_pred["aleatoric_variance"] + y_pred["epistemic_variance"]
-        return _NormalNLL(name="nll")(y, ops.stack([y_pred["mean"], variance], axis=-1), sample_weight)
+        if self.loss is not None or (not self._is_named and self.likelihood is None):
+            y, point, weight = self._compared(y, y_pred, sample_weight)
+            return super().compute_loss(x, y, point, weight, training)
+        rows = self._rows(y, y_pred, sample_weight)
+        if self._is_named and set(rows) != set(self._readings):
+            raise ValueError(f"The loss takes y for every output. Received: y for {sorted(rows)}")
+        return sum(self._readings[name].loss(*row) for name, row in rows.items())
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        return super().compute_metrics(x, y, self._point(y_pred), sample_weight)
+        rows = self._rows(y, y_pred, sample_weight)
+        for seen in self._seen:
+            seen.update_state(y_pred, rows)
+        y, point, weight = self._compared(y, y_pred, sample_weight)
+        return super().compute_metrics(x, y, point, weight)
 
-    def _point(self, statistics):
-        """What y is compared with; of rank 2 at least, as Keras takes the mean over the last axis."""
+    def _rows(self, y, found, weight):
+        """y, statistics and weights of every output of which there is y, by name."""
         if self.output_kind == "samples":
             raise ValueError('`evaluate` compares y with a statistic. Received: output="samples"')
-        point = statistics["probability" if "probability" in statistics else "mean"]
-        return keras.tree.map_structure(lambda each: each[:, None] if len(each.shape) == 1 else each, point)
+        if not self._is_named:
+            return {None: (y, found, weight)}
+        y = self._by_name(y, "y")
+        if weight is None or ops.is_tensor(weight):
+            weight = dict.fromkeys(y, weight)
+        weight = self._by_name(weight, "sample_weight")
+        return {name: (y[name], found[name], weight.get(name)) for name in y}
+
+    def _compared(self, y, found, weight):
+        """y, what it is compared with, and weights, as Keras's losses and metrics take them."""
+        rows = self._rows(y, found, weight)
+        compared = {name: self._readings[name].compared(*row) for name, row in rows.items()}
+        if not self._is_named:
+            return compared[None]
+        y, point, weight = ({name: each[part] for name, each in compared.items()} for part in range(3))
+        if all(each is None for each in weight.values()):
+            return y, point, None
+        ones = {name: ops.ones(ops.shape(each)[:1]) for name, each in point.items() if weight[name] is None}
+        return y, point, {**weight, **ones}
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -336,15 +427,14 @@ class MonteCarlo(keras.Model):
             self.seed_generator.state.assign(store[_SEED_STATE])
 
     def get_config(self):
-        loss = self.likelihood is not None and not isinstance(self.likelihood, str)
         model = keras.saving.serialize_keras_object(self.model)
         model.pop("compile_config", None)  # it would have to load, though nothing here needs it
         return {
             **super().get_config(),
             "model": model,
             "num_samples": self.num_samples,
-            "likelihood": keras.saving.serialize_keras_object(self.likelihood) if loss else self.likelihood,
-            "from_logits": self.from_logits,
+            "likelihood": _serialized(self.likelihood),
+            "from_logits": dict(self.from_logits) if isinstance(self.from_logits, dict) else self.from_logits,
             "output": self.output_kind,
             "seed": self.seed,
             "consistent": self.consistent,
@@ -353,24 +443,410 @@ class MonteCarlo(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        for name in ("model", "likelihood"):
-            if isinstance(config[name], dict):
-                config[name] = keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
-        return cls(**config)
+        def loaded(value):
+            if not isinstance(value, dict):
+                return value
+            if "class_name" in value:
+                return keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+            return {name: loaded(each) for name, each in value.items()}
+
+        return cls(**{**config, "model": loaded(config["model"]), "likelihood": loaded(config["likelihood"])})
 
 
-class _NormalNLL(keras.losses.Loss):
-    """−log N(y; mean, variance), summed over all that a row holds; outputs (B, ..., 2) are that mean and variance."""
+def _serialized(likelihood):
+    if isinstance(likelihood, dict):
+        return {name: _serialized(each) for name, each in likelihood.items()}
+    if likelihood is None or isinstance(likelihood, str):
+        return likelihood
+    return keras.saving.serialize_keras_object(likelihood)
 
-    def call(self, y_true, y_pred):
-        mean, variance = y_pred[..., 0], y_pred[..., 1]
-        values = -likelihoods.normal(ops.reshape(y_true, ops.shape(mean)), mean, ops.sqrt(variance))
-        return ops.sum(ops.reshape(values, (ops.shape(values)[0], -1)), axis=-1)
+
+def _readings(likelihood, from_logits):
+    """What is made of each output, by its name; of the only one, or of all of any structure, by the name None."""
+    if not isinstance(likelihood, dict):
+        if isinstance(from_logits, dict):
+            raise ValueError(
+                "`from_logits` by the names of outputs takes a `likelihood` by name. "
+                f"Received: from_logits={from_logits!r} and likelihood={likelihood!r}"
+            )
+        return {None: _Reading(likelihood, from_logits)}
+    if not likelihood or not all(isinstance(name, str) for name in likelihood):
+        raise ValueError(f"`likelihood` must have the names of outputs. Received: likelihood={likelihood!r}")
+    by_name = from_logits if isinstance(from_logits, dict) else dict.fromkeys(likelihood, from_logits)
+    if unknown := sorted(set(by_name) - set(likelihood)):
+        raise ValueError(f"`from_logits` has names that `likelihood` has not: {unknown}. {_known(likelihood)}")
+    return {name: _Reading(each, by_name.get(name, True), name) for name, each in likelihood.items()}
+
+
+def _known(names):
+    return f"Known: {sorted(names)}"
+
+
+def _wrong_names(likelihood, outputs):
+    missing, unknown = sorted(set(outputs) - set(likelihood)), sorted(set(likelihood) - set(outputs))
+    wrong = [f"none for {missing}"] * bool(missing) + [f"one for {unknown}, which no output is called"] * bool(unknown)
+    return f"`likelihood` must have one, or None, for each of {sorted(outputs)}. Received: {' and '.join(wrong)}"
+
+
+def _check_draws(model):
+    """Refuse a model in which nothing is drawn, and say what in it would be drawn in training alone."""
+    off = _keras_noise(model)
+    if not any(isinstance(layer, StochasticLayer) and layer.draws for layer in model._flatten_layers()):
+        way_out = "Use one, such as keras_vdrop.VariationalDense, where it has a Keras layer."
+        if off:
+            way_out = f"Keras's Dropout is for training alone: put keras_vdrop.MonteCarloDropout in the place of {off}."
+        raise ValueError(
+            f"Every draw from the model {model.name!r} would be the same: it has no variational layer with a prior "
+            f"or a rate. {way_out}"
+        )
+    if off:
+        warnings.warn(
+            f"Keras's own dropout is for training alone, and stays off in a MonteCarlo: that of {off}. Where it is to "
+            "be drawn as well, use keras_vdrop.MonteCarloDropout.",
+            stacklevel=3,
+        )
+
+
+def _keras_noise(model):
+    """The names of the layers with a Dropout of Keras's that is not always 0."""
+    found = []
+    for layer in model._flatten_layers():
+        if isinstance(layer, (StochasticLayer, DropIn)):
+            continue
+        names = ("rate",) if isinstance(layer, _KERAS_NOISE) else ("dropout", "recurrent_dropout")
+        rates = [getattr(layer, name, 0.0) for name in names]
+        if any(isinstance(rate, numbers.Real) and rate > 0 for rate in rates) and layer.name not in found:
+            found.append(layer.name)
+    return found
+
+
+def _check_noise_is_a_draw(model):
+    """Say which layers have learned with noise that no draw of their weights makes."""
+    names = [
+        layer.name
+        for layer, in_one_call in costs.used_repeatedly(model)
+        if layer.learns_locally and (layer.estimator == "local_reparameterization" or not in_one_call)
+    ]
+    if names:
+        warnings.warn(
+            f"The layers {names} are used at several places of an example, and each place has noise of its own while "
+            "they learn. No draw of their weights does that, so `MonteCarlo` does not show the uncertainty of their "
+            'posterior. Learn by `estimator="flipout"`, and give a layer all places in one call, not one by one as a '
+            "shared layer or `TimeDistributed` gets them.",
+            stacklevel=3,
+        )
+
+
+def _check_outputs(model, readings):
+    """Refuse likelihoods that do not fit the outputs, as far as that can be seen before there are any."""
+    names = output_names(model)
+    if None in readings:
+        if names is not None and len(names) > 1 and readings[None].likelihood is not None:
+            raise ValueError(
+                "A `likelihood` is that of one output; for a model of several, give a dict by name, or None. "
+                f"Received: likelihood={readings[None].likelihood!r}, and the outputs {sorted(names)}"
+            )
+    elif names is not None and set(names) != set(readings):
+        raise ValueError(_wrong_names(readings, names))
+    for name, reading in readings.items():
+        activation = last_activation(last_layer(model, name))
+        if reading.is_classes and reading.from_logits and activation in ("softmax", "sigmoid"):
+            raise ValueError(
+                f"The model {model.name!r} ends in an activation that makes probabilities{reading.where}. "
+                "Give `from_logits=False`."
+            )
+        if reading.likelihood == "normal" or isinstance(reading.likelihood, NegativeLogLikelihood):
+            check_activation(model, name, stacklevel=3)
+
+
+class _Reading:
+    """What a likelihood makes of an output: samples of what, which statistics, and how y scores them.
+
+    Args:
+        likelihood, from_logits: As for `MonteCarlo`.
+        name: Of the output, where there are several.
+    """
+
+    def __init__(self, likelihood, from_logits, name=None):
+        if not (likelihood in _LIKELIHOODS or hasattr(likelihood, "moments")):
+            raise ValueError(
+                f"`likelihood` must be one of {_LIKELIHOODS}, one of `keras_vdrop.losses`, or a dict of these by the "
+                f"names of outputs. Received: likelihood={likelihood!r}"
+            )
+        self.likelihood = likelihood
+        self.from_logits = from_logits
+        self.where = "" if name is None else f" for {name!r}"
+
+    @property
+    def is_classes(self):
+        return self.likelihood in ("categorical", "bernoulli")
+
+    @property
+    def summary(self):
+        known = {
+            None: uncertainty.MOMENTS,
+            "categorical": uncertainty.CATEGORICAL,
+            "bernoulli": uncertainty.BERNOULLI,
+        }
+        return next((each for key, each in known.items() if key == self.likelihood), uncertainty.TOTAL_VARIANCE)
+
+    def samples(self, outputs):
+        """What the summary takes of outputs in float32."""
+        if self.likelihood is None:
+            return outputs
+        if not ops.is_tensor(outputs):
+            raise ValueError(
+                f"A `likelihood` is that of one output; a model of several takes a dict by name, or None. "
+                f"Received: likelihood={self.likelihood!r}{self.where}, and {len(outputs)} outputs"
+            )
+        self._check_size(outputs.shape)
+        if self.likelihood == "categorical":
+            return ops.softmax(outputs) if self.from_logits else outputs
+        if self.likelihood == "bernoulli":
+            return ops.sigmoid(outputs) if self.from_logits else outputs
+        if self.likelihood == "normal":
+            return outputs[..., 0], ops.square(likelihoods.scale_of(outputs[..., 1]))
+        return self.likelihood.moments(outputs)
+
+    def _check_size(self, shape):
+        """Refuse outputs whose last axis has not what the likelihood takes."""
+        if self.likelihood == "categorical" and shape[-1] == 1:
+            raise ValueError(
+                'One output is no choice between classes: give likelihood="bernoulli", of which it is the logit. '
+                f"Received: outputs{self.where} of the shape {tuple(shape)}"
+            )
+        size = 2 if self.likelihood == "normal" else getattr(self.likelihood, "num_parameters", None)
+        if size is not None and shape[-1] != size:
+            raise ValueError(
+                f"The likelihood takes outputs (B, ..., {size}). Received: likelihood={self.likelihood!r}, and outputs"
+                f"{self.where} of the shape {tuple(shape)}"
+            )
+
+    def told(self, arrays):
+        """`Predictions` of arrays, once they are known to be probabilities where they should."""
+        if self.is_classes and not self.from_logits:
+            _check_probabilities(*_range_of(arrays["probability"], self.likelihood, np))
+        return Predictions(arrays)
+
+    # Scores
+
+    def laid_out(self, y, found, weight):
+        """y in the layout of its prediction, and weights that broadcast to one for each number or label."""
+        point = found[_point_name(found)]
+        shape, sizes = point.shape, ops.shape(point)
+        if self.likelihood == "categorical":
+            shape, sizes = shape[:-1], sizes[:-1]
+        one_hot = self.likelihood == "categorical" and tuple(y.shape) == tuple(point.shape)
+        fitting = y if one_hot else aligned(y, shape, sizes)
+        if fitting is None:
+            raise ValueError(
+                f"Expected y of the shape of what is predicted{self.where}, {tuple(shape)}. "
+                f"Received: y of the shape {tuple(y.shape)}"
+            )
+        if weight is not None:
+            weighed = point[..., 0] if self.likelihood == "categorical" else point
+            weight = weights_of(weight, weighed)
+            if mask_of(point) is not None:  # by which Keras multiplies them in place in PyTorch
+                weight = weight * ops.ones_like(weighed, dtype=weight.dtype)
+        return fitting, weight
+
+    def compared(self, y, found, weight):
+        """y, what it is compared with, and weights, as Keras's losses and metrics take them.
+
+        Those take the mean over the last axis, and want weights for what is left; so numbers get an axis of 1.
+        """
+        point = found[_point_name(found)]
+        if self.likelihood is None:
+            _check_same_layout(y, point)
+            return y, keras.tree.map_structure(_at_least_a_column, point), weight
+        y, weight = self.laid_out(y, found, weight)
+        if self.likelihood == "categorical":
+            return y, point, weight
+        rank = len(point.shape)
+        of_numbers = weight is not None and any(size != 1 for size in weight.shape[1:])
+        if rank == 1 or of_numbers or mask_of(point) is not None:
+            return ops.expand_dims(y, -1), _a_number_each(point), weight
+        return y, point, None if weight is None else weight[..., 0]
+
+    def loss(self, y, found, weight):
+        """−log p(y) of the prediction, by Keras's mean over labels or the sum over an example's numbers."""
+        if self.likelihood is None:
+            raise ValueError(
+                f"What y{self.where} is compared with has no likelihood: give it one, or `compile` a loss."
+            )
+        y, weight = self.laid_out(y, found, weight)
+        if not self.is_classes:
+            return _MomentsNLL(name="nll")(y, _moments(found), weight)
+        point = found["probability"]
+        if self.likelihood == "bernoulli":
+            return keras.losses.BinaryCrossentropy()(ops.expand_dims(y, -1), _a_number_each(point), weight)
+        one_hot = len(y.shape) == len(point.shape)
+        loss = keras.losses.CategoricalCrossentropy if one_hot else keras.losses.SparseCategoricalCrossentropy
+        return loss()(y, point, weight)
+
+
+def _point_name(found):
+    """The statistic that y is compared with."""
+    return "probability" if "probability" in found else "mean"
+
+
+def _at_least_a_column(point):
+    """Of rank 2 at least, as Keras takes the mean over the last axis."""
+    return point[:, None] if len(point.shape) == 1 else point
+
+
+def _a_number_each(point):
+    """(B, ..., 1), masked as it was."""
+    return with_mask(ops.expand_dims(point, -1), mask_of(point))
+
+
+def _moments(found):
+    """The mean and the variance of y, (B, ..., 2), masked as the mean is."""
+    variance = found["aleatoric_variance"] + found["epistemic_variance"]
+    return with_mask(ops.stack([found["mean"], variance], axis=-1), mask_of(found["mean"]))
+
+
+def _check_same_layout(y, point):
+    """Refuse y that has neither the shape of a prediction nor that of its class numbers."""
+    ys, points = keras.tree.flatten(y), keras.tree.flatten(point)
+    if len(ys) != len(points) or any(each is None for each in ys):
+        return  # Keras says what is wrong, or compares some of them
+    for label, each in zip(ys, points):
+        if aligned(label, each.shape) is None and aligned(label, each.shape[:-1]) is None:
+            raise ValueError(
+                f"Expected y of the shape of what is predicted, {tuple(each.shape)}, or of its class numbers, "
+                f"{tuple(each.shape[:-1])}. Received: y of the shape {tuple(label.shape)}"
+            )
+
+
+class _MomentsNLL(NegativeLogLikelihood):
+    """−log N(y; mean, variance): outputs (B, ..., 2) are that mean and variance."""
+
+    def log_prob(self, y, parameters):
+        return likelihoods.normal(y, parameters[..., 0], ops.sqrt(parameters[..., 1]))
+
+    def moments(self, parameters):
+        return parameters[..., 0], parameters[..., 1]
+
+
+class _Seen(keras.metrics.Metric):
+    """What `evaluate` sees of predictions and y, for a word at its end; it has no place in the logs."""
+
+    def result(self):
+        return {}
+
+    def report(self):
+        raise NotImplementedError
+
+    def _add(self, name, initial=0.0):
+        return self.add_variable((), initializer=keras.initializers.Constant(initial), name=name)
+
+    def _number(self, variable):
+        return float(ops.convert_to_numpy(variable))
+
+
+class _Finite(_Seen):
+    """How many rows there are, and how many with NaN or infinity."""
+
+    def __init__(self):
+        super().__init__(name="finite", dtype="float32")
+        self.rows, self.wrong = self._add("rows"), self._add("wrong")
+
+    def update_state(self, found, rows):
+        arrays = keras.tree.flatten(found)
+        wrong = False
+        for values in arrays:
+            flat = ops.reshape(values, (ops.shape(values)[0], -1))
+            wrong = ops.logical_or(wrong, ops.logical_not(ops.all(ops.isfinite(flat), axis=1)))
+        self.rows.assign_add(ops.cast(ops.shape(arrays[0])[0], "float32"))
+        self.wrong.assign_add(ops.sum(ops.cast(wrong, "float32")))
+
+    def report(self):
+        _report_not_finite(int(self._number(self.wrong)), int(self._number(self.rows)))
+
+
+class _Probabilities(_Seen):
+    """The range of what should be probabilities, and of their sums."""
+
+    def __init__(self, name, likelihood):
+        super().__init__(name="probabilities", dtype="float32")
+        self.output, self.likelihood = name, likelihood
+        self.ends = [self._add(end, math.inf if end in ("low", "least") else -math.inf) for end in _ENDS]
+
+    def reset_state(self):
+        for variable, end in zip(self.ends, _ENDS):
+            variable.assign(math.inf if end in ("low", "least") else -math.inf)
+
+    def update_state(self, found, rows):
+        found = found if self.output is None else found[self.output]
+        for variable, value, end in zip(self.ends, _range_of(found["probability"], self.likelihood, ops), _ENDS):
+            variable.assign((ops.minimum if end in ("low", "least") else ops.maximum)(variable, value))
+
+    def report(self):
+        _check_probabilities(*map(self._number, self.ends))
+
+
+class _Fit(_Seen):
+    """The NLL of numbers, beside that of the normal distribution with their own mean and variance."""
+
+    def __init__(self, name, reading):
+        super().__init__(name="fit", dtype="float32")
+        self.output, self.reading = name, reading
+        self.count, self.mean, self.squares, self.nll = map(self._add, ("count", "mean", "squares", "nll"))
+
+    def update_state(self, found, rows):
+        if self.output not in rows:
+            return
+        y, found, _ = rows[self.output]
+        y, _ = self.reading.laid_out(y, found, None)
+        y = ops.cast(y, "float32")
+        mask = mask_of(found["mean"])
+        counts = ops.ones_like(y) if mask is None else ops.ones_like(y) * weights_of(ops.cast(mask, y.dtype), y)
+        count = ops.sum(counts)
+        mean = ops.divide_no_nan(ops.sum(counts * y), count)
+        shift, total = mean - self.mean, self.count + count
+        # Sums over both from those of each: squares of what is far from 0 would cancel.
+        squares = ops.sum(counts * ops.square(y - mean))
+        self.squares.assign_add(squares + ops.square(shift) * ops.divide_no_nan(self.count * count, total))
+        self.mean.assign_add(shift * ops.divide_no_nan(count, total))
+        self.count.assign(total)
+        self.nll.assign_add(ops.sum(counts * _MomentsNLL().values(y, _moments(found))))
+
+    def report(self):
+        count, mean, squares, nll = map(self._number, (self.count, self.mean, self.squares, self.nll))
+        if count < _ENOUGH or not squares > 0:
+            return
+        scale = math.sqrt(squares / count)
+        least = 0.5 * math.log(2.0 * math.pi * math.e) + math.log(scale)
+        if not nll / count > least + 0.1:
+            return
+        standard = abs(mean) < 3.0 and 0.3 < scale < 3.0
+        way_out = (
+            "Train it for longer, or look at its inputs."
+            if standard
+            else ("Standardise y, (y − mean) / standard deviation: the network starts from numbers of about 1.")
+        )
+        warnings.warn(
+            f"The prediction of y{self.reading.where} is worse than none: its NLL is {nll / count:.3g} nats a number, "
+            f"and that of the normal distribution with the mean {mean:.3g} and the standard deviation {scale:.3g} of y "
+            f"itself is {least:.3g}. {way_out}",
+            stacklevel=3,
+        )
+
+
+def _seen(name, reading):
+    """What there is to see of an output."""
+    if reading.likelihood is None:
+        return None
+    if not reading.is_classes:
+        return _Fit(name, reading)
+    return None if reading.from_logits else _Probabilities(name, reading.likelihood)
 
 
 class Predictions(dict):
     """What `MonteCarlo.predict` gives: a dict of arrays, the statistics; and what to do about the rows.
+
+    The statistics are attributes as well: `predicted.mean` is `predicted["mean"]`.
 
     Example:
         >>> import keras, keras_vdrop as kv, numpy as np
@@ -381,6 +857,61 @@ class Predictions(dict):
         >>> drawn.bald().shape
         (20,)
     """
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(f"{type(self).__name__} has no {name!r}; its statistics are {sorted(self)}.")
+
+    def stddev(self):
+        """The standard deviation of the predicted number, in the units of y, of the shape of `mean`.
+
+        With a likelihood it is that of y, √(aleatoric + epistemic variance): of the data and of the model. Without one
+        it is that of the draws of the output, of the model alone: y lies further off by its noise.
+
+        Raises:
+            ValueError: For classes, which have no standard deviation.
+        """
+        if "probability" in self:
+            raise ValueError(
+                "Classes have no standard deviation: see `probability`, and how sure it is in `predictive_entropy`, or "
+                "give `MonteCarlo` another `likelihood`."
+            )
+        if "variance" in self:
+            return keras.tree.map_structure(np.sqrt, self["variance"])
+        return np.sqrt(self["aleatoric_variance"] + self["epistemic_variance"])
+
+    def interval(self, coverage=0.9):
+        """mean ± Φ⁻¹((1 + coverage) / 2)·stddev: the central interval of a normal distribution.
+
+        With a likelihood it holds y with that probability, if the model is calibrated and y about normal. For other
+        shapes, or no more trust than that, take quantiles of draws (`functional.regression.sample_interval`) or
+        intervals from validation data (`functional.conformal`). Without a likelihood it is where draws of the output
+        lie, and y lies outside of it more often.
+
+        Args:
+            coverage: Float in (0, 1).
+
+        Returns:
+            Two arrays of the shape of `mean`: lower, upper.
+
+        Raises:
+            ValueError: For a coverage out of range; for classes.
+
+        Example:
+            >>> import numpy as np
+            >>> from keras_vdrop.montecarlo import Predictions
+            >>> zero, half = np.zeros(1), np.full(1, 0.5)
+            >>> predicted = Predictions(mean=zero, aleatoric_variance=half, epistemic_variance=half)
+            >>> [round(float(end[0]), 2) for end in predicted.interval(coverage=0.95)]
+            [-1.96, 1.96]
+        """
+        reach = statistics.NormalDist().inv_cdf(0.5 + 0.5 * fraction("coverage", coverage))
+        stddev = self.stddev()
+        return tuple(
+            keras.tree.map_structure(lambda mean, spread, side=side: mean + side * reach * spread, self["mean"], stddev)
+            for side in (-1.0, 1.0)
+        )
 
     def uncertainty(self):
         """How unsure the prediction is, for each row (B,): all of it, of the data and of the model.
@@ -469,61 +1000,45 @@ def _at_least_float32(x):
     return x if keras.backend.standardize_dtype(x.dtype) == "float64" else ops.cast(x, "float32")
 
 
-def _ends_in_probabilities(model):
-    """Whether the last thing that the model does is a softmax or a sigmoid, as far as it can be seen."""
-    if isinstance(model, keras.Sequential):
-        last = model.layers[-1]
-    elif hasattr(model, "operations"):
-        last = model.operations[-1]
-    else:
-        return False
-    while isinstance(last, keras.layers.Wrapper):
-        last = last.layer
-    if isinstance(last, keras.Model):
-        return _ends_in_probabilities(last)
-    probabilities = (keras.activations.softmax, keras.activations.sigmoid)
-    return isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) in probabilities
-
-
-def _report_noise_of_places(model):
-    """Say which layers have learned with noise that no draw of their weights makes."""
-    names = [
-        layer.name
-        for layer, in_one_call in costs.used_repeatedly(model)
-        if layer.learns_locally and (layer.estimator == "local_reparameterization" or not in_one_call)
-    ]
-    if names:
-        warnings.warn(
-            f"The layers {names} are used at several places of an example, and each place has noise of its own while "
-            "they learn. No draw of their weights does that, so what `MonteCarlo` shows is not the uncertainty of their "
-            'posterior. Learn by `estimator="flipout"`, and give a layer all places in one call, not one by one as a '
-            "shared layer or `TimeDistributed` gets them.",
-            stacklevel=3,
-        )
-
-
-def _report_not_finite(result):
-    """Say how many rows hold NaN or infinity."""
+def _rows_not_finite(result):
+    """How many rows of arrays hold NaN or infinity."""
     arrays = keras.tree.flatten(result)
     rows = np.zeros(len(arrays[0]), bool)
     for values in arrays:
         rows |= ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    if rows.any():
+    return int(rows.sum())
+
+
+def _report_not_finite(wrong, rows):
+    """Say how many rows hold NaN or infinity."""
+    if wrong:
         warnings.warn(
-            f"There is NaN or infinity in the predictions of {rows.sum()} of {len(rows)} rows: look at their inputs, "
-            "and at the model's weights.",
-            stacklevel=3,
+            f"There is NaN or infinity in the predictions of {wrong} of {rows} rows: look at their inputs, and at the "
+            "model's weights.",
+            stacklevel=4,
         )
 
 
-def _check_probabilities(probability, likelihood):
+# Of what should be probabilities: the lowest and the highest, and of their sums the same.
+_ENDS = ("low", "high", "least", "most")
+
+
+def _range_of(probability, likelihood, of):
+    """Those, without what is not finite. `of` is `numpy`, or `keras.ops` for tensors."""
+    sums = of.ones_like(probability) if likelihood == "bernoulli" else of.sum(probability, axis=-1)
+
+    def extremes(values):
+        known = of.isfinite(values)
+        return of.min(of.where(known, values, math.inf)), of.max(of.where(known, values, -math.inf))
+
+    return *extremes(probability), *extremes(sums)
+
+
+def _check_probabilities(low, high, least, most):
     """Means of probabilities are such; those of logits hardly ever."""
-    probability = probability[np.isfinite(probability)] if likelihood == "bernoulli" else probability
-    sums = np.ones(1) if likelihood == "bernoulli" else probability.sum(axis=-1)
-    sums = sums[np.isfinite(sums)]
-    if (probability < -1e-3).any() or (probability > 1 + 1e-3).any() or (np.abs(sums - 1.0) > 1e-2).any():
+    if low < -1e-3 or high > 1 + 1e-3 or (math.isfinite(least) and max(1.0 - least, most - 1.0) > 1e-2):
         raise ValueError(
             "With `from_logits=False` the outputs must be probabilities. Received: means from "
-            f"{np.nanmin(probability):g} to {np.nanmax(probability):g}, with sums from {sums.min():g} to "
-            f"{sums.max():g}; give `from_logits=True`, or end the model in a softmax or a sigmoid."
+            f"{low:g} to {high:g}, with sums from {least:g} to {most:g}; give `from_logits=True`, or end the model in "
+            "a softmax or a sigmoid."
         )

@@ -1,9 +1,13 @@
-"""Pictures of a variational model. Each takes and returns a matplotlib `Axes`; matplotlib is imported on use."""
+"""Pictures of a variational model. Each takes and returns a matplotlib `Axes`; matplotlib is imported on use.
+
+What takes predictions takes them as arrays, or as the `Predictions` that `MonteCarlo.predict` gives.
+"""
 
 import numpy as np
 from keras import ops
 
 from keras_vdrop.functional import calibration, checks, detection, regression
+from keras_vdrop.montecarlo import Predictions
 from keras_vdrop.posterior import prunable_weights
 from keras_vdrop.pruning import row_name
 
@@ -20,6 +24,37 @@ def _axes(ax):
 def _pruned(weight, threshold):
     """Of each number of a weight, whether it is pruned or would be."""
     return ~np.broadcast_to(ops.convert_to_numpy(weight.keep_mask(threshold)), weight.shape).ravel()
+
+
+def _statistic(predictions, name, likelihood):
+    """One of the statistics of `Predictions`."""
+    if name not in predictions:
+        raise ValueError(
+            f"The predictions must have `{name}`, as those of a MonteCarlo with likelihood={likelihood} do. "
+            f"Received: {sorted(predictions)}"
+        )
+    return np.asarray(predictions[name])
+
+
+def _uncertainty(values):
+    """The uncertainty of each row, of `Predictions`; arrays as they are."""
+    return Predictions(values).uncertainty() if isinstance(values, dict) else values
+
+
+def _class_rows(probability, labels):
+    """Probabilities (B, C) and labels (B,) of `Predictions`, whose rows may hold several; arrays as they are."""
+    if not isinstance(probability, dict):
+        return probability, labels
+    values = _statistic(probability, "probability", '"categorical" or "bernoulli"')
+    if values.shape == np.shape(probability["predictive_entropy"]):  # of the class 1 alone
+        values = np.stack([1.0 - values, values], axis=-1)
+    labels = np.asarray(labels)
+    given, expected = (
+        shape[:-1] if len(shape) > 1 and shape[-1] == 1 else shape for shape in (labels.shape, values.shape[:-1])
+    )
+    if given != expected:
+        raise ValueError(f"Expected labels of the shape {values.shape[:-1]}. Received: shape {labels.shape}")
+    return values.reshape(-1, values.shape[-1]), labels.ravel()
 
 
 def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
@@ -165,8 +200,8 @@ def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=No
     are spread over the bins.
 
     Args:
-        probability: Array (B, C).
-        labels: Array (B,) of ints in [0, C).
+        probability: Array (B, C), or `Predictions` of classes, (B, ...) of them.
+        labels: Array (B,) of ints in [0, C), or (B, ...) as the predictions.
         num_bins, binning: As for `functional.calibration.expected_calibration_error`.
         ax: A matplotlib `Axes`, or None for a new one.
 
@@ -174,6 +209,7 @@ def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=No
         The `Axes`.
     """
     ax = _axes(ax)
+    probability, labels = _class_rows(probability, labels)
     bins = calibration.reliability(probability, labels, num_bins, binning)
     error = calibration.expected_calibration_error(probability, labels, num_bins, binning)
     share = bins.count / bins.count.sum()
@@ -193,13 +229,15 @@ def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=No
     return ax
 
 
-def entropy_histogram(inside, outside, name="predictive entropy (nats)", ax=None, bins=40):
+def entropy_histogram(inside, outside, name=None, ax=None, bins=40):
     """Histograms of an uncertainty on data like the training data and on other data; and how far they are apart.
 
     Args:
-        inside: Array (N,), `predictive_entropy` or any other score that is high where the model is unsure.
-        outside: Array (M,).
-        name: Of the score, with its unit, for the axis.
+        inside: Array (N,), `predictive_entropy` or any other score that is high where the model is unsure; or
+            `Predictions`, of which it is `uncertainty()`.
+        outside: Array (M,), or `Predictions`.
+        name: Of the score, with its unit, for the axis; None for the predictive entropy in nats, or the variance of
+            predicted numbers.
         ax: A matplotlib `Axes`, or None for a new one.
         bins: Positive int.
 
@@ -209,6 +247,10 @@ def entropy_histogram(inside, outside, name="predictive entropy (nats)", ax=None
     from matplotlib import ticker
 
     ax = _axes(ax)
+    if name is None:
+        of_numbers = isinstance(inside, dict) and "predictive_entropy" not in inside
+        name = "predictive variance" if of_numbers else "predictive entropy (nats)"
+    inside, outside = _uncertainty(inside), _uncertainty(outside)
     area = detection.auroc(inside, outside)
     inside, outside = checks.numbers("inside", inside), checks.numbers("outside", outside)
     edges = np.histogram_bin_edges(np.concatenate([inside, outside]), bins)
@@ -229,7 +271,7 @@ def risk_coverage(uncertainty, loss, label="model", name="error", ax=None):
     Called again on the same `Axes`, it adds another curve.
 
     Args:
-        uncertainty: Array (B,).
+        uncertainty: Array (B,), or `Predictions`, of which it is `uncertainty()`.
         loss: Array (B,), such as 1 where the answer is wrong and 0 where it is right.
         label: What the curve is of, for the legend.
         name: Of the loss, for the axis.
@@ -241,7 +283,7 @@ def risk_coverage(uncertainty, loss, label="model", name="error", ax=None):
     from matplotlib import ticker
 
     ax = _axes(ax)
-    loss = checks.numbers("loss", loss)
+    uncertainty, loss = _uncertainty(uncertainty), checks.numbers("loss", loss)
     color = COLORS[len([line for line in ax.lines if line.get_linestyle() == "-"]) % len(COLORS)]
     coverage, risk = detection.risk_coverage(uncertainty, loss)
     area = f"AURC {detection.aurc(uncertainty, loss):.3g}"
@@ -259,12 +301,26 @@ def risk_coverage(uncertainty, loss, label="model", name="error", ax=None):
     return ax
 
 
-def regression_band(x, mean, aleatoric_variance, epistemic_variance, observed=None, level=0.9, ax=None):
+def _band_of(x, predictions):
+    """x, the mean and both variances of `Predictions` of one number a row, each (B,)."""
+    mean = _statistic(predictions, "mean", '"normal" or None')
+    if "variance" in predictions:
+        variances = np.zeros_like(mean), np.asarray(predictions["variance"])
+    else:
+        variances = (np.asarray(predictions[f"{kind}_variance"]) for kind in ("aleatoric", "epistemic"))
+    if mean.size != len(mean):
+        raise ValueError(f"A band takes one number a row. Received: a `mean` of the shape {mean.shape}")
+    return (np.ravel(each) for each in (x, mean, *variances))
+
+
+def regression_band(x, mean, aleatoric_variance=None, epistemic_variance=None, observed=None, level=0.9, ax=None):
     """A predicted mean over one input, with the band of the model's uncertainty within that of model and data.
 
     Args:
-        x: Array (B,), in any order.
-        mean, aleatoric_variance, epistemic_variance: Arrays (B,), as `MonteCarlo(likelihood="normal")` gives them.
+        x: Array (B,) or (B, 1), in any order.
+        mean, aleatoric_variance, epistemic_variance: Arrays (B,), as `MonteCarlo(likelihood="normal")` gives them; or
+            `Predictions` of one number a row in the place of all three. Those of a `MonteCarlo` without a likelihood
+            have the model's band alone.
         observed: Optional pair of arrays, the x and y of observations.
         level: Float in (0, 1): how much of a normal distribution the bands hold.
         ax: A matplotlib `Axes`, or None for a new one.
@@ -273,13 +329,16 @@ def regression_band(x, mean, aleatoric_variance, epistemic_variance, observed=No
         The `Axes`.
     """
     ax = _axes(ax)
+    if isinstance(mean, dict):
+        x, mean, aleatoric_variance, epistemic_variance = _band_of(x, mean)
     columns = checks.alike(x=x, mean=mean, aleatoric_variance=aleatoric_variance, epistemic_variance=epistemic_variance)
     order = np.argsort(columns[0])
     x, mean, aleatoric, epistemic = (column[order] for column in columns)
     model, both = (np.sqrt(np.maximum(v, 1e-300)) for v in (epistemic, epistemic + aleatoric))
     percent = f"{100 * level:g} %"
-    lower, upper = regression.normal_interval(mean, both, level)
-    ax.fill_between(x, lower, upper, color=COLORS[5], alpha=0.35, linewidth=0, label=f"{percent}, model and data")
+    if aleatoric.any():
+        lower, upper = regression.normal_interval(mean, both, level)
+        ax.fill_between(x, lower, upper, color=COLORS[5], alpha=0.35, linewidth=0, label=f"{percent}, model and data")
     lower, upper = regression.normal_interval(mean, model, level)
     ax.fill_between(x, lower, upper, color=COLORS[0], alpha=0.45, linewidth=0, label=f"{percent}, model")
     ax.plot(x, mean, color=COLORS[0], label="mean")

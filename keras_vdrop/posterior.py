@@ -13,10 +13,6 @@ from keras_vdrop.variables import LogScaleOf, Scaled, VariableLike
 # Added to a log variance, it leaves a variance that is 0 in every type.
 _NO_VARIANCE = -1e9
 
-# Where a posterior starts that was not told where: its standard deviation is e^(_START / 2) of the weights' size, or of
-# this where all of them are 0, as biases are.
-_START, _SIZE_OF_ZEROS = -4.0, 0.1
-
 
 class Posterior:
     """Whatever has a KL in the loss. A regularizer, `KLPenalty`, puts it there.
@@ -118,7 +114,7 @@ class VariationalWeight(VariableLike, Posterior):
         stored = add_weight(
             name=f"{name}_log_variance",
             shape=shape if log_variance_shape is None else log_variance_shape,
-            initializer=LogScaleOf(self.loc, 2.0, _START, log_variance_rate, _SIZE_OF_ZEROS)
+            initializer=LogScaleOf(self.loc, 2.0, prior.start, unit=log_variance_rate)
             if initial_log_variance is None
             else keras.initializers.Constant(initial_log_variance / log_variance_rate),
             regularizer=_LogVariancePenalty(self),
@@ -129,7 +125,7 @@ class VariationalWeight(VariableLike, Posterior):
         )
         self.log_variance = Scaled(stored, log_variance_rate)
         self.mask = add_weight(name=f"{name}_mask", shape=shape, initializer="ones", dtype="bool", trainable=False)
-        self.prior_parameters = prior.add_weights(add_weight, name)
+        self.prior_parameters = prior.add_weights(add_weight, name, self.loc)
         prior.check(shape, self.prior_parameters)
 
     @property

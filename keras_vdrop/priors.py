@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_vdrop.functional import kl, sparsity
+from keras_vdrop.variables import LogScaleOf
 
 
 class Prior:
@@ -24,20 +25,24 @@ class Prior:
         threshold: Float, the log alpha above which weights go where a layer was given none: for single weights 3, at
             which a weight is 95 % noise. Of groups it is 5: weights that a group does not need are as noisy as its s²
             lets them be, so that one in which only a few are needed has a large log alpha too.
+        start: Float, where a posterior starts whose layer was told nothing: the log of its variance over the mean
+            square of the initial weights.
     """
 
     groups: typing.ClassVar = {}
+    start = -6.0
 
     @property
     def threshold(self):
         return 3.0 if self.groups.get("group_axis") is None else 5.0
 
-    def add_weights(self, add_weight, name):
+    def add_weights(self, add_weight, name, loc):
         """Make what the prior learns: a dict of variables, by the names that `kl` and `distribution` call them.
 
         Args:
             add_weight: `keras.layers.Layer.add_weight` of the layer.
             name: Of the weight whose prior it is.
+            loc: Variable, that weight's mean, at its initial values.
         """
         return {}
 
@@ -182,16 +187,22 @@ class ARD(Prior):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class Normal(Prior):
-    """N(0, scale²), the classic prior of Bayes by backprop, with the scale fitted to each kernel unless it is given.
+    """N(0, scale²), the classic prior of Bayes by backprop, as wide as the weights that it is for.
 
     See `functional.kl.normal`. Blundell et al., 2015, https://arxiv.org/abs/1505.05424.
 
     Args:
-        scale: The standard deviation (not the variance), > 0. None for the one at which the KL is least, at every step:
-            scale² = mean(loc² + variance) over the kernel, of which it takes one number (empirical Bayes).
-        trainable: Whether the scale is learned by the optimizer, one for each kernel, from `scale` (None for 1) on: its
-            logarithm is then the variable `layer.kernel.prior_parameters["log_scale"]`.
+        scale: The standard deviation (not the variance), > 0. None for twice the root mean square of the initial
+            weights, of each kernel its own; 1 where these are 0, as biases are.
+        trainable: Whether the scale is learned with the weights, one for each kernel, from there on.
+
+    Unless the scale is a number that stays, its logarithm is the variable
+    `layer.kernel.prior_parameters["log_scale"]`, and saved with the layer.
     """
+
+    # Nearer to the prior, at whose width most weights are to end.
+    start = -3.0
+    _TIMES = 2.0
 
     def __init__(self, scale=None, trainable=False):
         if scale is not None:
@@ -199,33 +210,32 @@ class Normal(Prior):
         self.scale = None if scale is None else float(scale)
         self.trainable = bool(trainable)
 
-    def add_weights(self, add_weight, name):
-        if not self.trainable:
+    def add_weights(self, add_weight, name, loc):
+        if self.scale is not None and not self.trainable:
             return {}
+        start = LogScaleOf(loc, 1.0, math.log(self._TIMES), zeros=1.0 / self._TIMES)
+        if self.scale is not None:
+            start = keras.initializers.Constant(math.log(self.scale))
         log_scale = add_weight(
             name=f"{name}_prior_log_scale",
             shape=(),
-            initializer=keras.initializers.Constant(math.log(self.scale or 1.0)),
+            initializer=start,
+            trainable=self.trainable,
             dtype="float32",
             autocast=False,
         )
         return {"log_scale": log_scale}
 
     def kl(self, loc, log_variance, log_scale=None):
-        return kl.normal(loc, log_variance, self._scale(loc, log_variance, log_scale))
+        return kl.normal(loc, log_variance, self._scale(log_scale))
 
     def distribution(self, loc, log_variance, log_scale=None):
         from tensorflow_probability import distributions as tfd
 
-        return tfd.Normal(ops.zeros_like(loc), self._scale(loc, log_variance, log_scale))
+        return tfd.Normal(ops.zeros_like(loc), self._scale(log_scale))
 
-    def _scale(self, loc, log_variance, log_scale):
-        if log_scale is not None:
-            return ops.exp(log_scale)
-        if self.scale is not None:
-            return self.scale
-        # The KL is least there, so that the gradient by way of the scale is 0.
-        return ops.stop_gradient(ops.sqrt(ops.mean(kl.ard_variance(loc, log_variance))))
+    def _scale(self, log_scale):
+        return self.scale if log_scale is None else ops.exp(log_scale)
 
     def get_config(self):
         return {"scale": self.scale, "trainable": self.trainable}

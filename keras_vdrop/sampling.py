@@ -254,10 +254,15 @@ class CompiledByScope:
                 delattr(model, step_name)
 
 
-def is_repeated(generator):
-    """True within a scope in which an example keeps its draw from one call of the generator's layer to the next."""
+def repeated():
+    """The ids of the states of generators of which an example keeps its draw from one call to the next."""
     scope = _current()
-    return scope is not None and id(generator.state) in scope.repeated
+    return frozenset() if scope is None else scope.repeated
+
+
+def is_repeated(generator):
+    """Whether the generator is one of those."""
+    return id(generator.state) in repeated()
 
 
 def advance(generator):

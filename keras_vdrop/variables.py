@@ -121,10 +121,10 @@ class LogScaleOf(keras.initializers.Initializer):
         power: Float, 1 for the logarithm of a scale and 2 for that of a variance.
         offset: Float.
         unit: Float > 0, by which the result is divided: the factor of a `Scaled`.
-        zeros: Float > 0, what takes the place of the root mean square of a variable that is 0.
+        zeros: Float > 0, what takes the place of the root mean square of a variable that is 0, as biases are.
     """
 
-    def __init__(self, variable, power, offset, unit, zeros):
+    def __init__(self, variable, power, offset, unit=1.0, zeros=0.1):
         self.variable = variable
         self.power = power
         self.offset = offset
@@ -136,4 +136,4 @@ class LogScaleOf(keras.initializers.Initializer):
         rms = ops.sqrt(ops.mean(ops.square(values)))
         rms = ops.where(rms > 0.0, rms, self.zeros)
         start = (self.power * ops.log(rms) + self.offset) / self.unit
-        return ops.cast(start, dtype or values.dtype) * ops.ones(shape, dtype or values.dtype)
+        return ops.ones(shape, dtype or values.dtype) * ops.cast(start, dtype or values.dtype)

@@ -8,13 +8,13 @@ import keras_vdrop as kv
 from tests.cases import array, posteriors
 
 RNG = np.random.default_rng(0)
-X, Y = RNG.normal(size=(64, 4)).astype("float32"), RNG.normal(size=(64, 2)).astype("float32")
+X, Y = RNG.normal(size=(64, 4)).astype("float32"), RNG.normal(size=(64, 1)).astype("float32")
 
 
 @pytest.fixture
 def model():
     model = keras.Sequential(
-        [keras.Input((4,)), kv.VariationalDense(8, activation="tanh"), kv.VariationalDense(2, bias_prior="normal")]
+        [keras.Input((4,)), kv.VariationalDense(8, activation="tanh"), kv.VariationalDense(1, bias_prior="normal")]
     )
     model.compile(keras.optimizers.SGD(0.01), "mse")
     return model
@@ -134,8 +134,8 @@ def test_free_bits_cost_their_amount_and_have_no_gradient(model, jit):
 
 
 def test_callable_schedule(model):
-    weights = weights_of(model, kv.ELBO(10, schedule=lambda epoch: epoch**2), epochs=3)
-    np.testing.assert_allclose(weights, [0, 0.1, 0.4], rtol=1e-6)
+    weights = weights_of(model, kv.ELBO(64, schedule=lambda epoch: epoch**2), epochs=3)
+    np.testing.assert_allclose(weights, np.array([0, 1, 4]) / 64, rtol=1e-6)
 
 
 def test_the_loss_follows_the_weight_without_recompiling(model):
@@ -149,19 +149,111 @@ def test_logs(model):
     model.layers[0].kernel.loc.regularizer._regularizer = keras.regularizers.L2(0.1)
     elbo = kv.ELBO(64)
     history = model.fit(X, Y, epochs=2, validation_data=(X, Y), callbacks=[elbo], verbose=0).history
-    assert set(history) == {"loss", "val_loss", "kl", "nll", "val_nll"}
+    assert set(history) == {"loss", "val_loss", "kl", "nll", "val_nll", "elbo_loss", "val_elbo_loss"}
     np.testing.assert_allclose(history["kl"][-1], array(kv.kl_divergence(model)), rtol=1e-6)
     mse = float(((model.predict(X, verbose=0) - Y) ** 2).mean())
     np.testing.assert_allclose(history["val_nll"][-1], mse, rtol=1e-4)
 
 
-def test_nll_takes_the_mean_penalty_of_the_epoch(model):
-    """With a data loss of nothing `nll` is the error of that mean: a small part of the KL's fall within the epoch."""
-    model.compile(keras.optimizers.SGD(1e-4), lambda y, prediction: 0.0 * keras.ops.sum(prediction))
-    before = float(array(kv.kl_divergence(model)))
-    history = model.fit(X, Y, batch_size=8, callbacks=[kv.ELBO(1)], verbose=0).history
-    fall = before - history["kl"][0]
-    assert fall > 0 and abs(history["nll"][0]) < 0.1 * fall
+EXACT = {
+    "no schedule": {},
+    "a KL from the second epoch on": {"start_epoch": 1, "warmup_epochs": 0},
+    "a schedule per batch": {"warmup_epochs": 2, "per": "batch"},
+}
+
+
+@pytest.mark.parametrize("jit, steps_per_execution", [(False, 1), (True, 2)], ids=["graph", "jit, two steps at once"])
+@pytest.mark.parametrize("arguments", EXACT.values(), ids=EXACT)
+def test_nll_is_exact(model, arguments, steps_per_execution, jit):
+    """A metric of Keras's own is the measure, while the KL falls fast and the last batch is smaller."""
+    mse = keras.metrics.MeanSquaredError(name="exact")
+    optimizer = keras.optimizers.Adam(0.05)
+    model.compile(optimizer, "mse", metrics=[mse], steps_per_execution=steps_per_execution, jit_compile=jit)
+    history = model.fit(
+        X, Y, epochs=3, batch_size=24, callbacks=[kv.ELBO(64, **arguments)], validation_data=(X[:40], Y[:40]), verbose=0
+    ).history
+    np.testing.assert_allclose(history["nll"], history["exact"], rtol=1e-4)
+    np.testing.assert_allclose(history["val_nll"], history["val_exact"], rtol=1e-4)
+
+
+def test_the_full_weight_is_in_the_logs_through_warmup(model):
+    """`val_loss`, `val_elbo_loss` and `elbo_loss` do not depend on β: nothing moves, and β does."""
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    arguments = {"validation_data": (X, Y), "epochs": 4, "shuffle": False, "verbose": 0}
+    history = model.fit(X, Y, callbacks=[kv.ELBO(64, start_epoch=1, warmup_epochs=2)], **arguments).history
+    mse = float(((model.predict(X, verbose=0) - Y) ** 2).mean())
+    full = mse + history["kl"][0] / 64
+    np.testing.assert_allclose(history["val_loss"], full, rtol=1e-4)
+    np.testing.assert_allclose(history["val_elbo_loss"], full, rtol=1e-4)
+    kl = np.array(history["kl"]) / 64
+    np.testing.assert_allclose(np.array(history["elbo_loss"]) - history["nll"], kl, rtol=1e-4)
+    betas = (np.array(history["loss"]) - history["nll"]) / kl
+    np.testing.assert_allclose(betas, [0, 0, 0.5, 1], atol=1e-4)
+    # the layers keep the weight of the schedule
+    np.testing.assert_allclose(array(model.layers[0].kl_weight), 1 / 64)
+
+
+@pytest.mark.parametrize(
+    "monitor, first", [("val_loss", True), ("val_nll", True), ("elbo_loss", True), ("elbo_loss", False)]
+)
+def test_callbacks_that_choose_see_it_in_any_order(model, monitor, first):
+    """A model that cannot get better is left after the patience, wherever the callback stands."""
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    stop = keras.callbacks.EarlyStopping(monitor=monitor, mode="min", patience=1, min_delta=1.0)
+    callbacks = [stop, kv.ELBO(64, warmup_epochs=0)] if first else [kv.ELBO(64, warmup_epochs=0), stop]
+    history = model.fit(X, Y, validation_data=(X, Y), epochs=5, callbacks=callbacks, verbose=0)
+    assert len(history.epoch) == 2
+
+
+def test_the_default_monitor_picks_a_model_with_a_kl(model):
+    """With β = 0 the lowest loss would be that of the first epochs: the KL at full weight falls as β rises."""
+    model.compile(keras.optimizers.Adam(0.02), "mse")
+    stop = keras.callbacks.EarlyStopping(patience=30, restore_best_weights=True)
+    elbo = kv.ELBO(64, start_epoch=4, warmup_epochs=4)
+    history = model.fit(X, Y, validation_data=(X, Y), epochs=20, callbacks=[stop, elbo], verbose=0).history
+    assert stop.best_epoch == int(np.argmin(history["val_elbo_loss"])) > 8
+
+
+def test_stopping_within_warmup_is_said(model):
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    stop = keras.callbacks.EarlyStopping(patience=1)
+    with pytest.warns(UserWarning, match=r"β = 0.1:.*start_from_epoch=10"):
+        model.fit(X, Y, validation_data=(X, Y), epochs=20, callbacks=[stop, kv.ELBO(64, warmup_epochs=10)], verbose=0)
+
+
+def test_a_metric_of_the_users_keeps_its_name(model):
+    mine = keras.metrics.MeanAbsoluteError(name="nll")
+    model.compile("sgd", "mse", metrics=[mine])
+    history = model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0).history
+    assert history["nll"][0] == pytest.approx(float(array(model.get_metrics_result()["nll"])))
+    assert history["nll"][0] != pytest.approx(history["loss"][0], rel=0.01)
+
+
+def test_evaluate_answers_as_ever(model):
+    """Within `fit`, by a callback's hand, and after it; and so does the next `fit`."""
+    model.compile("sgd", "mse", metrics=["mae"])
+    seen = []
+    look = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(model.evaluate(X, Y, verbose=0, return_dict=True))
+    )
+    elbo = kv.ELBO(64)
+    for callbacks in ([look, elbo], [elbo, look]):
+        history = model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=callbacks, verbose=0).history
+        assert {"nll", "val_nll"} < set(history)
+    seen.append(model.evaluate(X, Y, verbose=0, return_dict=True))
+    assert [set(result) for result in seen] == [{"loss", "mae"}] * 5
+    assert len(model.evaluate(X, Y, verbose=0)) == 2
+    assert set(model.fit(X, Y, verbose=0).history) == {"loss", "mae"}
+    assert {"nll", "elbo_loss"} < set(model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0).history)
+
+
+def test_checkpoints_within_fit_load(model, tmp_path):
+    path = str(tmp_path / "model.keras")
+    save = keras.callbacks.ModelCheckpoint(path)
+    model.fit(X, Y, epochs=2, callbacks=[kv.ELBO(64), save], verbose=0)
+    loaded = keras.saving.load_model(path)
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+    loaded.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)
 
 
 def test_sparsity_logger(model):
@@ -183,6 +275,8 @@ def test_sparsity_logger(model):
         {"num_examples": 10, "per": "step"},
         {"num_examples": 10, "temperature": -1.0},
         {"num_examples": 10, "free_bits": float("inf")},
+        {"num_examples": 10, "labels_per_example": 0},
+        {"num_examples": 10, "likelihood_scale": -1.0},
     ],
 )
 def test_bad_arguments(arguments):

@@ -206,7 +206,7 @@ def test_errors_are_of_the_mean_where_keras_takes_the_raw_scale_too():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     x = RNG.normal(size=(20, 3)).astype("float32")
     model.compile("sgd", kv.losses.NormalNLL(), metrics=[kv.metrics.RootMeanSquaredError(), "mse"])
-    logs = model.evaluate(x, Y[:20], verbose=0, return_dict=True)
+    logs = model.evaluate(x, Y[:20, None], verbose=0, return_dict=True)
     error = model.predict(x, verbose=0)[:, 0] - Y[:20]
     np.testing.assert_allclose(logs["rmse"], np.sqrt(np.mean(error**2)), rtol=1e-5)
     assert abs(logs["mse"] - np.mean(error**2)) > 0.01

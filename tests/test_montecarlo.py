@@ -102,6 +102,7 @@ def test_a_loop_within_the_model_under_jit():
     np.testing.assert_allclose(draws.mean(axis=1), model.predict(x, verbose=0), atol=0.3)
 
 
+@pytest.mark.filterwarnings("ignore:Keras's own dropout")
 def test_everything_else_stays_in_inference_mode():
     model = keras.Sequential(
         [keras.Input((4,)), layers.BatchNormalization(), layers.Dropout(0.9), kv.VariationalDense(2, kl_weight=0.1)]
@@ -551,3 +552,284 @@ def test_what_the_wrapped_model_was_compiled_with_need_not_load(tmp_path):
     model.compile("sgd", lambda y, outputs: ops.mean(outputs))
     kv.MonteCarlo(model, 2).save(tmp_path / "model.keras")
     assert keras.saving.load_model(tmp_path / "model.keras").num_samples == 2
+
+
+def two_outputs(structure=dict):
+    """A regression "a" and a classification "b" of one input; "a" comes last in a list."""
+    inputs = keras.Input((4,))
+    a = kv.VariationalDense(2, kl_weight=0.1, name="a")(inputs)
+    b = kv.VariationalDense(3, kl_weight=0.1, name="b")(inputs)
+    model = keras.Model(inputs, {"a": a, "b": b} if structure is dict else [b, a])
+    randomize(model)
+    return model
+
+
+BOTH = {"a": "normal", "b": "categorical"}
+Y_BOTH = {"a": TARGETS["normal"], "b": TARGETS["categorical"]}
+
+
+@pytest.mark.parametrize("structure", [dict, list])
+def test_a_likelihood_for_each_output(structure, tmp_path):
+    model = two_outputs(structure)
+    sampler = kv.MonteCarlo(model, 8, BOTH, seed=3, consistent=True, sample_batch_size=3)
+    found = sampler.predict(X, verbose=0)
+    draws = samples(model, X, 8, seed=3, consistent=True, sample_batch_size=3)
+    draws = draws if structure is dict else dict(zip("ba", draws))
+    assert set(found["a"]) == set(STATISTICS["normal"]) and set(found["b"]) == set(STATISTICS["categorical"])
+    assert found["b"].probability.shape == (3, 3)
+    np.testing.assert_allclose(found["a"].mean, draws["a"][..., 0].mean(axis=1), rtol=1e-4, atol=1e-5)
+    assert found["a"].stddev().shape == found["b"].uncertainty().shape == (3,)
+    expected = sum(expected_loss(BOTH[name], Y_BOTH[name], found[name]) for name in BOTH).mean()
+    weight = {"a": np.array([1.0, 0.5, 3.0]), "b": np.ones(3)}
+    weighted = expected_loss("normal", Y_BOTH["a"], found["a"]) * weight["a"]
+    weighted = weighted.mean() + expected_loss("categorical", Y_BOTH["b"], found["b"]).mean()
+    sampler.compile(metrics={"a": ["mse"], "b": ["accuracy"]})
+    for y in (Y_BOTH,) if structure is dict else (Y_BOTH, [Y_BOTH["b"], Y_BOTH["a"]]):
+        logs = sampler.evaluate(X, y, verbose=0, return_dict=True)
+        np.testing.assert_allclose(logs["loss"], expected, rtol=1e-4)
+    assert any(np.isclose(value, np.mean((found["a"].mean - Y_BOTH["a"]) ** 2)) for value in logs.values())
+    logs = sampler.evaluate(X, Y_BOTH, sample_weight=weight, verbose=0, return_dict=True)
+    np.testing.assert_allclose(logs["loss"], weighted, rtol=1e-4)
+    sampler.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras").predict(X, verbose=0)
+    np.testing.assert_allclose(again["b"].probability, found["b"].probability, rtol=1e-4)
+
+
+def test_likelihoods_by_name_of_any_kind(tmp_path):
+    """A loss, None, probabilities; of one output; and from a file."""
+    inputs = keras.Input((4,))
+    h = kv.VariationalDense(3, kl_weight=0.1)(inputs)
+    heads = {
+        "loss": layers.Dense(2)(h),
+        "none": layers.Dense(2)(h),
+        "sure": layers.Dense(1, activation="sigmoid")(h),
+        "logit": layers.Dense(1)(h),
+    }
+    likelihood = {"loss": kv.losses.LaplaceNLL(), "none": None, "sure": "bernoulli", "logit": "bernoulli"}
+    sampler = kv.MonteCarlo(keras.Model(inputs, heads), 4, likelihood, from_logits={"sure": False}, consistent=True)
+    found = sampler.predict(X, verbose=0)
+    assert found["none"].mean.shape == found["none"].stddev().shape == (3, 2) and found["loss"].mean.shape == (3,)
+    assert found["sure"].probability.max() < 1
+    sampler.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert (
+        again.from_logits == {"sure": False}
+        and again.likelihood["loss"].get_config() == likelihood["loss"].get_config()
+    )
+    for name, values in again.predict(X, verbose=0).items():
+        np.testing.assert_allclose(values.uncertainty(), found[name].uncertainty(), rtol=1e-3, atol=1e-5)
+    sampler.compile()
+    with pytest.raises(ValueError, match="no likelihood"):
+        sampler.evaluate(X, {name: X[:, :2] if name == "none" else X[:, 0] for name in heads}, verbose=0)
+    one = network()
+    name = one.layers[-1].name
+    alone = kv.MonteCarlo(one, 4, {name: "normal"}, seed=3).predict(X, verbose=0)
+    np.testing.assert_array_equal(alone[name].mean, kv.MonteCarlo(one, 4, "normal", seed=3).predict(X, verbose=0).mean)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "from_logits", "message"),
+    [
+        ({"a": "normal"}, True, "none for .'b'."),
+        ({**BOTH, "c": None}, True, "one for .'c'."),
+        ({"a": "normal", "b": "poisson"}, True, "poisson"),
+        ({}, True, "likelihood={}"),
+        (BOTH, {"c": True}, "'c'"),
+        ("normal", {"a": True}, "by name"),
+        ("normal", True, "'a', 'b'"),
+    ],
+)
+def test_likelihoods_by_wrong_names_are_refused(likelihood, from_logits, message):
+    with pytest.raises(ValueError, match=message):
+        kv.MonteCarlo(two_outputs(), 2, likelihood, from_logits)
+
+
+def sequence_model(outputs, masked=True, **arguments):
+    masking = [layers.Masking(0.0)] if masked else []
+    model = keras.Sequential([keras.Input((5, 4)), *masking, kv.VariationalDense(outputs, kl_weight=0.1, **arguments)])
+    randomize(model)
+    return model
+
+
+STEPS = {
+    "normal": (2, lambda p, y: -stats.norm.logpdf(y, p.mean, p.stddev())),
+    "categorical": (3, lambda p, y: -np.log(np.take_along_axis(p.probability, y[..., None].astype(int), -1)[..., 0])),
+    "bernoulli": (1, lambda p, y: -np.log(np.where(y == 1, p.probability[..., 0], 1 - p.probability[..., 0]))),
+}
+
+
+@pytest.mark.parametrize("likelihood", STEPS)
+@pytest.mark.parametrize("rows", [3, 5])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_evaluate_counts_weights_and_masks_of_steps(likelihood, rows, masked):
+    """As many rows as steps, too; of numbers the sum over an example, of classes the mean over labels that count."""
+    rng = np.random.default_rng(0)
+    size, nll = STEPS[likelihood]
+    x, mask = rng.normal(size=(rows, 5, 4)).astype("float32"), rng.uniform(size=(rows, 5)) < 0.6
+    x, mask = (x * mask[..., None], mask) if masked else (x, np.ones_like(mask))
+    y = rng.integers(0, 2, size=(rows, 5)).astype("float32")
+    sampler = kv.MonteCarlo(sequence_model(size, masked), 6, likelihood, seed=3, consistent=True)
+    sampler.compile(weighted_metrics=["mse"] if likelihood != "categorical" else ["accuracy"])
+    found = sampler.predict(x, verbose=0)
+    values = nll(found, y)
+    count = rows if likelihood == "normal" else mask.sum()
+    weight = rng.uniform(0.2, 2.0, size=(rows, 5)).astype("float32")
+    for given, each in ((None, 1.0), (weight, weight), (weight[:, 0], weight[:, :1]), (weight[:, :1], weight[:, :1])):
+        logs = sampler.evaluate(x, y, sample_weight=given, batch_size=rows, verbose=0, return_dict=True)
+        np.testing.assert_allclose(logs["loss"], (each * mask * values).sum() / count, rtol=1e-4)
+        sampler.compile(weighted_metrics=["mse"] if likelihood != "categorical" else ["accuracy"])
+    if likelihood != "categorical":
+        point = found.mean if likelihood == "normal" else found.probability[..., 0]
+        logs = sampler.evaluate(x, y, sample_weight=weight, batch_size=rows, verbose=0, return_dict=True)
+        error = np.average((point - y) ** 2, weights=weight * mask)
+        (got,) = (value for name, value in logs.items() if name != "loss")
+        np.testing.assert_allclose(got, error, rtol=1e-4)
+
+
+@pytest.mark.parametrize("likelihood", [None, *TARGETS])
+@pytest.mark.parametrize("loss", [None, "mse"])
+def test_evaluate_refuses_y_and_weights_of_another_layout(likelihood, loss):
+    """Sums over what is broadcast would be numbers, too."""
+    size = 4 if likelihood is None else STEPS[likelihood][0]
+    if likelihood is None and loss is None:
+        return
+    sampler = kv.MonteCarlo(sequence_model(size, masked=False), 2, likelihood)
+    x = np.ones((3, 5, 4), "float32")
+    for shape in ((3, 1), (3, 4), (3,), (3, 5, 2), (3, 2, 5)):
+        sampler.compile(loss=loss)
+        with pytest.raises(ValueError, match=r"\(.*5.*\).*\(.*" + ", ".join(map(str, shape[1:]))):
+            sampler.evaluate(x, np.zeros(shape), verbose=0)
+    if likelihood is not None:
+        sampler.compile(loss=loss)
+        with pytest.raises(ValueError, match="sample_weight of the shape"):
+            sampler.evaluate(x, np.zeros((3, 5)), sample_weight=np.ones((3, 4)), verbose=0)
+
+
+def test_evaluate_sees_logits_and_rows_with_nan():
+    x = np.tile(10 * X, (3, 1))
+    for likelihood, y in (("categorical", np.zeros(9)), ("bernoulli", np.zeros((9, 2)))):
+        logits = kv.MonteCarlo(network(), 2, likelihood=likelihood, from_logits=False)
+        logits.compile()
+        with pytest.raises(ValueError, match="from_logits=True"):
+            logits.evaluate(x, y, batch_size=4, verbose=0)
+        good = kv.MonteCarlo(keras.Sequential([network(), layers.Softmax()]), 2, likelihood, from_logits=False)
+        good.compile()
+        good.evaluate(x, y, batch_size=4, verbose=0)
+    x[[1, 7], 0] = np.nan
+    sampler = kv.MonteCarlo(network(), 2, "normal")
+    sampler.compile(metrics=["mse"])
+    for _ in range(2):  # counted anew
+        with pytest.warns(UserWarning, match="2 of 9 rows"):
+            assert set(sampler.evaluate(x, np.zeros(9), batch_size=4, verbose=0, return_dict=True)) >= {"loss", "mse"}
+
+
+def test_targets_that_were_not_standardised_are_said():
+    x = np.random.default_rng(0).normal(size=(60, 4)).astype("float32")
+    y = 1000.0 + 100.0 * x[:, 0]
+    sampler = kv.MonteCarlo(network(), 4, "normal")
+    sampler.compile()
+    for batch_size in (60, 7):
+        with pytest.warns(UserWarning, match=f"mean {y.mean():.3g} .* deviation {y.std():.3g} .*Standardise"):
+            sampler.evaluate(x, y, batch_size=batch_size, verbose=0)
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2, initial_log_variance=-12.0)])
+    model.layers[0].kernel.loc.assign([[1.0, 0.0]] + [[0.0, 0.0]] * 3)
+    fitting = kv.MonteCarlo(model, 4, "normal")
+    fitting.compile()
+    fitting.evaluate(x, x[:, 0], verbose=0)  # no word
+
+
+def test_an_activation_before_a_raw_scale_is_said():
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2, activation="relu")])
+    for likelihood in ("normal", kv.losses.NormalNLL()):
+        with pytest.warns(UserWarning, match="'relu'.*at least 0.694"):
+            kv.MonteCarlo(model, 2, likelihood)
+    kv.MonteCarlo(model, 2)
+
+
+def keras_dropout(**arguments):
+    x = keras.Input((3, 4))
+    return {
+        "dropout": lambda: layers.Dropout(0.2)(x),
+        "spatial": lambda: layers.SpatialDropout1D(0.2)(x),
+        "gaussian": lambda: layers.GaussianDropout(0.2)(x),
+        "rnn": lambda: layers.LSTM(4, dropout=0.2, return_sequences=True)(x),
+        "state": lambda: layers.GRU(4, recurrent_dropout=0.2, return_sequences=True)(x),
+        "attention": lambda: layers.MultiHeadAttention(2, 2, dropout=0.2)(x, x),
+        "nested": lambda: keras.Sequential([layers.Dropout(0.2)])(x),
+        "off": lambda: layers.LSTM(4, return_sequences=True)(layers.Dropout(0.0)(x)),
+    }, x
+
+
+@pytest.mark.parametrize("kind", keras_dropout()[0])
+def test_keras_dropout_is_said_to_stay_off(kind):
+    kinds, x = keras_dropout()
+    h = kinds[kind]()
+    word = "no variational layer" if kind == "off" else "MonteCarloDropout"
+    with pytest.raises(ValueError, match=word):
+        kv.MonteCarlo(keras.Model(x, h))
+    mixed = keras.Model(x, kv.VariationalDense(2)(h))
+    if kind == "off":
+        kv.MonteCarlo(mixed, 2)
+        return
+    with pytest.warns(UserWarning, match="stays off.*MonteCarloDropout"):
+        kv.MonteCarlo(mixed, 2)
+
+
+def test_rates_of_our_own_layers_are_drawn():
+    x = keras.Input((3, 4))
+    for h in (
+        kv.VariationalLSTM(4, dropout=0.2)(x),
+        kv.MonteCarloDropout(0.2)(x),
+        kv.VariationalGaussianDropout(0.2)(x),
+    ):
+        kv.MonteCarlo(keras.Model(x, h), 2)
+
+
+@pytest.mark.parametrize("likelihood", STATISTICS)
+def test_predictions_are_what_every_entry_gives(likelihood):
+    """Of arrays, batches, generators and dicts."""
+    model = network()
+    inputs = keras.Input((4,), name="x")
+    by_name = keras.Model({"x": inputs}, model(inputs))
+    sampler = kv.MonteCarlo(by_name, 4, likelihood, seed=3, consistent=True)
+    expected = sampler.predict({"x": X}, verbose=0)
+
+    def batches():
+        yield ({"x": X[:2]},)
+        yield ({"x": X[2:]},)
+
+    for found in (sampler.predict_on_batch({"x": X}), sampler.predict(batches(), verbose=0)):
+        assert type(found) is type(expected) is kv.montecarlo.Predictions
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(getattr(found, name), found[name])
+    with pytest.raises(AttributeError, match="'median'"):
+        _ = expected.median
+
+
+def test_stddev_and_interval():
+    normal, plain = predictions("normal"), predictions(None)
+    stddev = np.sqrt(normal["aleatoric_variance"] + normal["epistemic_variance"])
+    np.testing.assert_allclose(normal.stddev(), stddev)
+    np.testing.assert_allclose(plain.stddev(), np.sqrt(plain["variance"]))
+    for coverage in (0.5, 0.95):
+        lower, upper = normal.interval(coverage)
+        np.testing.assert_allclose([lower, upper], stats.norm(normal.mean, stddev).interval(coverage), rtol=1e-5)
+    assert plain.interval()[0].shape == plain.mean.shape
+    one = kv.montecarlo.Predictions({name: np.append(values, np.nan) for name, values in normal.items()})
+    np.testing.assert_allclose(one.interval()[1][:-1], normal.interval()[1])  # a row with NaN harms no other
+    for likelihood in ("categorical", "bernoulli"):
+        for method in ("stddev", "interval"):
+            with pytest.raises(ValueError, match="no standard deviation"):
+                getattr(predictions(likelihood), method)()
+    with pytest.raises(ValueError, match="coverage=95"):
+        normal.interval(95)
+    several = kv.MonteCarlo(two_outputs(), 4).predict(X, verbose=0)
+    assert several.interval()[1]["b"].shape == several.stddev()["b"].shape == (3, 3)
+
+
+@pytest.mark.parametrize("format", ["onnx", "litert", "openvino", "torch"])
+def test_export_to_runtimes_without_its_draws_is_refused(format, tmp_path):
+    with pytest.raises(ValueError, match=f"format='{format}'.*compact"):
+        kv.MonteCarlo(network(), 2).export(tmp_path / "drawn", format=format)
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import keras
 import matplotlib
 import numpy as np
+import pytest
 
 import keras_vdrop as kv
 from tests.cases import randomize
@@ -139,6 +140,62 @@ def test_regression_band():
         np.testing.assert_allclose(reach, 2 * 0.67449 * scale, rtol=1e-5)
     # a model that is certain
     kv.plots.regression_band(x, mean, aleatoric, np.zeros(50))
+    plt.close("all")
+
+
+def model_of(outputs, *hidden):
+    return keras.Sequential([keras.Input((4,)), *hidden, kv.VariationalDense(outputs, initial_log_variance=-2.0)])
+
+
+def line(ax, place=0):
+    return ax.lines[place].get_xydata()
+
+
+def test_plots_take_predictions():
+    x = RNG.normal(size=(40, 4)).astype("float32")
+    labels = RNG.integers(0, 3, size=40)
+    classes = kv.MonteCarlo(model_of(3), 4, "categorical").predict(x, verbose=0)
+    two = kv.MonteCarlo(model_of(1), 4, "bernoulli").predict(x, verbose=0)
+    numbers = kv.MonteCarlo(model_of(2), 4, "normal").predict(x, verbose=0)
+    column = kv.MonteCarlo(model_of(1), 4).predict(x, verbose=0)
+    plots = kv.plots
+    band = numbers.mean, numbers.aleatoric_variance, numbers.epistemic_variance
+    pairs = [
+        (plots.reliability_diagram(classes, labels), plots.reliability_diagram(classes.probability, labels)),
+        (plots.risk_coverage(classes, labels == 0), plots.risk_coverage(classes.predictive_entropy, labels == 0)),
+        (plots.risk_coverage(numbers, labels), plots.risk_coverage(numbers.stddev() ** 2, labels)),
+        (plots.regression_band(x[:, :1], numbers), plots.regression_band(x[:, 0], *band)),
+    ]
+    one = np.stack([1 - two.probability[:, 0], two.probability[:, 0]], axis=-1)
+    for shape in ((40,), (40, 1)):
+        ours = plots.reliability_diagram(two, labels.reshape(shape) % 2)
+        pairs.append((ours, plots.reliability_diagram(one, labels % 2)))
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(line(ours), line(theirs), rtol=1e-5)
+        assert texts(ours) == texts(theirs)
+    ax = plots.entropy_histogram(classes, kv.montecarlo.Predictions(classes))
+    assert ax.get_xlabel() == "predictive entropy (nats)" and "0.500" in ax.get_title()
+    assert plots.entropy_histogram(numbers, numbers).get_xlabel() == "predictive variance"
+    assert texts(plots.regression_band(x[:, 0], column)) == ["90 %, model", "mean"]
+    for plot, arguments in (
+        (plots.reliability_diagram, (numbers, labels)),
+        (plots.regression_band, (x[:, 0], classes)),
+        (plots.reliability_diagram, (classes, labels[:20])),
+    ):
+        with pytest.raises(ValueError, match=r"must have|Expected labels"):
+            plot(*arguments)
+    plt.close("all")
+
+
+def test_plots_take_predictions_of_sequences():
+    x = RNG.normal(size=(10, 5, 4)).astype("float32")
+    labels = RNG.integers(0, 3, size=(10, 5))
+    model = keras.Sequential([keras.Input((5, 4)), kv.VariationalDense(3, initial_log_variance=-2.0)])
+    found = kv.MonteCarlo(model, 4, "categorical").predict(x, verbose=0)
+    ours = kv.plots.reliability_diagram(found, labels)
+    theirs = kv.plots.reliability_diagram(found.probability.reshape(50, 3), labels.ravel())
+    np.testing.assert_allclose(line(ours), line(theirs))
+    kv.plots.risk_coverage(found, labels.sum(axis=1))
     plt.close("all")
 
 

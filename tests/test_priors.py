@@ -131,7 +131,48 @@ class TestTrainableScale:
         np.testing.assert_allclose(array(kv.kl_divergence(again)), array(kv.kl_divergence(model)), rtol=1e-6)
 
     def test_a_fixed_scale_is_no_variable(self):
-        assert dense(kernel_prior="normal").kernel.prior_parameters == {}
+        assert dense(kernel_prior=priors.Normal(1.0)).kernel.prior_parameters == {}
+
+    def test_it_starts_at_the_size_of_the_weights(self):
+        layer = kv.VariationalDense(3, kl_weight=0.1, kernel_prior=priors.Normal(trainable=True))
+        layer.build((None, 4))
+        rms = np.sqrt(np.mean(array(layer.kernel.loc) ** 2))
+        np.testing.assert_allclose(np.exp(array(layer.kernel.prior_parameters["log_scale"])), 2 * rms, rtol=1e-5)
+
+
+class TestScaleOfTheWeights:
+    def test_it_is_twice_their_size_and_stays(self):
+        layer = kv.VariationalDense(3, kl_weight=0.1, kernel_prior="normal", bias_prior="normal")
+        model = keras.Sequential([keras.Input((4,)), layer])
+        weights = layer.kernel, layer.bias
+        expected = [2 * np.sqrt(np.mean(array(layer.kernel.loc) ** 2)), 1.0]
+        model.compile("adam", "mse")
+        model.fit(np.ones((4, 4)), np.ones((4, 3)), verbose=0)
+        log_scales = [weight.prior_parameters["log_scale"] for weight in weights]
+        np.testing.assert_allclose([np.exp(array(log_scale)) for log_scale in log_scales], expected, rtol=1e-5)
+        assert not any(log_scale.trainable for log_scale in log_scales)
+        for weight, scale in zip(weights, expected):
+            same = priors.Normal(float(scale)).kl(array(weight.loc), array(weight.log_variance))
+            np.testing.assert_allclose(array(weight.kl()), array(same).sum(), rtol=1e-5)
+
+    def test_it_is_saved(self, tmp_path):
+        model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(3, kl_weight=0.1, kernel_prior="normal")])
+        randomize(model)
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")
+        assert again.layers[0].kernel_prior.scale is None
+        np.testing.assert_allclose(array(kv.kl_divergence(again)), array(kv.kl_divergence(model)), rtol=1e-6)
+
+    def test_a_config_that_names_a_scale_keeps_it(self):
+        prior = priors.get(
+            {
+                "module": "keras_vdrop.priors",
+                "class_name": "Normal",
+                "config": {"scale": 1.0, "trainable": False},
+                "registered_name": "keras_vdrop>Normal",
+            }
+        )
+        assert prior.scale == 1.0 and dense(kernel_prior=prior).kernel.prior_parameters == {}
 
 
 def test_a_prior_of_ones_own(tmp_path):

@@ -32,6 +32,30 @@ class Summary(NamedTuple):
         return self.statistics(means, origin)
 
 
+def by_name(summaries):
+    """The summary of several outputs: of dicts of samples, each by the summary of its name.
+
+    Args:
+        summaries: Dict from names to `Summary`.
+
+    Example:
+        >>> from keras import ops
+        >>> from keras_vdrop.functional import uncertainty
+        >>> both = uncertainty.by_name({"a": uncertainty.MOMENTS, "b": uncertainty.CATEGORICAL})
+        >>> found = both.of({"a": ops.ones((8, 2)), "b": ops.full((8, 2, 4), 0.25)})
+        >>> sorted(found["a"]), found["b"]["probability"].shape == (2, 4)
+        (['mean', 'variance'], True)
+    """
+
+    def terms(samples, origin):
+        return {name: summary.terms(samples[name], origin[name]) for name, summary in summaries.items()}
+
+    def statistics(means, origin):
+        return {name: summary.statistics(means[name], origin[name]) for name, summary in summaries.items()}
+
+    return Summary(terms, statistics)
+
+
 def entropy(probability):
     """H = −Σ p·log p over the last axis, with 0·log 0 = 0.
 

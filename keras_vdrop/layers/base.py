@@ -6,6 +6,7 @@ wherever a prior is given, and the layer's `call` applies it. Below that, `Stoch
 and has a KL to weigh.
 """
 
+import contextlib
 import contextvars
 import functools
 import inspect
@@ -28,6 +29,7 @@ from keras_vdrop.sampling import (
     is_consistent,
     is_repeated,
     is_sampling,
+    repeated,
     seed_generator,
     seeds,
     use_scope,
@@ -53,6 +55,35 @@ _SEED_STATE = "seed_generator_state"
 # What a config means that says nothing of it: such a one, and the state of an optimizer beside it, is from before it
 # could be said.
 _BEFORE_RATES = {"log_variance_rate": 1.0}
+
+# Built layers that were given a `kl_weight` of 1 or more, and of which nobody has been told.
+_heavy = weakref.WeakSet()
+
+_HEAVY_MESSAGE = (
+    "A KL weight of 1 or more is that of one training example. Pass `kl_weight=1 / len(x_train)`, or leave it out and "
+    "pass `callbacks=[keras_vdrop.ELBO(num_examples=len(x_train))]` to `fit`. Received: kl_weight={:g}"
+)
+
+# What the KLs cost that were computed within `kl_costs`, by posterior; None outside of it.
+_costs = contextvars.ContextVar("costs", default=None)
+
+# Whether a callback weighs the KL of what is built now.
+_weighed = contextvars.ContextVar("weighed", default=False)
+
+
+@contextlib.contextmanager
+def kl_costs():
+    """A scope in which each posterior's KL is computed once: a dict from the posteriors to what `kl_cost` gave."""
+    token = _costs.set({})
+    try:
+        yield _costs.get()
+    finally:
+        _costs.reset(token)
+
+
+def weighed_by_callback(yes):
+    """Say whether a callback sets the KL weight of the layers that are built from now on."""
+    _weighed.set(yes)
 
 
 def _signature_of(method):
@@ -162,8 +193,10 @@ class StochasticLayer(keras.layers.Layer):
         if self._posterior_size:
             self._kl_weight = self._add_scalar("kl_weight", self._default_kl_weight())
             self._free_bits = self._add_scalar("free_bits", 0.0)
-            if self._initial_kl_weight is None:
+            if self._initial_kl_weight is None and not _weighed.get():
                 _unset.add(self)
+            elif (self._initial_kl_weight or 0.0) >= 1.0:
+                _heavy.add(self)
 
     def _add_scalar(self, name, value):
         """A variable that a callback may change while a compiled function runs."""
@@ -189,6 +222,9 @@ class StochasticLayer(keras.layers.Layer):
         if training and self in _unset:
             _unset.clear()  # one warning speaks for all layers there are
             warnings.warn(_UNSET_MESSAGE, stacklevel=2)
+        if training and self in _heavy:
+            _heavy.clear()
+            warnings.warn(_HEAVY_MESSAGE.format(self._initial_kl_weight), stacklevel=2)
         replay = self._replay.get()
         if replay is not None:
             return replay.noisy
@@ -208,13 +244,13 @@ class StochasticLayer(keras.layers.Layer):
         # Keras tells the layers within this one of `training` at the first computation only.
         state = ops.convert_to_tensor(self.seed_generator.state)
         advance(self.seed_generator)
-        noisy, consistent = self._noisy(kwargs.get("training")), is_consistent()
+        noisy, scope = self._noisy(kwargs.get("training")), (is_consistent(), repeated())
 
         @functools.wraps(layer_call)
         def call(*args):
             token = self._replay.set(_Replay(state, noisy))
             try:
-                with drawing(consistent):  # whether there is noise, `noisy` says
+                with drawing(*scope):  # whether there is noise, `noisy` says
                     return layer_call(*args, **kwargs)
             finally:
                 self._replay.reset(token)
@@ -238,6 +274,7 @@ class StochasticLayer(keras.layers.Layer):
         else:
             self._kl_weight.assign(value)
             _unset.discard(self)
+            _heavy.discard(self)
 
     def _default_kl_weight(self):
         return 1.0 / self._posterior_size if self._initial_kl_weight is None else self._initial_kl_weight
@@ -256,11 +293,21 @@ class StochasticLayer(keras.layers.Layer):
             )
         self._free_bits.assign(value)
 
+    def kl_cost(self, posterior):
+        """What one of the layer's posteriors costs before it is weighed: max(KL, free_bits·size), in nats."""
+        costs = _costs.get()
+        if costs is not None and posterior in costs:
+            return costs[posterior]
+        kl = posterior.kl()
+        cost = ops.maximum(kl, ops.cast(self._free_bits, kl.dtype) * posterior.size)
+        if costs is not None:
+            costs[posterior] = cost
+        return cost
+
     def weighted_kl(self, posterior):
         """The term that one of the layer's posteriors adds to the loss: kl_weight·max(KL, free_bits·size)."""
-        kl = posterior.kl()
-        free = ops.cast(self._free_bits, kl.dtype) * posterior.size
-        return ops.cast(self._kl_weight, kl.dtype) * ops.maximum(kl, free)
+        cost = self.kl_cost(posterior)
+        return ops.cast(self._kl_weight, cost.dtype) * cost
 
     # What `sparsity` asks
 
@@ -314,19 +361,30 @@ class StochasticLayer(keras.layers.Layer):
         if self.seed_generator is not None:
             store[_SEED_STATE] = self.seed_generator.state
 
+    def _variational_weights(self):
+        return [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
+
     def _scaled(self):
         """What is stored in units of its own, by the id of its variable: files hold it in nats, whatever the units."""
-        weights = [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
-        return {id(weight.log_variance.variable): weight.log_variance for weight in weights}
+        return {id(weight.log_variance.variable): weight.log_variance for weight in self._variational_weights()}
+
+    def _of_today(self, own, values):
+        """Saved values by today's keys: in a file from before it had a scale of its own, "normal" was N(0, 1)."""
+        parameters = [each for weight in self._variational_weights() for each in weight.prior_parameters.values()]
+        fixed = {id(parameter) for parameter in parameters if not parameter.trainable}
+        if len(own) - sum(id(variable) in fixed for variable in own.values()) != len(values):
+            return values
+        saved = iter([values[key] for key in sorted(values, key=int)])
+        return {key: 0.0 if id(variable) in fixed else next(saved) for key, variable in own.items()}
 
     def load_own_variables(self, store):
         keys = set(store.keys())  # a store is not quite a dict
         found = {key: store[key] for key in keys}
         state = found.pop(_SEED_STATE, None)
-        if found:
-            found = {**self._dispensable(), **found}
-        scaled = self._scaled()
         keras.layers.Layer.save_own_variables(self, own := {})
+        if found:
+            found = {**self._dispensable(), **self._of_today(own, found)}
+        scaled = self._scaled()
         for key, variable in own.items():
             if key in found and id(variable) in scaled:
                 found[key] = np.asarray(found[key]) / scaled[id(variable)].factor
@@ -350,8 +408,8 @@ class VariationalLayer(DropIn, StochasticLayer):
         estimator: How noise enters the output: one of `functional.estimators.ESTIMATORS`; or "auto", local
             reparameterization where an example uses each number of the weight once, and flipout elsewhere.
         kl_weight: As for `StochasticLayer`.
-        initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 14 % of the root
-            mean square of the initial weights (0.014 where these are 0).
+        initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 5 % of the root
+            mean square of the initial weights, 22 % with a normal prior (and of 0.1 where these are 0).
         log_variance_rate: Float > 0, how many learning rates a step of an optimizer such as Adam moves log_variance;
             SGD moves it by the gradient times the learning rate times this squared.
         threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
@@ -368,7 +426,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         estimator="auto",
         kl_weight=None,
         initial_log_variance=None,
-        log_variance_rate=10.0,
+        log_variance_rate=5.0,
         threshold=None,
         seed=None,
         **kwargs,

@@ -91,7 +91,7 @@ def test_kl_is_counted_once(subject, setting):
     for weight, (loc, log_variance) in zip(posteriors(model), before):
         ratio = loc**2 * np.exp(-log_variance)
         by_loc = WEIGHT * loc * np.exp(-log_variance) / (1 + ratio) * weight.loc.trainable
-        by_log_variance = -0.5 * WEIGHT * ratio / (1 + ratio)
+        by_log_variance = -0.5 * WEIGHT * ratio / (1 + ratio) * weight.log_variance.factor**2
         if log_variance.shape == (1,) != loc.shape:  # shared by all
             by_log_variance = by_log_variance.sum()
         np.testing.assert_allclose(loc - array(weight.loc), by_loc, atol=2e-6)

@@ -22,7 +22,7 @@ def size(values):
 def test_it_starts_at_the_size_of_the_weights(subject):
     for weight in posteriors(subject.built()):
         log_variance = array(weight.log_variance)
-        np.testing.assert_allclose(log_variance, 2 * np.log(size(array(weight.loc))) - 4, rtol=1e-5)
+        np.testing.assert_allclose(log_variance, 2 * np.log(size(array(weight.loc))) + weight.prior.start, rtol=1e-5)
 
 
 @pytest.mark.parametrize("subject", KERNELS, ids=str)
@@ -55,7 +55,7 @@ def test_a_model_that_is_built_at_its_first_batch():
     model.compile(keras.optimizers.SGD(0.0), "mse")
     model.fit(np.ones((4, 5)), np.ones((4, 3)), verbose=0)
     kernel = model.dense.kernel
-    np.testing.assert_allclose(array(kernel.log_variance), 2 * np.log(size(array(kernel.loc))) - 4, rtol=1e-5)
+    np.testing.assert_allclose(array(kernel.log_variance), 2 * np.log(size(array(kernel.loc))) - 6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rate", [1.0, 10.0])
@@ -126,17 +126,21 @@ def test_a_file_from_before_there_were_rates_loads(tmp_path):
     model.fit(expected["inputs"], expected["predictions"], verbose=0)  # the optimizer's state fits
 
 
-def test_a_weights_file_from_before_there_were_rates_loads():
+def test_a_weights_file_from_before_loads_in_layers_of_today():
     expected = np.load(DATA / "fixed_rate.npz")
     model = keras.saving.load_model(DATA / "fixed_rate.keras", compile=False)
 
-    def with_rate(layer):
+    def of_today(layer):
         config = layer.get_config()
         if "log_variance_rate" in config:
             config["log_variance_rate"] = 10.0
+        for name in ("kernel_prior", "bias_prior"):
+            if (config.get(name) or {}).get("config") == {"scale": 1.0, "trainable": False}:
+                config[name] = "normal"
         return type(layer).from_config(config)
 
-    other = keras.models.clone_model(model, clone_function=with_rate)
+    other = keras.models.clone_model(model, clone_function=of_today)
     assert {weight.log_variance.factor for weight in posteriors(other)} == {1.0, 10.0}
+    assert other.get_layer("attention").kernel_prior.scale is None
     other.load_weights(DATA / "fixed_rate.weights.h5")
     check(other, expected)

@@ -48,7 +48,6 @@ ARGUMENTS = {
     "estimators.reparameterize": (*WEIGHT, 0),
     "estimators.perturbation": (WEIGHT[1], 0),
     "estimators.local_reparameterization": (matmul, X, *WEIGHT, 0),
-    "estimators.fast_local_reparameterization": (matmul, X, *WEIGHT, 0),
     "estimators.flipout": (matmul, X, *WEIGHT, 0),
     "estimators.reparameterization": (matmul, X, *WEIGHT, 0),
     "kl.log_uniform": WEIGHT,

@@ -53,45 +53,12 @@ def test_mean_and_variance_of_the_output(name, problem):
         assert_variance(samples, expected)
 
 
-@pytest.mark.parametrize("name", ["local_reparameterization", "fast_local_reparameterization", "flipout"])
+@pytest.mark.parametrize("name", ["local_reparameterization", "flipout"])
 def test_examples_have_noise_of_their_own(name):
     loc, log_variance = weight((3, 2))
     same = np.repeat(X[:1], 2, axis=0)
     samples = draw(estimators.ESTIMATORS[name], ops.matmul, same, loc, log_variance)
     assert_uncorrelated(samples[:, 0, 0], samples[:, 1, 0])
-
-
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_fast_local_reparameterization_is_a_sign_times_the_deviation_to_one_per_cent(problem):
-    linear, x, shape = PROBLEMS[problem]
-    loc, log_variance = weight(shape)
-    noise = draw(estimators.fast_local_reparameterization, linear, x, loc, log_variance) - array(linear(x, loc))
-    assert_mean(noise > 0, 0.5)
-    variance = array(linear(x**2, np.exp(log_variance)))
-    np.testing.assert_allclose(noise**2, np.broadcast_to(variance, noise.shape), rtol=0.01, atol=1e-4)
-
-
-def test_gradients_of_fast_local_reparameterization_to_one_per_cent():
-    """With one input, (y − x·loc)² is the variance, whatever the sign: its gradient is exact but for the rounding."""
-    loc, log_variance = np.float32([[0.3, -0.7]]), np.float32([[-1.0, 0.5]])
-    x = np.float32([[1.7], [-0.6]])
-
-    class Layer(keras.layers.Layer):
-        def build(self, shape):
-            self.log_variance = self.add_weight(shape=(1, 2), initializer=lambda *_, **__: log_variance)
-            self.seeds = keras.random.SeedGenerator(0)
-
-        def call(self, x):
-            weight = ops.convert_to_tensor(loc), ops.convert_to_tensor(self.log_variance)
-            y = estimators.fast_local_reparameterization(ops.matmul, x, *weight, self.seeds)
-            return ops.square(y - ops.matmul(x, loc))
-
-    # One step of plain descent on the sum of the variances takes the gradient off.
-    model = keras.Sequential([keras.Input((1,)), Layer()])
-    model.compile(keras.optimizers.SGD(1.0), lambda y, variance: ops.sum(variance, axis=-1))
-    model.train_on_batch(x, x)
-    gradient = np.mean(x**2) * np.exp(log_variance)
-    np.testing.assert_allclose(log_variance - array(model.layers[0].log_variance), gradient, rtol=0.01)
 
 
 def test_one_draw_is_shared_by_the_batch():

@@ -1,0 +1,264 @@
+"""What Keras's loss makes of the likelihood: the factor between an example's NLL and its share in the loss.
+
+Keras's losses are means over all that the labels of an example have: pixels, steps, the numbers of a vector. With L
+labels an example the loss of `fit` is NLL / L, and the KL has to be weighed by 1 / (L·examples) for the two to be the
+negative ELBO.
+"""
+
+import collections
+import math
+import warnings
+
+from keras import losses as keras_losses
+
+from keras_vdrop.losses import NegativeLogLikelihood, mask_of
+
+# Every number that an example has is a term of the mean.
+_MEANS_OVER_NUMBERS = (
+    keras_losses.MeanSquaredError,
+    keras_losses.MeanAbsoluteError,
+    keras_losses.MeanAbsolutePercentageError,
+    keras_losses.MeanSquaredLogarithmicError,
+    keras_losses.LogCosh,
+    keras_losses.Huber,
+    keras_losses.BinaryCrossentropy,
+    keras_losses.BinaryFocalCrossentropy,
+    keras_losses.Hinge,
+    keras_losses.SquaredHinge,
+    keras_losses.Poisson,
+)
+# One axis makes up a label, and the others are averaged over.
+_MEANS_OVER_VECTORS = (
+    keras_losses.CategoricalCrossentropy,
+    keras_losses.SparseCategoricalCrossentropy,
+    keras_losses.CategoricalFocalCrossentropy,
+    keras_losses.CategoricalHinge,
+    keras_losses.CosineSimilarity,
+    keras_losses.KLDivergence,
+)
+# An example is one term.
+_SUMS = (keras_losses.CTC, NegativeLogLikelihood)
+
+_CLASSES = {
+    getattr(keras_losses, name): cls
+    for name, cls in {
+        "mean_squared_error": keras_losses.MeanSquaredError,
+        "mean_absolute_error": keras_losses.MeanAbsoluteError,
+        "mean_absolute_percentage_error": keras_losses.MeanAbsolutePercentageError,
+        "mean_squared_logarithmic_error": keras_losses.MeanSquaredLogarithmicError,
+        "log_cosh": keras_losses.LogCosh,
+        "huber": keras_losses.Huber,
+        "binary_crossentropy": keras_losses.BinaryCrossentropy,
+        "binary_focal_crossentropy": keras_losses.BinaryFocalCrossentropy,
+        "hinge": keras_losses.Hinge,
+        "squared_hinge": keras_losses.SquaredHinge,
+        "poisson": keras_losses.Poisson,
+        "categorical_crossentropy": keras_losses.CategoricalCrossentropy,
+        "sparse_categorical_crossentropy": keras_losses.SparseCategoricalCrossentropy,
+        "categorical_focal_crossentropy": keras_losses.CategoricalFocalCrossentropy,
+        "categorical_hinge": keras_losses.CategoricalHinge,
+        "cosine_similarity": keras_losses.CosineSimilarity,
+        "kl_divergence": keras_losses.KLDivergence,
+        "ctc": keras_losses.CTC,
+    }.items()
+}
+
+_WAY_OUT = (
+    "Pass `labels_per_example` to `ELBO`: the number of terms over which the loss takes its mean in an example, 1 "
+    "where it sums over the example"
+)
+
+Output = collections.namedtuple("Output", ["name", "shape", "masked"])
+Output.__doc__ = "What a loss sees of one output of a model: its name, its shape with the batch, whether it has a mask."
+
+Term = collections.namedtuple("Term", ["name", "weight", "labels", "is_mse"])
+Term.__doc__ = "One output's share in the loss: `weight` times a mean over `labels` terms an example."
+
+
+def outputs_of(y_pred, names=None):
+    """The `Output`s of a model, from its output tensors, symbolic or not.
+
+    Args:
+        y_pred: A tensor, or a list or dict of them.
+        names: Of the outputs, where `y_pred` is not a dict.
+    """
+    if isinstance(y_pred, dict):
+        named = list(y_pred.items())
+    else:
+        tensors = list(y_pred) if isinstance(y_pred, (list, tuple)) else [y_pred]
+        names = names if names and len(names) == len(tensors) else [f"output_{i}" for i in range(len(tensors))]
+        named = list(zip(names, tensors))
+    if any(isinstance(tensor, (dict, list, tuple)) for _, tensor in named):
+        raise ValueError(
+            f"The KL cannot be weighed by itself for outputs within outputs. {_WAY_OUT}. Received: outputs={y_pred}"
+        )
+    return [Output(name, tuple(tensor.shape), mask_of(tensor) is not None) for name, tensor in named]
+
+
+def likelihood_factor(outputs, loss, loss_weights=None, likelihood_scale=None):
+    """c, where the loss is c times the mean NLL of an example: Σ over outputs of weight / labels·(NLL of the output).
+
+    Args:
+        outputs: List of `Output`.
+        loss: What `compile` was given: a loss, or a list or dict of losses.
+        loss_weights: What `compile` was given: None, a number, or a list or dict of them.
+        likelihood_scale: None, or σ of the mean squared errors among the losses, in whose NLL each squared error is
+            divided by 2σ².
+
+    Returns:
+        Float > 0.
+
+    Raises:
+        ValueError: Where it cannot be known, or where the losses of several outputs have different factors, so that
+            their sum is not the likelihood of an example.
+    """
+    terms = [
+        Term(output.name, weight, labels_of(one, output), is_mse(one))
+        for output, one, weight in _by_output(outputs, loss, loss_weights)
+    ]
+    if likelihood_scale is not None and not any(term.is_mse for term in terms):
+        raise ValueError(
+            "`likelihood_scale` takes a model whose loss is the mean squared error. Received: "
+            f"likelihood_scale={likelihood_scale!r} for loss={loss!r}"
+        )
+    nats = [2.0 * likelihood_scale**2 if likelihood_scale and term.is_mse else 1.0 for term in terms]
+    factors = [term.weight * unit / term.labels for term, unit in zip(terms, nats)]
+    if not math.isclose(min(factors), max(factors), rel_tol=1e-4):
+        right = {term.name: float(f"{term.labels / unit:.6g}") for term, unit in zip(terms, nats)}
+        given = {term.name: term.weight for term in terms}
+        raise ValueError(
+            "The losses of the outputs are means over different numbers of labels, so their weighted sum is not the "
+            f"likelihood of an example. Pass `loss_weights={right}` to `compile` (or multiples of these), or, if the "
+            "weights are meant so, `labels_per_example` to `ELBO`: the KL is then divided by it. "
+            f"Received: loss_weights={given}"
+        )
+    return factors[0]
+
+
+def is_mse(loss):
+    """Whether a loss, as `compile` takes it, is the mean squared error."""
+    cls, _ = _resolved(loss, ())
+    return cls is not None and issubclass(cls, keras_losses.MeanSquaredError)
+
+
+def labels_of(loss, output):
+    """Over how many terms of one example a loss takes its mean.
+
+    Raises:
+        ValueError: Where it takes none or another, or the number cannot be known.
+    """
+    cls, instance = _resolved(loss, output.shape)
+    reduction = getattr(instance, "reduction", "sum_over_batch_size")
+    if reduction not in ("sum_over_batch_size", "mean"):
+        raise ValueError(
+            f"The KL cannot be weighed for a loss that is not a mean over the batch. {_WAY_OUT}, or take "
+            f'`reduction="sum_over_batch_size"`. Received: reduction={reduction!r} in loss={loss!r}'
+        )
+    if cls is not None and issubclass(cls, _SUMS):
+        return 1
+    if cls is None:
+        if _size(output.shape[1:]) == 1:
+            return 1
+        raise ValueError(
+            f"Over how many terms of an example a loss of one's own takes its mean cannot be known. {_WAY_OUT}. "
+            f"Received: loss={loss!r} for the output {output.name!r} of shape {output.shape}"
+        )
+    config = {} if instance is None else instance.get_config()
+    sizes = list(output.shape)
+    if issubclass(cls, _MEANS_OVER_VECTORS):
+        del sizes[config.get("axis", -1)]
+    labels = _size(sizes[1:])
+    masked = output.masked or config.get("ignore_class") is not None
+    if labels is None or (masked and labels > 1):
+        what = "is masked" if masked else "has examples of an unknown number of labels"
+        raise ValueError(
+            f"The KL cannot be weighed by itself, since the output {output.name!r} {what}, and the loss is a mean over "
+            f"the labels of a batch. {_WAY_OUT}, on average over the examples; or take a loss of "
+            f"`keras_vdrop.losses`. Received: loss={loss!r} for outputs of shape {output.shape}"
+        )
+    return labels
+
+
+def compiled_loss_weights(model):
+    """The `loss_weights` that `compile` was given.
+
+    Raises:
+        ValueError: Where Keras cannot tell.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a lambda cannot be serialized: nothing is to be
+        try:
+            return model.get_compile_config().get("loss_weights")
+        except Exception as error:
+            raise ValueError(
+                f"The `loss_weights` of {model.name!r} cannot be read from its compile config ({error}). {_WAY_OUT}, "
+                "divided by the weight of the loss."
+            ) from error
+
+
+def require_loss(model):
+    """Raise a `ValueError` where `compile` was given no loss, so that nothing is known of the data's."""
+    if model.loss is None:
+        raise ValueError(
+            "The KL cannot be weighed by itself for a model that is compiled without a `loss`. "
+            f"{_WAY_OUT}. Received: loss=None in {model.name!r}"
+        )
+
+
+def _size(sizes):
+    """How many numbers they make; None where one is unknown."""
+    return None if None in sizes else math.prod(sizes)
+
+
+def _resolved(loss, shape):
+    """The class of Keras's or ours that a loss computes, or None for one of the user's own; and the `Loss`, if any."""
+    if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):
+        binary = bool(shape) and shape[-1] == 1
+        return (keras_losses.BinaryCrossentropy if binary else keras_losses.CategoricalCrossentropy), None
+    if isinstance(loss, (str, dict)):
+        loss = keras_losses.get(loss)
+    if isinstance(loss, type):
+        loss = loss()
+    if not isinstance(loss, keras_losses.Loss):
+        return _CLASSES.get(loss), None
+    known = (*_MEANS_OVER_NUMBERS, *_MEANS_OVER_VECTORS, *_SUMS)
+    for cls in known:
+        if isinstance(loss, cls):
+            own = cls is not NegativeLogLikelihood and type(loss).call is not cls.call
+            return (None if own else cls), loss
+    return None, loss
+
+
+def _by_output(outputs, loss, loss_weights):
+    """(output, loss, weight) of each output that has a share in the loss."""
+    names = [output.name for output in outputs]
+
+    def spread(value, what):
+        if isinstance(value, dict):
+            if not set(value) <= set(names):
+                raise ValueError(
+                    f"`{what}` names outputs that are not known. {_WAY_OUT}. Received: {what}={value} for outputs "
+                    f"{names}"
+                )
+            return [value.get(name) for name in names]
+        if isinstance(value, (list, tuple)):
+            if len(value) != len(names):
+                raise ValueError(
+                    f"`{what}` has not one entry for each output. {_WAY_OUT}. Received: {what}={value} for outputs "
+                    f"{names}"
+                )
+            return list(value)
+        return [value] * len(names)
+
+    weights = [1.0] * len(names) if loss_weights is None else spread(loss_weights, "loss_weights")
+    shares = [
+        (output, one, float(1.0 if weight is None else weight))
+        for output, one, weight in zip(outputs, spread(loss, "loss"), weights)
+    ]
+    shares = [share for share in shares if share[1] is not None and share[2] != 0]
+    if not shares or any(weight < 0 for _, _, weight in shares):
+        raise ValueError(
+            f"No loss with a positive weight is known. {_WAY_OUT}. Received: loss={loss!r}, "
+            f"loss_weights={loss_weights!r}"
+        )
+    return shares

@@ -1,0 +1,257 @@
+"""What `ELBO` does by itself, what it refuses and what it says, however the model is made and trained."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+import keras_vdrop as kv
+from tests.cases import array
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(64, 4)).astype("float32"), RNG.normal(size=(64, 1)).astype("float32")
+
+
+def built(**arguments):
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(1, **arguments)])
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    return model
+
+
+def weight(model):
+    return float(array(model.layers[-1].kl_weight))
+
+
+# The schedule
+
+
+@pytest.mark.parametrize("epochs, start, warmup", [(1, 0, 0), (3, 0, 0), (4, 0, 1), (10, 1, 3), (29, 2, 8)])
+def test_warmup_by_default(epochs, start, warmup):
+    """A tenth of the epochs without, three tenths rising; the same for a `fit` that resumes."""
+    seen = []
+    for initial_epoch in {0, epochs // 2}:
+        model, elbo = built(), kv.ELBO(64)
+        note = keras.callbacks.LambdaCallback(
+            on_train_batch_begin=lambda batch, logs, model=model: seen.append(weight(model) * 64)
+        )
+        arguments = {"initial_epoch": initial_epoch, "epochs": epochs, "batch_size": 64, "verbose": 0}
+        model.fit(X, Y, callbacks=[elbo, note], **arguments)
+        expected = kv.ELBO(64, start_epoch=start, warmup_epochs=warmup)
+        betas = [expected.beta(epoch) for epoch in range(initial_epoch, epochs)]
+        np.testing.assert_allclose(seen, betas, rtol=1e-6)
+        seen.clear()
+
+
+def test_a_loop_of_fits_goes_on_with_the_schedule():
+    model, elbo = built(), kv.ELBO(64, start_epoch=1, warmup_epochs=2)
+    betas = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the first `fit`, which has no KL
+        for _ in range(4):
+            model.fit(X, Y, epochs=1, callbacks=[elbo], verbose=0)
+            betas.append(weight(model) * 64)
+        np.testing.assert_allclose(betas, [0, 0, 0.5, 1])
+        # another model begins anew
+        other = built()
+        other.fit(X, Y, epochs=1, callbacks=[elbo], verbose=0)
+    assert weight(other) == 0
+
+
+def test_a_fit_without_any_kl_is_said():
+    with pytest.warns(UserWarning, match=r"β = 0.*initial_epoch=1.*same `ELBO`.*start_epoch=0"):
+        built().fit(X, Y, epochs=1, callbacks=[kv.ELBO(64, start_epoch=1, warmup_epochs=2)], verbose=0)
+
+
+# The number of examples
+
+
+def test_a_weight_of_one_example_is_said():
+    """`kl_weight=1`, as if there was one training example."""
+    with pytest.warns(UserWarning, match=r"one training example.*kl_weight=1"):
+        built(kl_weight=1.0).fit(X, Y, verbose=0)
+    built(kl_weight=1 / 64).fit(X, Y, verbose=0)
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def __len__(self):
+        return 64 // self.size
+
+    def __getitem__(self, index):
+        rows = slice(index * self.size, (index + 1) * self.size)
+        return X[rows], Y[rows]
+
+
+@pytest.mark.parametrize("examples", [3, 8], ids=["fewer than steps", "batches for examples"])
+def test_a_number_of_examples_that_cannot_be_right_is_refused(examples):
+    with pytest.raises(ValueError, match=rf"num_examples={examples}\b.*len\(x\)"):
+        built().fit(Batches(8), callbacks=[kv.ELBO(num_examples=examples)], verbose=0)
+
+
+def test_batches_of_one_example_are_as_many_as_examples():
+    built().fit(Batches(1), callbacks=[kv.ELBO(num_examples=len(Batches(1)))], verbose=0)
+
+
+@pytest.mark.parametrize("validation", [{}, {"validation_data": (X[:8], Y[:8])}])
+def test_an_epoch_of_more_examples_than_there_are_is_said(validation):
+    with pytest.warns(UserWarning, match=r"seen 64 examples.*num_examples=40"):
+        built().fit(X, Y, callbacks=[kv.ELBO(num_examples=40)], verbose=0, **validation)
+
+
+def test_labels_for_examples_are_said():
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2)])
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match=r"64 examples of 2.*len\(x\)"):
+        model.fit(X, np.tile(Y, 2), callbacks=[kv.ELBO(num_examples=128)], verbose=0)
+
+
+# Models
+
+
+def unbuilt(units):
+    return keras.Sequential([kv.VariationalDense(8, activation="relu"), kv.VariationalDense(units)])
+
+
+class Subclassed(keras.Model):
+    def __init__(self, units):
+        super().__init__()
+        self.hidden, self.head = kv.VariationalDense(8), kv.VariationalDense(units)
+
+    def call(self, inputs, training=False):
+        return self.head(self.hidden(inputs, training=training), training=training)
+
+
+@pytest.mark.parametrize("make", [unbuilt, Subclassed])
+def test_a_model_that_is_built_by_its_first_batch(make):
+    """Twice, with callbacks of their own, and with two labels an example."""
+    model = make(2)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    y = np.tile(Y, 2)
+    for _ in range(2):
+        callbacks = [kv.ELBO(num_examples=64), kv.SparsityLogger()]
+        history = model.fit(X, y, epochs=2, validation_data=(X, y), callbacks=callbacks, verbose=0).history
+        np.testing.assert_allclose(array(model.layers[-1].kl_weight), 1 / 64 / 2, rtol=1e-6)
+        kl = float(array(kv.kl_divergence(model))) / 64 / 2
+        np.testing.assert_allclose(history["val_loss"][-1] - history["val_nll"][-1], kl, rtol=1e-3)
+        np.testing.assert_allclose(history["elbo_loss"][-1] - history["nll"][-1], kl, rtol=1e-3)
+    assert model.layers[-1].get_config()["kl_weight"] is None
+
+
+class OwnLoss(Subclassed):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return super().compute_loss(x, y, y_pred, sample_weight) + 1.0
+
+
+class OwnMetrics(OwnLoss):
+    """As Keras's guides do it: without the metrics of the model."""
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return {"mine": keras.ops.mean(y_pred)}
+
+
+def test_a_loss_of_ones_own():
+    model = OwnLoss(1)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    history = model.fit(X, Y, callbacks=[kv.ELBO(64)], validation_data=(X, Y), verbose=0).history
+    mse = float(((model.predict(X, verbose=0) - Y) ** 2).mean())
+    np.testing.assert_allclose(history["val_nll"], mse + 1.0, rtol=1e-4)
+
+
+def test_logs_of_ones_own():
+    model = OwnMetrics(1)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    history = model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0).history
+    assert set(history) == {"mine", "kl"}
+    assert weight(model) == pytest.approx(1 / 64)
+
+
+def test_without_a_loss_the_labels_are_asked_for():
+    model = OwnLoss(1)
+    model.compile(keras.optimizers.SGD(0.0))
+    with pytest.raises(ValueError, match="labels_per_example"):
+        model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)
+    model.fit(X, Y, callbacks=[kv.ELBO(64, labels_per_example=2)], verbose=0)
+    assert weight(model) == pytest.approx(1 / 128)
+
+
+# What the user has set
+
+
+def test_a_layers_own_weight_is_not_replaced_without_a_word():
+    model = built(kl_weight=0.25, name="mine")
+    elbo = kv.ELBO(64)
+    with pytest.warns(UserWarning, match=r"0.0156 in place of the 0.25 .*'mine'"):
+        model.fit(X, Y, callbacks=[elbo], verbose=0)
+    assert weight(model) == 1 / 64
+    model.fit(X, Y, callbacks=[elbo], verbose=0)  # once
+    built(kl_weight=1 / 64).fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)  # the same
+
+
+def decayed(optimizer, make=built, **arguments):
+    """The change of a model's (log variance, mean, bias) by weight decay alone."""
+    model = make(use_bias=True, kernel_prior="ard", **arguments) if make is built else make(1)
+    model.compile(optimizer, "mse")
+    if not model.built:
+        model(X)
+    layer = model.layers[-1]
+    layer.kl_weight = 0.0
+    layer.bias.assign(array(layer.bias) + 1.0)
+    values = [array(layer.kernel.log_variance), array(layer.kernel.loc), array(layer.bias)]
+    model.fit(X, Y, callbacks=[kv.ELBO(64, temperature=0.0)], verbose=0)
+    after = [array(layer.kernel.log_variance), array(layer.kernel.loc), array(layer.bias)]
+    return [float(np.mean(new / old)) for new, old in zip(after, values)]
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "LossScaleOptimizer"])
+@pytest.mark.parametrize("make", [built, unbuilt])
+def test_weight_decay_leaves_log_variances(make, scaled):
+    optimizer = keras.optimizers.SGD(1e-6, weight_decay=1e5)  # a tenth a step, and no gradient to speak of
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=1.0)
+    log_variance, loc, bias = decayed(optimizer, make)
+    assert log_variance == pytest.approx(1.0, abs=1e-3)
+    assert loc == pytest.approx(0.9**2, abs=1e-3)
+    assert bias == pytest.approx(1.0, abs=1e-3)  # as the user has it
+
+
+# What is said at the end
+
+
+def line(prior, rate, epochs, scale=1.0):
+    """A regression whose outputs are a distribution, with a posterior that begins certain."""
+    layers = [kv.VariationalDense(20, "relu", kernel_prior=prior), kv.VariationalDense(2, kernel_prior=prior)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.compile(keras.optimizers.Adam(rate), kv.losses.NormalNLL())
+    for layer in layers:
+        layer.kernel.log_variance.assign(np.full(layer.kernel.shape, -10.0))
+    target = X @ np.float32([[1.0], [-1.0], [0.5], [0.0]]) + 0.1 * Y
+    elbo = kv.ELBO(64, start_epoch=0, warmup_epochs=0)
+    model.fit(X, target, epochs=epochs, callbacks=[elbo], verbose=0)
+    return model, target
+
+
+def test_a_posterior_that_stays_is_said():
+    with pytest.warns(UserWarning, match=r"hardly moved.*KL/num_examples is .* NLL of .*learning rate"):
+        line("normal", 1e-3, 8)
+
+
+def test_nothing_is_said_of_one_that_has_arrived_or_of_few_epochs():
+    line("normal", 1e-3, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, target = line("log_uniform", 0.03, 150)
+    model.fit(X, target, epochs=10, callbacks=[kv.ELBO(64, start_epoch=0, warmup_epochs=0)], verbose=0)
+
+
+def test_a_collapse_is_said():
+    """A KL of a thousand times its weight leaves no weight."""
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(1, name="gone", threshold=0.0)])
+    model.compile(keras.optimizers.Adam(0.3), "mse")
+    elbo = kv.ELBO(64, start_epoch=10, warmup_epochs=5, temperature=1000.0)
+    with pytest.warns(UserWarning, match=r"collapsed.*'gone'.*temperature"):
+        model.fit(X, X @ np.float32([[1.0], [-1.0], [0.5], [0.0]]), epochs=40, callbacks=[elbo], verbose=0)
