@@ -4,6 +4,7 @@ import contextlib
 import inspect
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 from keras_vdrop.layers import ConcreteDropout, VariationalGaussianDropout
@@ -166,7 +167,7 @@ def _stock_gaussian_dropout(layer, value):
 
 
 def _stock_weights(model, value):
-    """The weights of the twin, in the order of its own."""
+    """The weights of the twin, in the order of its own: copies, because JAX gives away what a variable holds."""
     values, ours_alone = {}, set()
     for posterior in posteriors(model):
         owner = posterior.owner
@@ -174,5 +175,7 @@ def _stock_weights(model, value):
         if isinstance(owner, VariationalLayer):
             values[id(posterior.loc)] = value(posterior)
     return [
-        values.get(id(variable), variable) for variable in model.weights if id(variable) not in ours_alone - set(values)
+        np.array(ops.convert_to_numpy(values.get(id(variable), variable)))
+        for variable in model.weights
+        if id(variable) not in ours_alone - set(values)
     ]

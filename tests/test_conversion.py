@@ -32,6 +32,30 @@ def test_pruned_units_of_gaussian_dropout_are_0():
     np.testing.assert_array_equal(array(kv.to_deterministic(model)(x))[0, 0], [1, 0, 1, 0])
 
 
+@pytest.mark.parametrize("convert", [kv.to_deterministic, lambda model: kv.compact(model, 0.0)])
+def test_what_is_done_with_the_result_leaves_the_model_alone(convert):
+    """JAX gives away the buffers of variables while it trains and evaluates."""
+    noise = [kv.VariationalGaussianDropout(0.5), kv.MonteCarloDropout(0.5)]
+    inside = [kv.VariationalDense(5), layers.BatchNormalization(), *noise, layers.Dense(4), kv.VariationalDense(2)]
+    model = keras.Sequential([keras.Input((3,)), *inside])
+    x, y = np.random.default_rng(0).normal(size=(8, 3)).astype("float32"), np.zeros((8, 2), "float32")
+    before = model.get_weights()
+    result = convert(model)
+    result.compile("adam", "mse")
+    result.evaluate(x, y, verbose=0)
+    result.fit(x, y, verbose=0)
+    for one, other in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(one, other)
+    weights = convert(model).get_weights()
+    model.compile("adam", "mse")
+    model.evaluate(x, y, verbose=0)
+    result = convert(model)
+    model.layers[0].kl_weight = model.layers[2].kl_weight = model.layers[-1].kl_weight = 0.1
+    model.fit(x, y, verbose=0)
+    for one, other in zip(result.get_weights(), weights):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_the_twin_needs_nothing_of_ours(tmp_path):
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(3)])
     twin = kv.to_deterministic(model)

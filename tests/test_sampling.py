@@ -263,7 +263,7 @@ def test_loops_of_keras(consistent):
 
     def loops():
         mapped = keras.ops.map(lambda each: layer(each), x)
-        _, scanned = keras.ops.scan(lambda carry, each: (carry, layer(each)), keras.ops.zeros(()), x)
+        _, scanned = keras.ops.scan(lambda carry, each: (carry, layer(each)), keras.ops.zeros((1, 3)), x)
         return array(mapped), array(scanned)
 
     def in_scope(consistent):
