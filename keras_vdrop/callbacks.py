@@ -254,7 +254,7 @@ class ELBO(keras.callbacks.Callback):
         """Warn, once for each kind of message."""
         if what not in self._told:
             self._told.add(what)
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     # What Keras calls
 

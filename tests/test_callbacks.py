@@ -217,7 +217,7 @@ def test_the_default_monitor_picks_a_model_with_a_kl(model):
 def test_stopping_within_warmup_is_said(model):
     model.compile(keras.optimizers.SGD(0.0), "mse")
     stop = keras.callbacks.EarlyStopping(patience=1)
-    with pytest.warns(UserWarning, match=r"β = 0.1:.*start_from_epoch=10"):
+    with pytest.warns(RuntimeWarning, match=r"β = 0.1:.*start_from_epoch=10"):
         model.fit(X, Y, validation_data=(X, Y), epochs=20, callbacks=[stop, kv.ELBO(64, warmup_epochs=10)], verbose=0)
 
 

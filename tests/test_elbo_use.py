@@ -59,7 +59,7 @@ def test_a_loop_of_fits_goes_on_with_the_schedule():
 
 
 def test_a_fit_without_any_kl_is_said():
-    with pytest.warns(UserWarning, match=r"β = 0.*initial_epoch=1.*same `ELBO`.*start_epoch=0"):
+    with pytest.warns(RuntimeWarning, match=r"β = 0.*initial_epoch=1.*same `ELBO`.*start_epoch=0"):
         built().fit(X, Y, epochs=1, callbacks=[kv.ELBO(64, start_epoch=1, warmup_epochs=2)], verbose=0)
 
 
@@ -98,14 +98,14 @@ def test_batches_of_one_example_are_as_many_as_examples():
 
 @pytest.mark.parametrize("validation", [{}, {"validation_data": (X[:8], Y[:8])}])
 def test_an_epoch_of_more_examples_than_there_are_is_said(validation):
-    with pytest.warns(UserWarning, match=r"seen 64 examples.*num_examples=40"):
+    with pytest.warns(RuntimeWarning, match=r"seen 64 examples.*num_examples=40"):
         built().fit(X, Y, callbacks=[kv.ELBO(num_examples=40)], verbose=0, **validation)
 
 
 def test_labels_for_examples_are_said():
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2)])
     model.compile("sgd", "mse")
-    with pytest.warns(UserWarning, match=r"64 examples of 2.*len\(x\)"):
+    with pytest.warns(RuntimeWarning, match=r"64 examples of 2.*len\(x\)"):
         model.fit(X, np.tile(Y, 2), callbacks=[kv.ELBO(num_examples=128)], verbose=0)
 
 
@@ -184,7 +184,7 @@ def test_without_a_loss_the_labels_are_asked_for():
 def test_a_layers_own_weight_is_not_replaced_without_a_word():
     model = built(kl_weight=0.25, name="mine")
     elbo = kv.ELBO(64)
-    with pytest.warns(UserWarning, match=r"0.0156 in place of the 0.25 .*'mine'"):
+    with pytest.warns(RuntimeWarning, match=r"0.0156 in place of the 0.25 .*'mine'"):
         model.fit(X, Y, callbacks=[elbo], verbose=0)
     assert weight(model) == 1 / 64
     model.fit(X, Y, callbacks=[elbo], verbose=0)  # once
@@ -236,7 +236,7 @@ def line(prior, rate, epochs, scale=1.0):
 
 
 def test_a_posterior_that_stays_is_said():
-    with pytest.warns(UserWarning, match=r"hardly moved.*KL/num_examples is .* NLL of .*learning rate"):
+    with pytest.warns(RuntimeWarning, match=r"hardly moved.*KL/num_examples is .* NLL of .*learning rate"):
         line("normal", 1e-3, 8)
 
 
@@ -253,5 +253,5 @@ def test_a_collapse_is_said():
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(1, name="gone", threshold=0.0)])
     model.compile(keras.optimizers.Adam(0.3), "mse")
     elbo = kv.ELBO(64, start_epoch=10, warmup_epochs=5, temperature=1000.0)
-    with pytest.warns(UserWarning, match=r"collapsed.*'gone'.*temperature"):
+    with pytest.warns(RuntimeWarning, match=r"collapsed.*'gone'.*temperature"):
         model.fit(X, X @ np.float32([[1.0], [-1.0], [0.5], [0.0]]), epochs=40, callbacks=[elbo], verbose=0)

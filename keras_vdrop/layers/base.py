@@ -342,24 +342,21 @@ class StochasticLayer(keras.layers.Layer):
     def get_config(self):
         return {**super().get_config(), "kl_weight": self._initial_kl_weight, "seed": self.seed}
 
-    def _dispensable(self):
-        """The values with which a layer starts where a file, from before a variable existed, does not have it."""
-        keras.layers.Layer.save_own_variables(self, own := {})
-        scalars = (
-            {id(self._kl_weight): self._default_kl_weight(), id(self._free_bits): 0.0} if self._posterior_size else {}
-        )
-        masks = {id(variable): np.ones(variable.shape, bool) for variable in own.values() if variable.dtype == "bool"}
-        values = {**scalars, **masks}
-        return {key: values[id(variable)] for key, variable in own.items() if id(variable) in values}
-
     def save_own_variables(self, store):
         # Keras's Dense and Conv save only what they know of: a kernel and a bias.
-        keras.layers.Layer.save_own_variables(self, own := {})
         scaled = self._scaled()
-        for key, variable in own.items():
+        for key, variable in self._keys().items():
             store[key] = scaled[id(variable)].value if id(variable) in scaled else variable
         if self.seed_generator is not None:
             store[_SEED_STATE] = self.seed_generator.state
+
+    def _keys(self):
+        """The layer's own variables by their keys in files: Keras's, which count, and names for a prior's fixed scales."""
+        keras.layers.Layer.save_own_variables(self, own := {})
+        parameters = [each for weight in self._variational_weights() for each in weight.prior_parameters.values()]
+        fixed = {id(each): each for each in parameters if not each.trainable}
+        counted = [variable for variable in own.values() if id(variable) not in fixed]
+        return {**{str(i): each for i, each in enumerate(counted)}, **{each.name: each for each in fixed.values()}}
 
     def _variational_weights(self):
         return [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
@@ -368,27 +365,27 @@ class StochasticLayer(keras.layers.Layer):
         """What is stored in units of its own, by the id of its variable: files hold it in nats, whatever the units."""
         return {id(weight.log_variance.variable): weight.log_variance for weight in self._variational_weights()}
 
-    def _of_today(self, own, values):
-        """Saved values by today's keys: in a file from before it had a scale of its own, "normal" was N(0, 1)."""
-        parameters = [each for weight in self._variational_weights() for each in weight.prior_parameters.values()]
-        fixed = {id(parameter) for parameter in parameters if not parameter.trainable}
-        if len(own) - sum(id(variable) in fixed for variable in own.values()) != len(values):
-            return values
-        saved = iter([values[key] for key in sorted(values, key=int)])
-        return {key: 0.0 if id(variable) in fixed else next(saved) for key, variable in own.items()}
+    def _value_before(self, variable):
+        """What a variable was before files had it, as an array; None where they always did."""
+        if variable is self._kl_weight:
+            return np.float32(self._default_kl_weight())
+        if variable is self._free_bits or variable.name.endswith("_prior_log_scale"):
+            return np.float32(0.0)  # no bits were free, and "normal" was N(0, 1)
+        return np.ones(variable.shape, bool) if variable.dtype == "bool" else None
 
     def load_own_variables(self, store):
-        keys = set(store.keys())  # a store is not quite a dict
-        found = {key: store[key] for key in keys}
+        found = {key: store[key] for key in set(store.keys())}  # a store is not quite a dict
         state = found.pop(_SEED_STATE, None)
-        keras.layers.Layer.save_own_variables(self, own := {})
-        if found:
-            found = {**self._dispensable(), **self._of_today(own, found)}
         scaled = self._scaled()
-        for key, variable in own.items():
-            if key in found and id(variable) in scaled:
+        for key, variable in self._keys().items() if found else ():
+            if key not in found and self._value_before(variable) is not None:
+                found[key] = self._value_before(variable)
+            elif key in found and id(variable) in scaled:
                 found[key] = np.asarray(found[key]) / scaled[id(variable)].factor
-        keras.layers.Layer.load_own_variables(self, found)
+        keras.layers.Layer.save_own_variables(self, own := {})
+        keys = {id(variable): key for key, variable in self._keys().items()}
+        values = {index: found.pop(keys[id(each)]) for index, each in own.items() if keys[id(each)] in found}
+        keras.layers.Layer.load_own_variables(self, {**values, **found})
         if state is not None and self.seed_generator is not None:
             self.seed_generator.state.assign(state)
         if self in _unset and not math.isclose(float(self._kl_weight), self._default_kl_weight(), rel_tol=1e-6):

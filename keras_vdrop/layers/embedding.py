@@ -1,6 +1,7 @@
 """Embedding layers."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vdrop.layers.base import VariationalLayer, left_along, product
@@ -53,9 +54,10 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
         weights = arguments.pop("weights", None)
         super().__init__(**arguments)
         if weights is not None:
-            self.build()
             table = weights[0] if isinstance(weights, list) and len(weights) == 1 else weights
-            (self.embeddings if self.kernel_prior is None else self.embeddings.loc).assign(table)
+            initializer, self.embeddings_initializer = self.embeddings_initializer, _given(table)
+            self.build()
+            self.embeddings_initializer = initializer
 
     def build(self, input_shape=None):
         if not self.built:
@@ -85,6 +87,17 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
 
     def _sign_axes(self):
         return (0,), (0, -1)
+
+
+def _given(table):
+    """An initializer: the table that is given, of whose size the posterior and its prior then are."""
+
+    def initializer(shape, dtype=None):
+        if np.shape(table) != tuple(shape):
+            raise ValueError(f"`weights` must be of the shape {tuple(shape)}. Received: shape {np.shape(table)}")
+        return ops.convert_to_tensor(np.asarray(table), dtype)
+
+    return initializer
 
 
 def _look_up(indices, table):

@@ -135,10 +135,11 @@ class TestConcrete:
         model = keras.Sequential([keras.Input((units,)), layer])
         layer.layer.kernel.assign(w[:, None])
         layer.layer.kernel.trainable = False
-        steps = 400
+        steps, batch = 400, number // 2
         rate = keras.optimizers.schedules.PolynomialDecay(0.05, steps, 0.0)
         model.compile(keras.optimizers.Adam(rate), lambda y, mean: keras.ops.square(y - mean) / (2 * deviation**2))
         x, y = np.ones((512 * steps, units), "float32"), np.zeros((512 * steps, 1), "float32")
+        # Every step sees the same examples many times: that is an epoch or two of them.
         model.fit(x, y, batch_size=512, callbacks=[kv.ELBO(number)], verbose=0)
         assert 0.05 < best < 0.5
         assert abs(float(layer.rate) - best) < 0.02

@@ -79,7 +79,7 @@ def test_mask_is_that_of_keras():
 
 @pytest.mark.parametrize("x", [[[0]], X.tolist(), [[2] * 50] * 3], ids=["one", "some", "many"])
 def test_kl_is_that_of_the_whole_table_once(x):
-    layer = embedding(kernel_prior="normal", initial_log_variance=-1.0)
+    layer = embedding(kernel_prior=kv.priors.Normal(1.0), initial_log_variance=-1.0)
     layer(np.array(x), training=True)
     expected = 0.5 * np.sum(np.exp(-1.0) + TABLE.astype("float64") ** 2 - 1.0 + 1.0)
     np.testing.assert_allclose(array(kv.kl_divergence(layer)), expected, rtol=1e-5)
