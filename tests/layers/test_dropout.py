@@ -135,7 +135,7 @@ class TestConcrete:
         model = keras.Sequential([keras.Input((units,)), layer])
         layer.layer.kernel.assign(w[:, None])
         layer.layer.kernel.trainable = False
-        steps, batch = 400, number // 2
+        steps = 400
         rate = keras.optimizers.schedules.PolynomialDecay(0.05, steps, 0.0)
         model.compile(keras.optimizers.Adam(rate), lambda y, mean: keras.ops.square(y - mean) / (2 * deviation**2))
         x, y = np.ones((512 * steps, units), "float32"), np.zeros((512 * steps, 1), "float32")
