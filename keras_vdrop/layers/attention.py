@@ -104,6 +104,10 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
         return layer
 
     @property
+    def _replayed(self):
+        return self._query_dense.seed_generator
+
+    @property
     def kl_weight(self):
         """The factor of the KL of each of the projections in the loss; assignable."""
         return self._query_dense.kl_weight if self.built else self._initial_kl_weight

@@ -237,27 +237,37 @@ class StochasticLayer(keras.layers.Layer):
 
     _replay = contextvars.ContextVar("replay", default=None)
 
+    @property
+    def _replayed(self):
+        """The generator whose state all noise within a call follows from when it is computed again, or None."""
+        return self.seed_generator
+
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """As in Keras (within `keras.RematScope`), but so that the second computation draws the noise of the first."""
-        if self.seed_generator is None:
-            return super().rematerialized_call(layer_call, *args, **kwargs)
-        # Keras tells the layers within this one of `training` at the first computation only.
-        state = ops.convert_to_tensor(self.seed_generator.state)
-        advance(self.seed_generator)
-        noisy, scope = self._noisy(kwargs.get("training")), (is_consistent(), repeated())
+        replay, scope = contextlib.nullcontext, (is_consistent(), repeated())
+        if self._replayed is not None:
+            # Keras tells the layers within this one of `training` at the first computation only.
+            state = ops.convert_to_tensor(self._replayed.state)
+            advance(self._replayed)
+            replay = functools.partial(self._replaying, state, self._noisy(kwargs.get("training")), scope)
 
         @functools.wraps(layer_call)
         def call(*args):
-            token = self._replay.set(_Replay(state, noisy))
-            try:
-                with drawing(*scope):  # whether there is noise, `noisy` says
-                    return layer_call(*args, **kwargs)
-            finally:
-                self._replay.reset(token)
+            with replay():
+                return layer_call(*args, **kwargs)
 
         # TensorFlow takes no keywords here, and Keras passes `training` as one.
         rematerialized = super().rematerialized_call(call, *args)
         return lambda *args, **_: rematerialized(*args)
+
+    @contextlib.contextmanager
+    def _replaying(self, state, noisy, scope):
+        token = self._replay.set(_Replay(state, noisy))
+        try:
+            with drawing(*scope):  # whether there is noise, `noisy` says
+                yield
+        finally:
+            self._replay.reset(token)
 
     # The KL and its weight
 
