@@ -88,7 +88,10 @@ class Case:
     def own_arguments(self):
         """The names of the arguments that Keras's layer does not have."""
         if issubclass(self.cls, VariationalLayer) or self.is_rnn:
-            return ("kernel_prior", "bias_prior", "estimator", "kl_weight", "initial_log_variance", "threshold", "seed")
+            return (
+                *("kernel_prior", "bias_prior", "estimator", "kl_weight"),
+                *("initial_log_variance", "log_variance_rate", "threshold", "seed"),
+            )
         return {
             kv.VariationalGaussianDropout: ("rate", "alpha", "prior", "axis", "kl_weight", "threshold", "seed"),
             kv.ConcreteDropout: ("initial_rate", "temperature", "prior_scale", "spatial", "kl_weight", "seed"),

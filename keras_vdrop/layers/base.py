@@ -361,7 +361,7 @@ class StochasticLayer(keras.layers.Layer):
             store[_SEED_STATE] = self.seed_generator.state
 
     def _keys(self):
-        """The layer's own variables by their keys in files: Keras's, which count, and names for fixed scales of priors."""
+        """The layer's own variables by their keys in files: Keras's, and the names of fixed scales of priors."""
         keras.layers.Layer.save_own_variables(self, own := {})
         parameters = [each for weight in self._variational_weights() for each in weight.prior_parameters.values()]
         fixed = {id(each): each for each in parameters if not each.trainable}

@@ -118,7 +118,16 @@ def test_a_bad_equation_is_named(equation):
         kv.VariationalEinsumDense(equation, (None, 3))(keras.Input((2, 4)))
 
 
-VARIATIONAL = ["kernel_prior", "bias_prior", "estimator", "kl_weight", "initial_log_variance", "threshold", "seed"]
+VARIATIONAL = [
+    "kernel_prior",
+    "bias_prior",
+    "estimator",
+    "kl_weight",
+    "initial_log_variance",
+    "log_variance_rate",
+    "threshold",
+    "seed",
+]
 
 
 @pytest.mark.parametrize(
