@@ -364,9 +364,10 @@ class StochasticLayer(keras.layers.Layer):
         """The layer's own variables by their keys in files: Keras's, and the names of fixed scales of priors."""
         keras.layers.Layer.save_own_variables(self, own := {})
         parameters = [each for weight in self._variational_weights() for each in weight.prior_parameters.values()]
-        fixed = {id(each): each for each in parameters if not each.trainable}
-        counted = [variable for variable in own.values() if id(variable) not in fixed]
-        return {**{str(i): each for i, each in enumerate(counted)}, **{each.name: each for each in fixed.values()}}
+        fixed = {id(each) for each in parameters if not each.trainable}
+        counted = [each for each in own.values() if id(each) not in fixed]
+        named = [each for each in own.values() if id(each) in fixed]
+        return {**{str(index): each for index, each in enumerate(counted)}, **{each.name: each for each in named}}
 
     def _variational_weights(self):
         return [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
