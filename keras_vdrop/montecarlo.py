@@ -87,8 +87,7 @@ class MonteCarlo(keras.Model):
             drawn from the posterior, with one mask for the whole prediction.
         sample_batch_size: Positive int, how many draws are taken side by side. What comes before the first noise is
             computed once for all of them, and accelerators are better filled; memory grows with it. It changes no
-            result. (In TensorFlow under XLA, which gains nothing by it, and on several replicas, draws are taken one
-            after the other.)
+            result. (In TensorFlow under XLA, which gains nothing by it, draws are taken one after the other.)
         **kwargs: `name`, `dtype`.
 
     Returns:
@@ -183,10 +182,8 @@ class MonteCarlo(keras.Model):
         shape = self.num_samples, len(generator_states(self.model))
         generator = FixedSeeds(self.seed_generator.state) if self.consistent else self.seed_generator
         seeds = keras.random.randint(shape, 0, 2**31 - 1, seed=generator)
-        # Of what TensorFlow makes of loops side by side, such as an RNN's, XLA does not see the end; and its operations
-        # are left without a device, so that replicas wait for each other for ever.
-        apart = _in_tensorflow() and (self.jit_compile or _has_replicas())
-        together = 1 if apart else self.sample_batch_size
+        # Of what TensorFlow makes of loops side by side, such as an RNN's, XLA does not see the end.
+        together = 1 if _in_tensorflow() and self.jit_compile else self.sample_batch_size
         first = self.num_samples % together or min(together, self.num_samples)
         if first == self.num_samples:
             return seeds, None
@@ -972,13 +969,6 @@ def _each_row(values):
 
 def _in_tensorflow():
     return keras.backend.backend() == "tensorflow"
-
-
-def _has_replicas():
-    """Whether TensorFlow runs the caller on several devices at once."""
-    import tensorflow as tf
-
-    return tf.distribute.get_strategy().num_replicas_in_sync > 1
 
 
 def _side_by_side(function, elements):
