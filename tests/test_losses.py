@@ -328,5 +328,5 @@ def test_bad_input():
     inputs = keras.Input((None, 4))
     model = keras.Model(inputs, kv.VariationalDense(2)(inputs))
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="one output of known size"):
+    with pytest.raises(ValueError, match="labels_per_example"):
         model.fit(np.ones((2, 3, 4)), np.ones((2, 3, 2)), callbacks=[kv.ELBO(2, likelihood_scale=1.0)], verbose=0)

@@ -65,7 +65,7 @@ def test_rematerialisation_draws_the_same_noise_twice(subject):
     model.compile(keras.optimizers.SGD(1e-3), lambda y, prediction: keras.ops.sum(prediction), jit_compile=False)
     layer.kl_weight = 0.0
     x = subject.inputs()
-    state = keras.ops.convert_to_numpy(layer.seed_generator.state).copy()
+    state = keras.ops.convert_to_numpy(layer._replayed.state).copy()
     before = [array(v) for v in model.trainable_variables]
     y = np.ones((len(x), *model.output_shape[1:]), "float32")
     loss = model.train_on_batch(x, y)
@@ -74,7 +74,7 @@ def test_rematerialisation_draws_the_same_noise_twice(subject):
     def replayed(values):
         for variable, value in zip(model.trainable_variables, values):
             variable.assign(value)
-        layer.seed_generator.state.assign(state)
+        layer._replayed.state.assign(state)
         return float(array(model(x, training=True)).sum())
 
     np.testing.assert_allclose(replayed(before), loss, rtol=1e-4)
