@@ -104,7 +104,8 @@ def public():
 
 
 def test_every_public_function_is_listed():
-    assert sorted(public()) == sorted(ARGUMENTS)
+    of_summaries = {"uncertainty.by_name"}
+    assert sorted(set(public()) - of_summaries) == sorted(ARGUMENTS)
 
 
 def call(name, form=None):
