@@ -115,11 +115,24 @@ class Observer:
         if own is self._steps.get(name):
             return  # a `fit` was broken off
         if name not in self._steps:
-            setattr(self.model, name, None)
-            getattr(self.model, f"make_{name}")()
+            self._make(name)
             self._steps[name] = self._observed(getattr(self.model, name))
         self._own[name] = own
         setattr(self.model, name, self._steps[name])
+
+    def _make(self, name):
+        """Have Keras make the function anew. JAX knows a step by its identity, and must trace it again."""
+        model, step_name = self.model, name.replace("function", "step")
+        step, is_set = getattr(model, step_name), step_name in vars(model)
+        setattr(model, step_name, lambda *args, **kwargs: step(*args, **kwargs))
+        try:
+            setattr(model, name, None)
+            getattr(model, f"make_{name}")()
+        finally:
+            if is_set:
+                setattr(model, step_name, step)
+            else:
+                delattr(model, step_name)
 
     def restore(self, name):
         """Put the model's step back in its place."""
