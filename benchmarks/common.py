@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import shlex
+import subprocess
 import sys
 import time
 
@@ -24,6 +25,8 @@ def parser(description, learns=True):
         parser.add_argument("--data", default=folder, help="folder of data (KERAS_VDROP_DATA)")
         parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
         parser.add_argument("--resume", action="store_true", help="make only the rows that --out does not hold yet")
+        parser.add_argument("--jobs", type=int, default=1, help="how many processes share the rows; needs --out")
+        parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     return parser
 
 
@@ -70,32 +73,81 @@ def learn_rows(networks, options, learn, rows=None):
         networks: Names, in the order in which they learn.
         options: Of the command line.
         learn: That function.
-        rows: A dict that is to hold the rows as they come, for a network that goes by another's.
+        rows: A dict that is to hold the rows as they come, for a network that goes by another's with the same seed.
 
     Returns:
         Dict from the network's name to the list of its rows, in the order of the seeds.
     """
-    settings = {key: value for key, value in vars(options).items() if key not in ("data", "out", "resume", "seeds")}
+    whatever = ("data", "out", "resume", "seeds", "jobs", "part")
+    settings = {key: value for key, value in vars(options).items() if key not in whatever}
+    wanted = [(name, seed) for seed in range(options.seeds) for name in networks]
+    by_seed = rows is not None
     rows = {} if rows is None else rows
-    rows.update(_kept_rows(options, settings))
-    for seed in range(options.seeds):
-        for name in networks:
-            if any(row["seed"] == seed for row in rows.setdefault(name, [])):
-                continue
-            begin = time.perf_counter()
-            rows[name].append({"seed": seed, **learn(name, seed)})
-            print(f"{name}, seed {seed}: {time.perf_counter() - begin:.0f} s {rows[name][-1]}", flush=True)
-            keep(options.out, {"options": settings, "rows": rows})
+    rows.update({name: [] for name in networks})
+    if options.resume:
+        for path in [options.out, *_parts(options)]:
+            _add_rows(rows, path, settings)
+    if options.jobs > 1 and options.part is None:
+        _learn_side_by_side(options, rows, settings)
+        return rows
+    path = options.out
+    if options.part is not None:
+        path = _part(options, options.part)
+        wanted = [each for i, each in enumerate(wanted) if (each[1] if by_seed else i) % options.jobs == options.part]
+    for name, seed in wanted:
+        if any(row["seed"] == seed for row in rows[name]):
+            continue
+        begin = time.perf_counter()
+        rows[name].append({"seed": seed, **learn(name, seed)})
+        print(f"{name}, seed {seed}: {time.perf_counter() - begin:.0f} s {rows[name][-1]}", flush=True)
+        keep(path, {"options": settings, "rows": rows})
     return rows
 
 
-def _kept_rows(options, settings):
-    if not options.resume or options.out is None or not options.out.is_file():
-        return {}
-    kept = json.loads(options.out.read_text())
+def _learn_side_by_side(options, rows, settings):
+    """The same command in `options.jobs` processes. Each makes some of the rows, and keeps them in a file of its own.
+
+    Whatever stops them, `--resume` finds those files.
+    """
+    if options.out is None:
+        sys.exit("--jobs needs --out, beside which every process keeps its rows.")
+    keep(options.out, {"options": settings, "rows": rows})
+    for part in _parts(options):
+        part.unlink()
+    command = [sys.executable, *sys.argv, "--resume"]
+    processes = [subprocess.Popen([*command, "--part", str(part)]) for part in range(options.jobs)]
+    failed = sum(process.wait() != 0 for process in processes)
+    for part in _parts(options):
+        _add_rows(rows, part, settings)
+    keep(options.out, {"options": settings, "rows": rows})
+    for part in _parts(options):
+        part.unlink()
+    if failed:
+        sys.exit(f"{failed} of {options.jobs} processes failed; --resume makes the rows that are missing.")
+
+
+def _part(options, part):
+    return options.out.with_suffix(f".part{part}.json")
+
+
+def _parts(options):
+    """The files of processes that have not been put together."""
+    if options.out is None or options.part is not None:
+        return []
+    return sorted(options.out.parent.glob(f"{options.out.stem}.part*.json"))
+
+
+def _add_rows(rows, path, settings):
+    """Add a file's rows to `rows`, each network's in the order of the seeds."""
+    if path is None or not path.is_file():
+        return
+    kept = json.loads(path.read_text())
     if kept["options"] != settings:
-        sys.exit(f"{options.out} holds rows of other options, {kept['options']}: name another file, or drop --resume.")
-    return kept["rows"]
+        sys.exit(f"{path} holds rows of other options, {kept['options']}: name another file, or drop --resume.")
+    for name, each in kept["rows"].items():
+        known = {row["seed"] for row in rows.setdefault(name, [])}
+        rows[name] += [row for row in each if row["seed"] not in known]
+        rows[name].sort(key=lambda row: row["seed"])
 
 
 def keep(path, result):
@@ -107,15 +159,17 @@ def keep(path, result):
 
 
 def about():
-    """The command, the versions, the machine and the date."""
+    """The command, the versions, the machine, its accelerator and the date."""
     packages = ("keras", "tensorflow", "jax", "torch", "numpy")
     return {
+        "backend": sys.modules["keras"].backend.backend() if "keras" in sys.modules else None,
         "command": shlex.join(["python", *_without_places(sys.argv)]),
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "accelerator": _accelerator(),
     }
 
 
@@ -125,6 +179,21 @@ def _processor():
     lines = path.read_text().splitlines() if path.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def _accelerator():
+    """Its name, or None where the backend has none or has not been imported."""
+    backend = sys.modules["keras"].backend.backend() if "keras" in sys.modules else None
+    if backend == "jax":
+        device = sys.modules["jax"].devices()[0]
+        return None if device.platform == "cpu" else device.device_kind
+    if backend == "tensorflow":
+        config = sys.modules["tensorflow"].config
+        devices = config.list_physical_devices("GPU")
+        return config.experimental.get_device_details(devices[0]).get("device_name") if devices else None
+    if backend == "torch" and (cuda := sys.modules["torch"].cuda).is_available():
+        return cuda.get_device_name()
+    return None
 
 
 def _without_places(arguments):
