@@ -45,8 +45,6 @@ from keras_vdrop.posterior import posteriors
 
 ESTIMATORS = (*estimators.ESTIMATORS, "auto")
 PRIORS = ("log_uniform", "normal")
-# Where log variances start, and how far a step moves them.
-POSTERIOR = {"initial_log_variance": -8.0, "log_variance_rate": 10.0}
 
 # What a problem's scores are called, and how many digits of them are shown. The spread is that of the draws: the mean
 # mutual information in nats, or for numbers the standard deviation of the means.
@@ -233,7 +231,7 @@ def variational(**arguments):
 
 
 def made(problem, estimator, prior, **arguments):
-    return problem.network(variational(estimator=estimator, kernel_prior=prior, **POSTERIOR, **arguments))
+    return problem.network(variational(estimator=estimator, kernel_prior=prior, **arguments))
 
 
 def redrawn(problem, model, estimator, prior):
@@ -379,7 +377,7 @@ def times(problems, options):
         if title == "LeNet-5, Fashion-MNIST":
             continue  # the network of the digits
         problem = problems(title)
-        for jit in (False, True):
+        for jit in (False, True) if keras.backend.backend() == "tensorflow" else (True,):
             models = {"keras.layers": problem.network(keras_layer)}
             models.update({name: made(problem, name, "log_uniform", kl_weight=1e-4) for name in options.estimators})
             steps = {name: step(problem, model, jit) for name, model in models.items()}
