@@ -101,6 +101,8 @@ def learn_rows(networks, options, learn, rows=None):
         rows[name].append({"seed": seed, **learn(name, seed)})
         print(f"{name}, seed {seed}: {time.perf_counter() - begin:.0f} s {rows[name][-1]}", flush=True)
         keep(path, {"options": settings, "rows": rows})
+    if options.part is not None:
+        sys.exit()  # the process that asked for them puts them together
     return rows
 
 
