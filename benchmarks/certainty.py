@@ -317,8 +317,8 @@ def show(rows):
         cells = {key: mean(each, key) for key in (wrong, "nll", cover, "kl", "train_nll", "left") if key in each[0]}
         for key in ("of_posterior", "of_posterior_pooled"):
             if key in each[0]:
-                error = np.sqrt(sum(row[key]["error"] ** 2 for row in each)) / len(each)
-                cells[key] = f"{mean(each, key, 'ratio'):.3f} ± {error:.3f}"
+                # Not less for several seeds: they draw by the same random numbers.
+                cells[key] = f"{mean(each, key, 'ratio'):.3f} ± {mean(each, key, 'error'):.3f}"
         for unfamiliar in each[0]["unfamiliar"]:
             kinds = ("epistemic", "total") if "kl" in each[0] else ("total",)
             aurocs = (f"{mean(each, 'unfamiliar', unfamiliar, kind, 'auroc'):.3f} {kind}" for kind in kinds)
