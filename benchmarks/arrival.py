@@ -92,15 +92,25 @@ def learn_images(prior, defaults, data, options, rate=1e-3, epochs=8):
     return {**result, "ratio": ratio, "pruned_error": error()}
 
 
+def sine(rng, rows=300):
+    """Two stretches of a sine with noise: x and y, each (rows, 1)."""
+    half = rows // 2
+    x = np.concatenate([rng.uniform(-4, -1, half), rng.uniform(1, 4, half)])[:, None].astype("float32")
+    return x, (np.sin(x) + 0.1 * rng.normal(size=x.shape)).astype("float32")
+
+
+def sine_network(dense):
+    return keras.Sequential([keras.Input((1,)), *(dense(50, activation="relu") for _ in range(2)), dense(2)])
+
+
 def learn_regression(length, defaults, seed, options):
     rate, epochs = REGRESSION[length]
     epochs = 4 if options.quick else epochs
-    rng = np.random.default_rng(seed)
-    x = np.concatenate([rng.uniform(-4, -1, 150), rng.uniform(1, 4, 150)])[:, None].astype("float32")
-    y = (np.sin(x) + 0.1 * rng.normal(size=x.shape)).astype("float32")
+    x, y = sine(np.random.default_rng(seed))
     arguments = arguments_of("normal", defaults)
-    dense = functools.partial(kv.VariationalDense, **{**arguments, "bias_prior": arguments["kernel_prior"]})
-    model = keras.Sequential([keras.Input((1,)), *(dense(50, activation="relu") for _ in range(2)), dense(2)])
+    model = sine_network(
+        functools.partial(kv.VariationalDense, **{**arguments, "bias_prior": arguments["kernel_prior"]})
+    )
     model.compile(keras.optimizers.Adam(rate), kv.losses.NormalNLL(), steps_per_execution=10)
     elbo = kv.ELBO(len(x), warmup_epochs=epochs // 4)
     model.fit(x, y, epochs=epochs, batch_size=32, callbacks=[elbo], verbose=0)
@@ -111,17 +121,16 @@ def learn_regression(length, defaults, seed, options):
     return {"kl": exact_kl(model) / len(x), "at": at, "between": between, "beyond": beyond, "times": beyond / at}
 
 
-def learn_digits(prior, defaults, options):
+def digits():
+    """The images of scikit-learn, (1797, 8, 8, 1) in [0, 1], and their labels."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
-    x = x.reshape(-1, 8, 8, 1).astype("float32") / 16
-    if prior == "plain":
-        dense, convolution = layers.Dense, layers.Conv2D
-    else:
-        arguments = arguments_of(prior, defaults)
-        dense, convolution = (functools.partial(c, **arguments) for c in (kv.VariationalDense, kv.VariationalConv2D))
-    model = keras.Sequential(
+    return x.reshape(-1, 8, 8, 1).astype("float32") / 16, y
+
+
+def digits_network(convolution, dense):
+    return keras.Sequential(
         [
             keras.Input((8, 8, 1)),
             convolution(32, 3, activation="relu"),
@@ -131,6 +140,16 @@ def learn_digits(prior, defaults, options):
             dense(10),
         ]
     )
+
+
+def learn_digits(prior, defaults, options):
+    x, y = digits()
+    if prior == "plain":
+        dense, convolution = layers.Dense, layers.Conv2D
+    else:
+        arguments = arguments_of(prior, defaults)
+        dense, convolution = (functools.partial(c, **arguments) for c in (kv.VariationalDense, kv.VariationalConv2D))
+    model = digits_network(convolution, dense)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(3e-3), loss, steps_per_execution=11)
     epochs = 3 if options.quick else 25
