@@ -9,6 +9,7 @@ import keras
 
 from keras_vdrop.diagnosis import Record
 from keras_vdrop.layers.base import check_finite, weighed_by_callback
+from keras_vdrop.losses import check_outputs
 from keras_vdrop.objective import compiled_loss_weights, likelihood_factor, outputs_of, require_loss
 from keras_vdrop.observation import Observer
 from keras_vdrop.posterior import kl_divergence, posteriors, require_posteriors
@@ -76,7 +77,8 @@ class ELBO(keras.callbacks.Callback):
 
     Warns:
         Where it sets a `kl_weight` other than the one a layer was given, and at the end of `fit`, with figures, where
-        the posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights, or β was never above 0.
+        the posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights, or β was never above 0. At
+        the beginning of `fit`, what `losses.check_outputs` says of the outputs of a loss of `losses`.
 
     Example:
         >>> import keras, keras_vdrop as kv, numpy as np
@@ -286,7 +288,10 @@ class ELBO(keras.callbacks.Callback):
         self._observer.observe("train_function")
         self._pending = True
         self._beta = 0.0
-        weighed_by_callback(not _is_built(self.model))
+        self._checked = _is_built(self.model)
+        if self._checked:
+            check_outputs(self.model)
+        weighed_by_callback(not self._checked)
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._first_epoch:
@@ -313,6 +318,8 @@ class ELBO(keras.callbacks.Callback):
     def _after_first_batch(self, steps):
         weighed_by_callback(False)
         require_posteriors(self.model)
+        if not self._checked:
+            check_outputs(self.model)
         if self._factor is None:
             raise ValueError(
                 "The KL cannot be weighed by itself for a model whose outputs are not known and whose `train_step` "

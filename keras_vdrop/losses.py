@@ -8,7 +8,7 @@ which `ELBO(likelihood_scale=...)` states.
 Outputs have the parameters of the distribution on their last axis. A raw scale becomes a scale of at least 0.001 by
 `functional.likelihoods.scale_of`, which is 0.7 at first: standardise y. Where y is of the order of 1,000, or of 0.001,
 the network spends its steps on the way there. End the model without an activation, which would keep the scale from
-most values; `check_outputs` tells.
+most values; `check_outputs` tells, and `ELBO` calls it.
 
 Keras's own metrics take outputs for predictions: `metrics=["mse"]` compares y with the raw scale too.
 `metrics.RootMeanSquaredError` and its like compare it with the mean.
@@ -504,7 +504,10 @@ def check_outputs(model, stacklevel=2):
             of Keras's that compares y with all parameters, the raw scale among them.
     """
     names = output_names(model) or ()
-    config = model.get_compile_config() or {}
+    try:
+        config = compile_config(model)
+    except Exception:  # of an object without a config: its metrics cannot be seen
+        config = {}
     for place, name in enumerate(names):
         loss = _of_output(model.loss, name, place, len(names))
         if not isinstance(loss, NegativeLogLikelihood):
@@ -519,6 +522,13 @@ def check_outputs(model, stacklevel=2):
                 "mean.",
                 stacklevel=stacklevel + 1,
             )
+
+
+def compile_config(model):
+    """What `compile` was given, as Keras saves it. It raises what an object raises that has no config."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a lambda cannot be serialized: nothing is to be
+        return model.get_compile_config() or {}
 
 
 def _of_output(given, name, place, count):

@@ -164,13 +164,16 @@ class MonteCarlo(keras.Model):
 
     def samples(self, inputs):
         """The outputs of the wrapped model under S draws, (S, B, ...)."""
+        if _has_no_rows(inputs):
+            return keras.tree.map_structure(lambda each: each[:, :0], self.samples(_one_row_of(inputs)))
         first, rest = self._seeds()
         samples = self._draws(first, inputs)
         if rest is None:
             return samples
         more = ops.map(lambda seeds: self._draws(seeds, inputs), rest)
+        count = rest.shape[0] * rest.shape[1]
         return keras.tree.map_structure(
-            lambda one, others: ops.concatenate([one, ops.reshape(others, (-1, *ops.shape(one)[1:]))]), samples, more
+            lambda one, others: ops.concatenate([one, ops.reshape(others, (count, *ops.shape(one)[1:]))]), samples, more
         )
 
     def _seeds(self):
@@ -226,6 +229,8 @@ class MonteCarlo(keras.Model):
     # Statistics
 
     def call(self, inputs):
+        if _has_no_rows(inputs):  # of which TensorFlow can compute neither draws side by side nor their sums
+            return _without_rows(self.call(_one_row_of(inputs)))
         if self.output_kind == "samples":
             return keras.tree.map_structure(lambda each: ops.swapaxes(each, 0, 1), self.samples(inputs))
         summary = self._summary()
@@ -322,12 +327,33 @@ class MonteCarlo(keras.Model):
         return super().make_test_function(force)
 
     def predict(self, x, *args, **kwargs):
-        """As in Keras; gives `Predictions`, a dict of them by the name of the output, or an array of samples."""
-        return self._told(super().predict(x, *args, **kwargs))
+        """As in Keras; gives `Predictions`, a dict of them by the name of the output, or an array of samples.
+
+        Of arrays without rows it gives arrays without rows. Of a data set without a batch it cannot know their shapes.
+
+        Raises:
+            ValueError: For a data set or generator that has no batch.
+        """
+        if _has_no_rows(x):
+            return self.predict_on_batch(x)
+        # JAX takes the values out of the variables, and has none to put back where there is no batch.
+        values = [variable.value for variable in self.variables] if keras.backend.backend() == "jax" else []
+        try:
+            result = super().predict(x, *args, **kwargs)
+        except UnboundLocalError as error:  # of Keras's last batch
+            for variable, value in zip(self.variables, values):
+                variable.assign(value)
+            raise ValueError(
+                f"There is nothing to predict: the data have no batch. Received: x={x!r}; give arrays of 0 rows for "
+                "predictions of 0 rows."
+            ) from error
+        return self._told(result)
 
     def predict_on_batch(self, x):
         """The same, of one batch."""
-        return self._told(super().predict_on_batch(x))
+        if not _has_no_rows(x):
+            return self._told(super().predict_on_batch(x))
+        return self._told(_without_rows(super().predict_on_batch(_one_row_of(x))))
 
     def _told(self, result):
         """Arrays as `predict` gives them, once what is wrong with them is said."""
@@ -621,7 +647,7 @@ class _Reading:
 
     def told(self, arrays):
         """`Predictions` of arrays, once they are known to be probabilities where they should."""
-        if self.is_classes and not self.from_logits:
+        if self.is_classes and not self.from_logits and len(arrays["probability"]):
             _check_probabilities(*_range_of(arrays["probability"], self.likelihood, np))
         return Predictions(arrays)
 
@@ -963,8 +989,34 @@ class Predictions(dict):
 
 def _each_row(values):
     """The sums over all but the first axis."""
-    values = np.asarray(values)
-    return values.reshape(len(values), -1).sum(axis=1)
+    return _flat_rows(np.asarray(values)).sum(axis=1)
+
+
+def _flat_rows(values):
+    """(B, ...) as (B, n), of NumPy arrays that may have no rows."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
+
+
+def _has_no_rows(inputs):
+    """Whether inputs are arrays of 0 rows."""
+    shapes = [tuple(getattr(each, "shape", ())) for each in keras.tree.flatten(inputs)]
+    return bool(shapes) and all(shape[:1] == (0,) for shape in shapes)
+
+
+def _without_rows(found):
+    return keras.tree.map_structure(lambda each: each[:0], found)
+
+
+def _one_row_of(inputs):
+    """One row of zeros in the layout of inputs that have none."""
+
+    def row(each):
+        if ops.is_tensor(each):
+            return ops.zeros((1, *ops.shape(each)[1:]), dtype=each.dtype)
+        each = np.asarray(each)
+        return np.zeros((1, *each.shape[1:]), each.dtype)
+
+    return keras.tree.map_structure(row, inputs)
 
 
 def _in_tensorflow():
@@ -995,7 +1047,7 @@ def _rows_not_finite(result):
     arrays = keras.tree.flatten(result)
     rows = np.zeros(len(arrays[0]), bool)
     for values in arrays:
-        rows |= ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        rows |= ~_flat_rows(np.isfinite(values)).all(axis=1)
     return int(rows.sum())
 
 

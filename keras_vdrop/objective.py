@@ -7,11 +7,10 @@ negative ELBO.
 
 import collections
 import math
-import warnings
 
 from keras import losses as keras_losses
 
-from keras_vdrop.losses import NegativeLogLikelihood, mask_of
+from keras_vdrop.losses import NegativeLogLikelihood, compile_config, mask_of
 
 # Every number that an example has is a term of the mean.
 _MEANS_OVER_NUMBERS = (
@@ -185,15 +184,13 @@ def compiled_loss_weights(model):
     Raises:
         ValueError: Where Keras cannot tell.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a lambda cannot be serialized: nothing is to be
-        try:
-            return model.get_compile_config().get("loss_weights")
-        except Exception as error:
-            raise ValueError(
-                f"The `loss_weights` of {model.name!r} cannot be read from its compile config ({error}). {_WAY_OUT}, "
-                "divided by the weight of the loss."
-            ) from error
+    try:
+        return compile_config(model).get("loss_weights")
+    except Exception as error:
+        raise ValueError(
+            f"The `loss_weights` of {model.name!r} cannot be read from its compile config ({error}). {_WAY_OUT}, "
+            "divided by the weight of the loss."
+        ) from error
 
 
 def require_loss(model):

@@ -9,6 +9,7 @@ import contextlib
 import keras
 from keras import ops
 
+from keras_vdrop.functional import tracing
 from keras_vdrop.layers.base import kl_costs
 from keras_vdrop.objective import outputs_of
 
@@ -115,24 +116,9 @@ class Observer:
         if own is self._steps.get(name):
             return  # a `fit` was broken off
         if name not in self._steps:
-            self._make(name)
-            self._steps[name] = self._observed(getattr(self.model, name))
+            self._steps[name] = self._observed(tracing.new_function(self.model, name.removesuffix("_function")))
         self._own[name] = own
         setattr(self.model, name, self._steps[name])
-
-    def _make(self, name):
-        """Have Keras make the function anew. JAX knows a step by its identity, and must trace it again."""
-        model, step_name = self.model, name.replace("function", "step")
-        step, is_set = getattr(model, step_name), step_name in vars(model)
-        setattr(model, step_name, lambda *args, **kwargs: step(*args, **kwargs))
-        try:
-            setattr(model, name, None)
-            getattr(model, f"make_{name}")()
-        finally:
-            if is_set:
-                setattr(model, step_name, step)
-            else:
-                delattr(model, step_name)
 
     def restore(self, name):
         """Put the model's step back in its place."""

@@ -225,7 +225,7 @@ class CompiledByScope:
         kind = _kind(scope)
         with self._lock:
             if kind not in self._functions:
-                self._functions[kind] = self._make()
+                self._functions[kind] = tracing.new_function(self._model, self._name)
         if kind:
             scope.held.update((id(state), state) for state in generator_states(self._model))
         result = self._functions[kind](*args, **kwargs)
@@ -236,22 +236,6 @@ class CompiledByScope:
 
     def __getattr__(self, name):
         return getattr(next(iter(self._functions.values())), name)
-
-    def _make(self):
-        """Another function, by Keras; the model keeps this one."""
-        model, step_name, name = self._model, f"{self._name}_step", f"{self._name}_function"
-        step, is_set = getattr(model, step_name), step_name in vars(model)
-        # JAX knows a function by its identity, and would not trace the same method again.
-        setattr(model, step_name, lambda *args, **kwargs: step(*args, **kwargs))
-        try:
-            getattr(model, f"make_{self._name}_function")(force=True)
-            return getattr(model, name)
-        finally:
-            setattr(model, name, self)
-            if is_set:
-                setattr(model, step_name, step)
-            else:
-                delattr(model, step_name)
 
 
 def repeated():

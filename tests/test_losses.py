@@ -1,5 +1,7 @@
 """Likelihoods: SciPy's densities, sums over what an example holds, and the ELBO that they make."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -300,6 +302,42 @@ def test_a_metric_of_all_parameters_is_said(metric):
     several.compile("sgd", {"a": NORMAL(), "b": "mse"}, metrics={"a": [metric]})
     with pytest.warns(UserWarning, match="raw scale"):
         losses.check_outputs(several)
+
+
+@pytest.mark.parametrize("with_input", [True, False])
+def test_elbo_says_it_at_the_beginning_of_fit(with_input):
+    """Of a model that its first batch builds, after that."""
+
+    def model_of(loss, activation):
+        own = [keras.Input((3,))] if with_input else []
+        model = keras.Sequential([*own, kv.VariationalDense(2, activation=activation)])
+        model.compile(keras.optimizers.SGD(0.0), loss, metrics=["mse"])
+        return model
+
+    def fit(model):
+        y = np.zeros((8, 2 if model.loss == "mse" else 1))
+        model.fit(np.ones((8, 3)), y, callbacks=[kv.ELBO(8)], verbose=0)
+
+    with pytest.warns(UserWarning, match="'relu'") as said:
+        fit(model_of(NORMAL(), "relu"))
+    assert [sum(words in str(each.message) for each in said) for words in ("'relu'", "raw scale among")] == [1, 1]
+    with warnings.catch_warnings(record=True) as said:
+        fit(model_of("mse", "relu"))
+    assert not [each for each in said if "raw scale" in str(each.message)]
+
+
+class Nameless(keras.metrics.MeanSquaredError):
+    def get_config(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("metric", [lambda y, outputs: 0.0, Nameless()], ids=["lambda", "without_config"])
+def test_metrics_that_cannot_be_saved_are_no_hindrance(metric):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="relu")])
+    model.compile("sgd", NORMAL(), metrics=[metric])
+    with pytest.warns(UserWarning) as said:
+        losses.check_outputs(model)
+    assert ["relu" in str(each.message) for each in said if each.category is UserWarning] == [True]
 
 
 def test_scale_of_a_mean_squared_error():

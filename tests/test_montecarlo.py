@@ -842,3 +842,76 @@ def test_export_to_runtimes_without_its_draws_is_refused(format, tmp_path):
     with pytest.raises(ValueError, match=f"format='{format}'.*compact"):
         kv.MonteCarlo(network(), 2).export(tmp_path / "drawn", format=format)
     assert not list(tmp_path.iterdir())
+
+
+# No rows
+
+
+NO_ROWS = [
+    ({"likelihood": "categorical"}, {"probability": (0, 2), "mutual_information": (0,)}),
+    ({"likelihood": "normal"}, {"mean": (0,), "epistemic_variance": (0,)}),
+    ({"consistent": True, "sample_batch_size": 1}, {"mean": (0, 2), "variance": (0, 2)}),
+    ({"output": "samples"}, {None: (0, 20, 2)}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "shapes"), NO_ROWS, ids=str)
+def test_no_rows_give_arrays_without_rows(arguments, shapes):
+    sampler = kv.MonteCarlo(network(), 20, **arguments)
+    first = np.zeros((0, 4), "float32")
+
+    def check(found):
+        found = {None: found} if None in shapes else found
+        assert {name: tuple(found[name].shape) for name in shapes} == shapes
+
+    check(sampler(ops.convert_to_tensor(first)))
+    check(sampler.predict(first, verbose=0))
+    check(sampler.predict_on_batch(first))
+    sampler.predict(X, verbose=0)
+    check(sampler.predict_on_batch(first))
+    assert sampler.samples(first).shape == (20, 0, 2)
+
+
+def test_predictions_of_no_rows_answer():
+    x = np.zeros((0, 4))
+    classes = kv.MonteCarlo(network(), 3, likelihood="categorical").predict(x, verbose=0)
+    numbers = kv.MonteCarlo(network(), 3, likelihood="normal").predict(x, verbose=0)
+    answers = [classes.uncertainty(), classes.bald(), classes.abstain(0.5), numbers.stddev(), *numbers.interval()]
+    assert [answer.shape for answer in answers] == [(0,)] * 6
+    probabilities = keras.Sequential([keras.Input((4,)), network(), layers.Softmax()])
+    sampler = kv.MonteCarlo(probabilities, 3, likelihood="categorical", from_logits=False)
+    assert sampler.predict(x, verbose=0).probability.shape == (0, 2)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if str(case) in ("conv_2d", "embedding_mask", "gru")], ids=str)
+def test_other_layers_predict_no_rows(case):
+    model = case.model()
+    shape = (0, *case.shape[1:])
+    found = kv.MonteCarlo(model, 3).predict(case.inputs(shape=shape), verbose=0)
+    assert found["mean"].shape == (0, *model.output_shape[1:])
+
+
+def test_no_rows_of_several_inputs():
+    inputs = {name: keras.Input((4,), name=name) for name in ("a", "b")}
+    model = keras.Model(inputs, kv.VariationalDense(2)(inputs["a"] + inputs["b"]))
+    found = kv.MonteCarlo(model, 3).predict(dict.fromkeys("ab", np.zeros((0, 4))), verbose=0)
+    assert found["mean"].shape == (0, 2)
+
+
+class NoBatches(keras.utils.PyDataset):
+    def __len__(self):
+        return 0
+
+    def __getitem__(self, index):
+        raise IndexError(index)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_a_data_set_without_a_batch_is_refused_and_leaves_the_model_as_it_was():
+    model = network()
+    mean = array(model(X))
+    sampler = kv.MonteCarlo(model, 3, seed=0)
+    with pytest.raises(ValueError, match=r"have no batch.*arrays of 0 rows|has length 0"):
+        sampler.predict(NoBatches(), verbose=0)
+    np.testing.assert_array_equal(array(model(X)), mean)
+    assert sampler.predict(X, verbose=0)["mean"].shape == (3, 2)

@@ -30,6 +30,29 @@ def compiled_function():
     return None
 
 
+def new_function(model, name):
+    """Another `model.predict_function` by Keras, which traces the step anew. The model keeps the one that it has.
+
+    Args:
+        model: A compiled `keras.Model`.
+        name: "predict", "test" or "train".
+    """
+    step_name, function_name = f"{name}_step", f"{name}_function"
+    own, step, is_set = getattr(model, function_name), getattr(model, step_name), step_name in vars(model)
+    # JAX knows a function by its identity, and would not trace the same method again.
+    setattr(model, step_name, lambda *args, **kwargs: step(*args, **kwargs))
+    setattr(model, function_name, None)
+    try:
+        getattr(model, f"make_{function_name}")()
+        return getattr(model, function_name)
+    finally:
+        setattr(model, function_name, own)
+        if is_set:
+            setattr(model, step_name, step)
+        else:
+            delattr(model, step_name)
+
+
 def _owner(is_boundary, otherwise):
     """What the innermost compiled function on the stack is; without one, the step that was met or `otherwise`.
 

@@ -182,6 +182,7 @@ class StochasticLayer(keras.layers.Layer):
 
     def build(self, input_shape):
         super().build(input_shape)
+        _plain_variable(self.variable_dtype)  # here, where variables may be made
         self._build_noise()
 
     def _build_noise(self):
@@ -550,10 +551,22 @@ class VariationalLayer(DropIn, StochasticLayer):
         self._posterior_size += weight.size
         return weight
 
+    def _dtype_with(self, x):
+        """In what the Keras layer would compute with x: not its own policy's where `TimeDistributed` calls it."""
+        weight = _plain_variable(self.variable_dtype).dtype
+        given = keras.backend.standardize_dtype(x.dtype)
+        if given == weight or not is_float(x):
+            return weight
+        # Keras has no result of float64.
+        return "float64" if "float64" in (weight, given) else keras.backend.result_type(weight, given)
+
     def _apply(self, weight, linear, x, noisy, estimator=None, sign_axes=None):
         """`linear(x, weight)` for a plain or a variational weight."""
+        dtype = self._dtype_with(x)
+        if is_float(x):
+            x = ops.cast(x, dtype)
         if not isinstance(weight, VariationalWeight):
-            return linear(x, ops.cast(weight, self.compute_dtype))
+            return linear(x, ops.cast(weight, dtype))
         return weight.apply(
             linear,
             x,
@@ -561,7 +574,7 @@ class VariationalLayer(DropIn, StochasticLayer):
             estimator=estimator or self._estimator(x.shape),
             seed=self._seeds(weight.name),
             sign_axes=sign_axes or self._sign_axes(),
-            dtype=self.compute_dtype,
+            dtype=dtype,
         )
 
     # Saving
@@ -619,7 +632,7 @@ class AffineLayer(VariationalLayer):
         if self._channel_axis() == 1:
             shape = [1, -1] + [1] * (rank - 2)
         if not isinstance(self.bias, VariationalWeight):
-            return ops.reshape(ops.cast(self.bias, x.dtype), shape)
+            return ops.reshape(ops.cast(self.bias, self._dtype_with(x)), shape)
         ones = ops.ones((ops.shape(x)[0], *[1] * (rank - 1)), x.dtype)
         every_axis = tuple(range(rank))
         add = lambda one, bias: one * ops.reshape(bias, shape)  # noqa: E731
@@ -634,6 +647,17 @@ class _Replay(FixedSeeds):
     def __init__(self, state, noisy):
         super().__init__(state)
         self.noisy = noisy
+
+
+@functools.cache
+def _plain_variable(dtype):
+    """A variable as Keras's layers have it: its `dtype` is that of its values where it is asked for."""
+    return keras.Variable(keras.initializers.Zeros(), shape=(), dtype=dtype, trainable=False)
+
+
+def is_float(x):
+    """Whether a tensor is of a floating type."""
+    return keras.backend.is_float_dtype(x.dtype)
 
 
 def left_along(kept, axes):

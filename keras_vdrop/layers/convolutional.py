@@ -337,5 +337,6 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
 
     def _pointwise(self, x, kernel):
         if self.data_format == "channels_first":  # which TensorFlow convolves on few devices
-            return ops.moveaxis(ops.matmul(ops.moveaxis(x, 1, -1), kernel[0, 0]), -1, 1)
+            product = ops.matmul(ops.moveaxis(x, 1, -1), kernel[0, 0])
+            return ops.cast(ops.moveaxis(product, -1, 1), kernel.dtype)  # of float64, PyTorch's product is float32
         return ops.conv(x, kernel, 1, "valid", self.data_format)

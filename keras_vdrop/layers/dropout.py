@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_vdrop import priors
 from keras_vdrop.functional import noise
-from keras_vdrop.layers.base import StochasticLayer, check_finite, check_positive, check_rate, left_along
+from keras_vdrop.layers.base import StochasticLayer, check_finite, check_positive, check_rate, is_float, left_along
 from keras_vdrop.posterior import KLPenalty, Posterior, VariationalWeight
 from keras_vdrop.sampling import mask_shape
 
@@ -130,7 +130,8 @@ class VariationalGaussianDropout(StochasticLayer):
         shape = [1] * len(inputs.shape)
         shape[self.axis] = -1
         # The scales of an example are those of an input of ones: the same at all places.
-        ones = ops.ones((ops.shape(inputs)[0], *[1] * (len(inputs.shape) - 1)), self.compute_dtype)
+        dtype = inputs.dtype if is_float(inputs) else self.compute_dtype
+        ones = ops.ones((ops.shape(inputs)[0], *[1] * (len(inputs.shape) - 1)), dtype)
         scale = self.scale.apply(
             lambda one, scale: one * ops.reshape(scale, shape),
             ones,
@@ -138,7 +139,7 @@ class VariationalGaussianDropout(StochasticLayer):
             estimator="local_reparameterization",
             seed=self._seeds(),
             sign_axes=None,
-            dtype=self.compute_dtype,
+            dtype=dtype,
         )
         return inputs * scale
 

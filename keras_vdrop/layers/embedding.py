@@ -72,6 +72,9 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
         indices = inputs if taken else ops.cast(inputs, "int32")
         return self._apply(self.embeddings, _look_up, indices, self._noisy(training))
 
+    def _dtype_with(self, x):
+        return self.compute_dtype  # to which Keras's layer casts, wherever it is called
+
     def compute_output_spec(self, inputs, training=False):
         return super().compute_output_spec(inputs)
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import keras_vdrop as kv
 from tests.cases import CASES, array, posteriors, randomize, rates
 
 WEIGHT = 0.01
@@ -119,6 +120,27 @@ def test_half_frozen_posterior_keeps_its_kl(subject, frozen):
         getattr(weight, frozen).trainable = False
     total = sum(float(array(loss)) for loss in model.losses)
     np.testing.assert_allclose(total, expected_kl(model), rtol=1e-4)
+
+
+@pytest.mark.parametrize("subject", [case for case in CASES if case.is_kernel], ids=str)
+def test_pruned_weights_have_no_kl(subject):
+    """Under N(0, s²) a weight of mean 0 has a KL of its variance, which only the mask takes out."""
+    scale = 0.5
+    model = alone(subject.with_prior(kv.priors.Normal(scale)).replace(kl_weight=WEIGHT))
+    randomize(model)
+    rng, expected = np.random.default_rng(1), 0.0
+    for weight in posteriors(model):
+        left = rng.uniform(size=weight.shape) < 0.5
+        weight.mask.assign(left)
+        weight.loc.assign(weight.mean())
+        if weight.prior.get_config() == kv.priors.Normal(scale).get_config():
+            ratio = np.exp(array(weight.log_variance)) / scale**2
+            kl = 0.5 * (ratio + (array(weight.loc) / scale) ** 2 - 1.0 - np.log(ratio))
+        else:  # of a bias
+            kl = array(weight.prior.kl(array(weight.loc), array(weight.log_variance)))
+        expected += (kl * left).sum()
+    np.testing.assert_allclose(float(array(kv.kl_divergence(model))), expected, rtol=1e-4)
+    np.testing.assert_allclose(sum(float(array(loss)) for loss in model.losses), WEIGHT * expected, rtol=1e-4)
 
 
 # The regularizer of each family's weights, by the name of its argument and of the weight.
