@@ -15,9 +15,9 @@
 
 Of each, three networks learn for as many steps: "plain" is of Keras's own layers, "default" of ours with no argument
 but Keras's own and with `kv.ELBO(num_examples=len(x))`, and "normal" has `kernel_prior="normal"` besides. All learn by
-Adam from 3e-3 linearly to 0, in batches of 32. Nothing else was chosen: the number of epochs is up to three times that of a trial by
-`--validation`, which shows other data of the same kind in place of the test's, and whose posteriors were still on their
-way. Data and networks are others with every seed; the digits have one split.
+Adam from 3e-3 linearly to 0, in batches of 32. Nothing else was chosen: the number of epochs is up to three times that
+of a trial by `--validation`, which shows other data of the same kind in place of the test's, and whose posteriors were
+still on their way. Data and networks are others with every seed; the digits have one split.
 
 Kept of each network:
 
