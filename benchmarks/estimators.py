@@ -1,7 +1,7 @@
 """Which noise to learn by, and which to predict by: every estimator, judged by one measure.
 
     python benchmarks/estimators.py --data DIR --out benchmarks/results/estimators.json
-    python benchmarks/estimators.py --topics time --data DIR --out benchmarks/results/estimators.json
+    python benchmarks/estimators.py --topics time --repeats 15 --data DIR --out benchmarks/results/estimators.json
 
 Four problems: LeNet-5 on MNIST and on Fashion-MNIST, the Transformer of text_transformer.py, and, made up, a
 convolutional network that pools over all places before it predicts one number. Each learns by each estimator; what was

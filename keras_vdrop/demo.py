@@ -1,5 +1,6 @@
 """The demonstration: one small convolutional network, plain, with Keras's dropout and variational, side by side."""
 
+import functools
 import itertools
 import pathlib
 import time
@@ -14,6 +15,8 @@ from keras_vdrop.functional import calibration
 from keras_vdrop.layers.base import check_non_negative
 
 THRESHOLD = 3.0
+# Log variances that rise slowly leave fewer weights than the defaults do.
+SLOW = {"initial_log_variance": -8.0, "log_variance_rate": 1.0}
 NUM_SAMPLES = 32
 
 
@@ -147,7 +150,7 @@ def run(out="demo", seed=0, quick=False, beta=0.3):
     dropout = train(network(layers.Dense, layers.Conv2D, dropout=0.5), x, y, epochs)
     print(f"\nVariational, the weight of the KL rising to {beta:g} / {len(x)} over the first half")
     elbo = kv.ELBO(num_examples=len(x), schedule=lambda epoch: beta * min(1.0, 2 * epoch / epochs))
-    model = network(kv.VariationalDense, kv.VariationalConv2D)
+    model = network(*(functools.partial(cls, **SLOW) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
     train(model, x, y, epochs, [elbo, kv.SparsityLogger()], rate=6e-3)
 
     dense = kv.sparsity(model).weights
