@@ -156,11 +156,11 @@ def _arrays(path, count, parser):
 
 
 def _or_error(parser, action):
-    """What the action returns; what it refuses is an error of the command line."""
+    """What the action returns; what it refuses is an error of the command line, of whatever kind the backend's is."""
     try:
         return action()
-    except (ValueError, TypeError, RuntimeError) as error:
-        parser.error(str(error))
+    except Exception as error:
+        parser.error(_one_line(error))
 
 
 def _one_line(error):

@@ -12,7 +12,7 @@ from keras_vdrop.layers.base import check_finite, weighed_by_callback
 from keras_vdrop.losses import check_outputs
 from keras_vdrop.objective import compiled_loss_weights, likelihood_factor, outputs_of, require_loss
 from keras_vdrop.observation import Observer
-from keras_vdrop.posterior import kl_divergence, posteriors, require_posteriors
+from keras_vdrop.posterior import learning_posteriors, posteriors, require_posteriors
 from keras_vdrop.pruning import sparsity
 
 # What fraction of its full weight the KL has when a fraction p of the warm-up is over.
@@ -329,7 +329,7 @@ class ELBO(keras.callbacks.Callback):
         if self._pending:
             self._start()
         examples = self._observer.examples_seen(steps)
-        batch_size = 0 if examples is None else examples / steps
+        batch_size = self._batch_size = 0 if examples is None else examples / steps
         if batch_size > self.num_examples or (self.num_examples == self._steps and batch_size > 1):
             raise ValueError(
                 f"`num_examples` must be the number of training examples. Received: num_examples={self.num_examples} "
@@ -370,6 +370,13 @@ class ELBO(keras.callbacks.Callback):
                 f"{labels:.0f}. `ELBO` weighs the KL for the labels of an example by itself: pass "
                 "`num_examples=len(x)`.",
             )
+        elif self._seen and self._seen + self._batch_size <= self.num_examples:
+            self._tell(
+                "examples",
+                f"An epoch has seen {self._seen:.0f} examples, fewer than there are: num_examples={self.num_examples}. "
+                "Pass the number of examples to learn from, without those that `validation_split` holds back. Where "
+                "`steps_per_epoch` ends an epoch early, all is well.",
+            )
 
     def on_epoch_end(self, epoch, logs=None):
         self._steps = self._steps or self._last_batch + 1
@@ -377,7 +384,7 @@ class ELBO(keras.callbacks.Callback):
         self._note_examples()
         if logs is None:
             return
-        kl = float(keras.ops.convert_to_numpy(kl_divergence(self.model)))
+        kl = float(sum(keras.ops.convert_to_numpy(each.kl()) for each in learning_posteriors(self.model)))
         logs.setdefault("kl", kl)
         self._record.add(self.model, self._beta, logs.get("nll"), kl)
 

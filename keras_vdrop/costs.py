@@ -28,35 +28,41 @@ def places(model_or_layer):
     }
 
 
-def used_repeatedly(model_or_layer):
+def used_repeatedly(model_or_layer, calls_within=1):
     """The layers of which one example uses a weight more than once: at several places, in lookups, or call by call.
 
     Args:
         model_or_layer: As for `places`.
+        calls_within: How often a layer or a subclassed model of the user's is taken to call each layer within it: 1, or
+            None where that is not known, so that those layers are all among the found.
 
     Returns:
         List of pairs: each of those of our layers that draw weights, and whether all uses are in one call.
     """
     found = []
-    for layer, calls in _all_calls(model_or_layer, VariationalLayer):
+    for layer, calls in _all_calls(model_or_layer, VariationalLayer, calls_within):
         uses = [product([times, layer.uses(shape)]) for shape, times in calls]
         if layer.draws and known_sum(uses) != 1:
             found.append((layer, all(layer.uses(shape) != 1 for shape, _ in calls)))
     return found
 
 
-def _all_calls(model_or_layer, cls):
+def _all_calls(model_or_layer, cls, calls_within=1):
     """Each layer of a class within a model, with its calls: pairs of the shape of inputs, and how often."""
     found = {}
 
     def visit(layer, shape, times):
         if isinstance(layer, cls) and shape is not None:
             found.setdefault(id(layer), (layer, []))[1].append((shape, times))
-        for inner, inner_shape, often in _calls(layer, shape):
+        for inner, inner_shape, often in _calls(layer, shape, calls_within):
             visit(inner, inner_shape, product([times, often]))
 
     visit(model_or_layer, _built_shape(model_or_layer), 1)
     return found.values()
+
+
+# The packages whose layers call each layer within them once.
+_CALL_ONCE = ("keras", "keras_vdrop")
 
 
 def known_sum(numbers):
@@ -78,7 +84,7 @@ def file_sizes(path):
     return sum(map(len, contents)), sum(len(gzip.compress(content, mtime=0)) for content in contents)
 
 
-def _calls(layer, shape):
+def _calls(layer, shape, calls_within):
     """What a layer calls: each layer, the shape of its inputs, and how often."""
     outputs = getattr(layer, "outputs", None)
     if isinstance(layer, keras.Model) and outputs:
@@ -86,8 +92,11 @@ def _calls(layer, shape):
             if isinstance(node.operation, keras.layers.Layer) and node.input_tensors:
                 yield node.operation, node.input_tensors[0].shape, 1
         return
-    is_over_time = isinstance(layer, (keras.layers.RNN, keras.layers.TimeDistributed))
-    times = shape[1] if is_over_time and shape else 1
+    if isinstance(layer, (keras.layers.RNN, keras.layers.TimeDistributed)):
+        times = shape[1] if shape else 1
+    else:
+        is_known = type(layer).__module__.partition(".")[0] in _CALL_ONCE
+        times = 1 if is_known else calls_within
     for inner in layer._flatten_layers(include_self=False, recursive=False):
         yield inner, _built_shape(inner), times
 

@@ -3,7 +3,7 @@
 import numpy as np
 from keras import ops
 
-from keras_vdrop.posterior import VariationalWeight, posteriors
+from keras_vdrop.posterior import VariationalWeight, learning_posteriors
 from keras_vdrop.pruning import sparsity
 
 # Fewer epochs of one KL weight say nothing.
@@ -111,9 +111,9 @@ _SHARE, _LITTLE, _STRAIGHT = 1.0, 1.0, 0.8
 
 
 def _log_variances(model):
-    """Those of some weights of each kind, one array."""
+    """Of the weights that learn, those of some numbers of each, one array."""
     found = [np.zeros(0)]
-    for posterior in posteriors(model):
+    for posterior in learning_posteriors(model):
         if isinstance(posterior, VariationalWeight):
             values = np.ravel(ops.convert_to_numpy(ops.convert_to_tensor(posterior.log_variance)))
             found.append(values[:: max(1, values.size // _FOLLOWED)])

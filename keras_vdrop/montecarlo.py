@@ -133,6 +133,8 @@ class MonteCarlo(keras.Model):
         check_positive_int("sample_batch_size", sample_batch_size)
         if output not in _OUTPUTS:
             raise ValueError(f"`output` must be one of {_OUTPUTS}. Received: output={output!r}")
+        if isinstance(model, MonteCarlo):
+            raise ValueError(f"{model.name!r} is a MonteCarlo already: give the model that it draws, its `model`.")
         readings = _readings(likelihood, from_logits)
         if not model.built:
             raise ValueError(f"The model {model.name!r} has not been built: call it on some data first.")
@@ -200,10 +202,11 @@ class MonteCarlo(keras.Model):
         """The same, and the masks (B, ...) of the outputs by their places, as far as they have one."""
         states = generator_states(self.model)
         ids = {id(state) for state in states}
-        # Of what learned with noise of each place's own, draws are like that too.
+        # How often a layer of the user's calls those within it, only its code tells: they keep their draws as well. Of
+        # what learned with noise of each place's own, draws are like that too.
         repeated = [
             id(layer.seed_generator.state)
-            for layer, _ in costs.used_repeatedly(self.model)
+            for layer, _ in costs.used_repeatedly(self.model, calls_within=None)
             if layer.estimator != "local_reparameterization"
         ]
         held = [(v, ops.convert_to_tensor(v)) for v in self.model.variables if id(v) not in ids]
@@ -591,7 +594,8 @@ class _Reading:
     """
 
     def __init__(self, likelihood, from_logits, name=None):
-        if not (likelihood in _LIKELIHOODS or hasattr(likelihood, "moments")):
+        is_loss = hasattr(likelihood, "moments") and not isinstance(likelihood, type)
+        if not (likelihood in _LIKELIHOODS or is_loss):
             raise ValueError(
                 f"`likelihood` must be one of {_LIKELIHOODS}, one of `keras_vdrop.losses`, or a dict of these by the "
                 f"names of outputs. Received: likelihood={likelihood!r}"
@@ -880,6 +884,9 @@ class Predictions(dict):
         >>> drawn.bald().shape
         (20,)
     """
+
+    def __dir__(self):
+        return [*super().__dir__(), *self]
 
     def __getattr__(self, name):
         if name in self:

@@ -273,6 +273,12 @@ def prunable_weights(model_or_layer):
     return [weight for weight in found if isinstance(weight, VariationalWeight) and weight.prunable]
 
 
+def learning_posteriors(model):
+    """Those of which anything is trainable: whose KL is in the loss."""
+    trainable = {id(variable) for variable in model.trainable_variables}
+    return [each for each in posteriors(model) if any(id(variable) in trainable for variable in each.variables)]
+
+
 def kl_divergence(model_or_layer):
     """Σ KL(posterior ‖ prior) over all posteriors, in nats, not weighted: a scalar tensor.
 

@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 _OPERATORS = (
-    *("add", "sub", "mul", "truediv", "pow", "matmul", "neg", "pos", "abs", "getitem", "lt", "le", "gt", "ge"),
+    *("add", "sub", "mul", "truediv", "pow", "matmul", "neg", "pos", "abs", "getitem"),
+    *("eq", "ne", "lt", "le", "gt", "ge"),
     *("radd", "rsub", "rmul", "rtruediv", "rpow", "rmatmul"),
 )
 
@@ -31,6 +32,12 @@ class VariableLike:
     @property
     def ndim(self):
         return len(self.shape)
+
+    # It compares number by number, and is in a dict or a set as itself.
+    __hash__ = object.__hash__
+
+    def __bool__(self):
+        raise TypeError(f"{self!r} has no truth value: use `is None`, or `keras.ops.any` or `all` of a comparison.")
 
     def numpy(self):
         """The values as a NumPy array."""

@@ -102,6 +102,21 @@ def test_an_epoch_of_more_examples_than_there_are_is_said(validation):
         built().fit(X, Y, callbacks=[kv.ELBO(num_examples=40)], verbose=0, **validation)
 
 
+def test_an_epoch_of_fewer_examples_than_there_are_is_said():
+    with pytest.warns(RuntimeWarning, match=r"seen 32 examples.*num_examples=64.*validation_split"):
+        built().fit(X, Y, validation_split=0.5, callbacks=[kv.ELBO(num_examples=len(X))], verbose=0)
+
+
+def test_the_kl_of_the_logs_is_that_of_the_loss():
+    """Without what is frozen, which is in the loss no more."""
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(8), kv.VariationalDense(1)])
+    model.layers[0].trainable = False
+    model.compile("sgd", "mse")
+    elbo = kv.ELBO(len(X), start_epoch=0, warmup_epochs=0, likelihood_scale=0.5**0.5)
+    logs = model.fit(X, Y, batch_size=64, callbacks=[elbo], verbose=0).history
+    assert logs["kl"][0] == pytest.approx(float(kv.kl_divergence(model.layers[1])), rel=1e-5)
+
+
 def test_labels_for_examples_are_said():
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2)])
     model.compile("sgd", "mse")

@@ -535,6 +535,22 @@ def test_a_model_without_noise_is_refused():
             kv.MonteCarlo(keras.Sequential([keras.Input((4,)), layer]))
 
 
+@pytest.mark.parametrize("wrong", [kv.losses.NormalNLL, "gaussian", keras.losses.MeanSquaredError()])
+def test_what_is_no_likelihood_is_refused(wrong):
+    with pytest.raises(ValueError, match="`likelihood` must be one of"):
+        kv.MonteCarlo(network(), 3, likelihood=wrong)
+
+
+def test_a_monte_carlo_of_a_monte_carlo_is_refused():
+    with pytest.raises(ValueError, match="MonteCarlo already"):
+        kv.MonteCarlo(kv.MonteCarlo(network(), 3), 3)
+
+
+def test_statistics_are_completed_as_attributes():
+    predicted = kv.MonteCarlo(network(), 3).predict(X, verbose=0)
+    assert {"mean", "variance", "stddev"} <= set(dir(predicted))
+
+
 @pytest.mark.parametrize(
     ("likelihood", "size", "message"),
     [

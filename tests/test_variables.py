@@ -51,10 +51,20 @@ def test_operations_are_those_of_its_value(make):
         "two": (variable - variable, 0.0 * MEAN),
         "index": (variable[1], MEAN[1]),
         "compare": (variable > 0.0, MEAN > 0),
+        "equal": (variable == 0.0, MEAN == 0),
+        "not equal": (variable != variable, MEAN != MEAN),
         "negative": (-variable, -MEAN),
     }
     for name, (found, expected) in results.items():
         np.testing.assert_allclose(array(found), expected, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@BOTH
+def test_it_is_itself_in_a_set_and_has_no_truth_value(make):
+    variable = make()
+    assert variable in {variable} and make() not in {variable}
+    with pytest.raises(TypeError, match="no truth value"):
+        bool(variable)
 
 
 def test_assigning_to_a_weight_sets_its_mean_and_leaves_its_variance():
