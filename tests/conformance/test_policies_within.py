@@ -72,4 +72,4 @@ def test_the_output_is_of_the_type_of_the_twins(subject, setting):
             assert types[0] == types[1], (inner, outer, training)
             assert np.isfinite(array(output)).all()
         compared += 1
-    assert compared >= 3
+    assert compared >= 2  # Keras on JAX runs a GRU in so few
