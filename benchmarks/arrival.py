@@ -30,16 +30,17 @@ from keras import layers, ops
 import keras_vdrop as kv
 from keras_vdrop.functional import kl
 
-TOPICS = {
-    "regression": ("600 steps", "600 steps and the log variances' optimum", "2000 steps"),
-    "digits": ("log_uniform", "plain"),
-    "mnist": ("log_uniform", "ard", "normal"),
-    "pruning": ("log_uniform", "ard"),
-}
+# The learning rate, and how many epochs of ten steps.
 REGRESSION = {
     "600 steps": (1e-3, 60),
     "600 steps and the log variances' optimum": (1e-3, 60),
     "2000 steps": (1e-2, 200),
+}
+TOPICS = {
+    "regression": tuple(REGRESSION),
+    "digits": ("log_uniform", "plain"),
+    "mnist": ("log_uniform", "ard", "normal"),
+    "pruning": ("log_uniform", "ard"),
 }
 FIXED = {"initial_log_variance": -10.0, "log_variance_rate": 1.0}
 

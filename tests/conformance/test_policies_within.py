@@ -72,4 +72,5 @@ def test_the_output_is_of_the_type_of_the_twins(subject, setting):
             assert types[0] == types[1], (inner, outer, training)
             assert np.isfinite(array(output)).all()
         compared += 1
-    assert compared >= 2  # Keras on JAX runs a GRU in so few
+    few = keras.backend.backend() == "jax" and subject.is_rnn  # of a GRU, Keras runs two there
+    assert compared >= (2 if few else 3)
