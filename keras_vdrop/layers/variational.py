@@ -1,5 +1,6 @@
 """`Variational`: any Keras layer or model, run on weights that are drawn."""
 
+import copy
 import re
 
 import keras
@@ -182,6 +183,11 @@ class Variational(StochasticLayer, keras.Model):
     def compute_output_spec(self, *args, training=None, **kwargs):
         return self.layer.compute_output_spec(*args, **kwargs)
 
+    def compute_output_shape(self, *args, **kwargs):
+        args, kwargs = keras.tree.map_shape_structure(keras.KerasTensor, (args, kwargs))
+        kwargs = {name.removesuffix("_shape"): each for name, each in kwargs.items()}
+        return keras.tree.map_structure(lambda each: each.shape, self.compute_output_spec(*args, **kwargs))
+
     def compute_mask(self, inputs, previous_mask):
         """Of the first of the inputs, which are all that were given by position."""
         if not inputs or not self.layer.supports_masking:
@@ -235,7 +241,8 @@ class Variational(StochasticLayer, keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        layer = keras.saving.deserialize_keras_object(config["layer"], custom_objects=custom_objects)
+        # Keras takes apart the config of a model that it makes.
+        layer = keras.saving.deserialize_keras_object(copy.deepcopy(config["layer"]), custom_objects=custom_objects)
         return cls(**{**config, "layer": layer})
 
 
