@@ -277,8 +277,8 @@ def _patterns(name, value):
     """A list of regular expressions, or None."""
     if value is None:
         return None
-    patterns = [value] if isinstance(value, str) else list(value)
     try:
+        patterns = [value] if isinstance(value, str) else list(value)
         for pattern in patterns:
             re.compile(pattern)
     except (TypeError, re.error) as error:
