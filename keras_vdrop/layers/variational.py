@@ -4,7 +4,6 @@ import copy
 import re
 
 import keras
-from keras import ops
 
 from keras_vdrop import priors
 from keras_vdrop.layers.base import StochasticLayer, check_finite, check_log_variance, check_policy, check_positive
@@ -59,6 +58,9 @@ class Variational(StochasticLayer, keras.Model):
         Weight Uncertainty in Neural Networks, Blundell et al., 2015, https://arxiv.org/abs/1505.05424
     """
 
+    # Only the layer's code knows how TensorFlow should call what is exported as a part of a model.
+    _default_save_signature = None
+
     # As a layer of the family, which is asked for them: one draw of the weights for all of a call.
     estimator = "reparameterization"
     learns_locally = False
@@ -111,6 +113,9 @@ class Variational(StochasticLayer, keras.Model):
     def __call__(self, *args, **kwargs):
         if self._called_on is None:
             self._called_on = keras.tree.map_structure(_symbolic, (args, kwargs))
+            if not self.built and len(args) == 1:
+                # What Keras calls with arguments that have no names, it does not tell their shapes.
+                self.build(keras.tree.map_structure(lambda x: x.shape, self._called_on[0][0]))
         return super().__call__(*args, **kwargs)
 
     def build(self, input_shape=None):
@@ -156,18 +161,11 @@ class Variational(StochasticLayer, keras.Model):
     def call(self, *args, training=None, **kwargs):
         # The layer within takes `training` from this one's call.
         noisy = self._noisy(training)
-        means = {id(weight.loc): weight for weight in self.drawn.values()}
-        values = [
-            (each, self._value(means[id(each)], noisy) if id(each) in means else ops.convert_to_tensor(each))
-            for each in self.layer.variables
-        ]
-        scope = keras.StatelessScope(values, collect_losses=True, initialize_variables=False)
-        before = {id(each): scope.get_current_value(each) for each, _ in values}
-        with scope:
+        values = [(weight.loc, self._value(weight, noisy)) for weight in self.drawn.values()]
+        with _Drawn(values, collect_losses=True, initialize_variables=False) as scope:
             outputs = self.layer(*args, **kwargs)
-        for each, _ in values:
-            if (value := scope.get_current_value(each)) is not before[id(each)]:
-                each.assign(value)
+        for variable in scope.updated.values():
+            variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:
             self.add_loss(loss + 0.0)  # another tensor: the layer within knows its own by identity
         return outputs
@@ -244,6 +242,29 @@ class Variational(StochasticLayer, keras.Model):
         # Keras takes apart the config of a model that it makes.
         layer = keras.saving.deserialize_keras_object(copy.deepcopy(config["layer"]), custom_objects=custom_objects)
         return cls(**{**config, "layer": layer})
+
+
+class _Drawn(keras.StatelessScope):
+    """A scope in which some variables have other values, and all others the value that they have outside of it.
+
+    Attributes:
+        updated: The variables that were assigned to within it, by id.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.updated = {}
+
+    def add_update(self, update):
+        variable, _ = update
+        self.updated[id(variable)] = variable
+        super().add_update(update)
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is None and self.original_scope is not None:
+            return self.original_scope.get_current_value(variable)
+        return value
 
 
 def trained_variables(layer):
