@@ -1,0 +1,92 @@
+"""Models of which Keras knows how their layers are put together, and their copies of other layers."""
+
+import contextlib
+
+import keras
+from keras import layers
+
+
+def is_graph(model):
+    """Whether it is a model of which Keras knows how its layers are put together."""
+    return _graph_class(model) is not None
+
+
+def is_plain_graph(model):
+    """The same, where the model's own code does not put them together in another way."""
+    base = _graph_class(model)
+    return base is not None and type(model).call is base.call
+
+
+def _graph_class(model):
+    return next((cls for cls in type(model).__mro__ if cls.__name__ in ("Functional", "Sequential")), None)
+
+
+def children(layer):
+    """The layers that a layer holds itself, in the order in which it was given them."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def graph_copy(model, make):
+    """A model of the same graph, not compiled.
+
+    Args:
+        model: A Functional or Sequential model, built.
+        make: Callable from a layer, at any depth of models within models, to the layer in its place.
+
+    Returns:
+        The model; the weights are those that the layers start with.
+    """
+    with _not_compiled(model), known_layers(model):
+        copy = keras.models.clone_model(model, _same_inputs(model), clone_function=make, recursive=True)
+        if not copy.built:
+            copy.build(model.input_shape)
+    return copy
+
+
+def known_layers(model):
+    """A scope in which the types of the model's layers are found by their names, registered or not."""
+    return keras.saving.custom_object_scope({type(layer).__name__: type(layer) for layer in model._flatten_layers()})
+
+
+def input_structure(model):
+    """The symbolic inputs as the model takes them: one, a list or a dict."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
+def check_lookup(layer):
+    """Raise a `ValueError` for a layer that has learned what neither its arguments nor its weights hold."""
+    if isinstance(layer, (layers.IntegerLookup, layers.StringLookup, layers.TextVectorization)):
+        raise ValueError(
+            f"{layer.name!r} has its vocabulary neither in its arguments nor in its weights. Leave it out of the "
+            f"model: convert what comes after it. Received: a layer of type {type(layer).__name__}"
+        )
+
+
+def take_over(model):
+    """Let layers that do not compute with their weights, but with what they once took from them, take it again."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, layers.Normalization):
+            layer.finalize_state()
+
+
+@contextlib.contextmanager
+def _not_compiled(model):
+    """Keras would compile a clone too, by way of a config that cannot hold every loss."""
+    compiled = [each for each in model._flatten_layers() if getattr(each, "compiled", False)]
+    for each in compiled:
+        each.compiled = False
+    try:
+        yield
+    finally:
+        for each in compiled:
+            each.compiled = True
+
+
+def _same_inputs(model):
+    """Inputs of the same names, which Keras would give new ones; None for a Sequential model, where it does not."""
+    if isinstance(model, keras.Sequential):
+        return None
+    names = {id(layer.output): layer.name for layer in model.layers if isinstance(layer, layers.InputLayer)}
+    return keras.tree.map_structure(
+        lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=names[id(x)]), input_structure(model)
+    )
