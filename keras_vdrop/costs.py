@@ -6,6 +6,7 @@ import re
 
 import keras
 
+from keras_vdrop.layers import Variational
 from keras_vdrop.layers.base import StochasticLayer, VariationalLayer, product
 
 
@@ -40,7 +41,7 @@ def used_repeatedly(model_or_layer, calls_within=1):
         List of pairs: each of those of our layers that draw weights, and whether all uses are in one call.
     """
     found = []
-    for layer, calls in _all_calls(model_or_layer, VariationalLayer, calls_within):
+    for layer, calls in _all_calls(model_or_layer, (VariationalLayer, Variational), calls_within):
         uses = [product([times, layer.uses(shape)]) for shape, times in calls]
         if layer.draws and known_sum(uses) != 1:
             found.append((layer, all(layer.uses(shape) != 1 for shape, _ in calls)))
@@ -48,7 +49,7 @@ def used_repeatedly(model_or_layer, calls_within=1):
 
 
 def _all_calls(model_or_layer, cls, calls_within=1):
-    """Each layer of a class within a model, with its calls: pairs of the shape of inputs, and how often."""
+    """Each layer of a class (or of one of some) within a model, with its calls: pairs of the shape of inputs, and how often."""
     found = {}
 
     def visit(layer, shape, times):

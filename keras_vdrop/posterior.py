@@ -10,6 +10,9 @@ from keras_vdrop.functional import estimators, sparsity
 from keras_vdrop.sampling import is_consistent
 from keras_vdrop.variables import LogScaleOf, Scaled, VariableLike
 
+# The least share of the mean square of the weights that a weight's square counts for.
+_FLOOR = 1e-6
+
 # Added to a log variance, it leaves a variance that is 0 in every type.
 _NO_VARIANCE = -1e9
 
@@ -81,6 +84,7 @@ class VariationalWeight(VariableLike, Posterior):
         initial_log_variance,
         log_variance_rate,
         prunable=True,
+        loc=None,
         learn_loc=True,
         log_variance_shape=None,
         log_variance_constraint=None,
@@ -91,7 +95,8 @@ class VariationalWeight(VariableLike, Posterior):
     ):
         """Create the variables by `add_weight`, whose arguments the others are, as in Keras.
 
-        `loc` can be a constant (`learn_loc=False`), and weights can share a log variance: its shape
+        `loc` can be a variable that there is, in whose layer's place the posterior stands. It can be a constant
+        (`learn_loc=False`), and weights can share a log variance: its shape
         needs only be broadcast to theirs. It starts at `initial_log_variance`, or where that is None, as the size of
         the initial `loc` has it. An optimizer's step moves it by `log_variance_rate` learning rates.
         """
@@ -100,23 +105,27 @@ class VariationalWeight(VariableLike, Posterior):
         self.prior = prior
         self.prunable = prunable
         dtype = "float64" if owner.variable_dtype == "float64" else "float32"
-        self.loc = add_weight(
-            name=f"{name}_loc",
-            shape=shape,
-            initializer=initializer,
-            regularizer=KLPenalty(self, keras.regularizers.get(regularizer)),
-            constraint=constraint,
-            dtype=dtype,
-            autocast=False,
-            trainable=learn_loc,
-            **arguments,
-        )
+        self.loc = loc
+        if loc is None:
+            self.loc = add_weight(
+                name=f"{name}_loc",
+                shape=shape,
+                initializer=initializer,
+                regularizer=keras.regularizers.get(regularizer),
+                constraint=constraint,
+                dtype=dtype,
+                autocast=False,
+                trainable=learn_loc,
+                **arguments,
+            )
+        self.loc.regularizer = KLPenalty(self, self.loc.regularizer)
+        self._start = LogScaleOf(self.loc, 2.0, prior.start, unit=log_variance_rate)
+        if initial_log_variance is not None:
+            self._start = keras.initializers.Constant(initial_log_variance / log_variance_rate)
         stored = add_weight(
             name=f"{name}_log_variance",
             shape=shape if log_variance_shape is None else log_variance_shape,
-            initializer=LogScaleOf(self.loc, 2.0, prior.start, unit=log_variance_rate)
-            if initial_log_variance is None
-            else keras.initializers.Constant(initial_log_variance / log_variance_rate),
+            initializer=self._start,
             regularizer=_LogVariancePenalty(self),
             constraint=log_variance_constraint,
             dtype=dtype,
@@ -144,6 +153,19 @@ class VariationalWeight(VariableLike, Posterior):
         """Set the mean; the variance stays."""
         self.loc.assign(value)
 
+    def restart(self, relative_variance=None):
+        """Set the variance and what the prior learns as they start for the mean that there is now.
+
+        Args:
+            relative_variance: Float > 0, r: each variance is then r·loc², at least a millionth of r·mean(loc²). None
+                for the start that the layer was given.
+        """
+        start = self._start if relative_variance is None else _relative_to(self.loc, relative_variance)
+        stored = self.log_variance.variable
+        values = start(stored.shape, stored.dtype)
+        stored.assign(values if relative_variance is None else values / self.log_variance.factor)
+        self.prior.restart(self.prior_parameters, self.loc)
+
     def __repr__(self):
         return (
             f"<VariationalWeight {self.loc.path.removesuffix('_loc')}, shape={tuple(self.shape)}, prior={self.prior}>"
@@ -155,11 +177,15 @@ class VariationalWeight(VariableLike, Posterior):
 
     def _left(self):
         """1 where the weight is left and 0 where it is pruned: a product with it costs less than `where`."""
-        return ops.cast(self.mask, self.loc.dtype)
+        return ops.cast(self.mask, self.log_variance.dtype)
+
+    def _location(self):
+        """`loc` as a tensor in the precision of the posterior: a variable of another layer may have less."""
+        return ops.cast(ops.convert_to_tensor(self.loc), self.log_variance.dtype)
 
     def mean(self):
         """The weight that prediction uses: `loc`, and 0 where pruned."""
-        return ops.convert_to_tensor(self.loc) * self._left()
+        return self._location() * self._left()
 
     def _noise_log_variance(self):
         """`log_variance`, and that of no noise at all where pruned: such a weight is 0."""
@@ -170,7 +196,7 @@ class VariationalWeight(VariableLike, Posterior):
 
         With a prior over groups it is that of the weight's group.
         """
-        loc, log_variance = ops.convert_to_tensor(self.loc), self.log_variance.value
+        loc, log_variance = self._location(), self.log_variance.value
         return sparsity.log_alpha(loc, log_variance, **self.prior.groups)
 
     @property
@@ -181,7 +207,7 @@ class VariationalWeight(VariableLike, Posterior):
     def keep_mask(self, threshold=None):
         """True where the weight is neither pruned nor would be at this threshold on log alpha; None is its own."""
         threshold = self.threshold if threshold is None else threshold
-        loc, log_variance = ops.convert_to_tensor(self.loc), self.log_variance.value
+        loc, log_variance = self._location(), self.log_variance.value
         keep = sparsity.keep_mask(loc, log_variance, threshold, **self.prior.groups)
         return ops.logical_and(ops.convert_to_tensor(self.mask), keep)
 
@@ -194,7 +220,7 @@ class VariationalWeight(VariableLike, Posterior):
     def kl(self):
         """KL(q‖p) summed over the weights that are not pruned: a scalar, in nats."""
         parameters = {name: ops.convert_to_tensor(value) for name, value in self.prior_parameters.items()}
-        loc, log_variance = ops.convert_to_tensor(self.loc), self.log_variance.value
+        loc, log_variance = self._location(), self.log_variance.value
         elementwise = self.prior.kl(loc, log_variance, **parameters)
         return ops.sum(elementwise * self._left())
 
@@ -221,6 +247,20 @@ class VariationalWeight(VariableLike, Posterior):
     def perturbation(self, seed):
         """A draw of what noise adds to the mean; 0 where pruned."""
         return estimators.perturbation(self._noise_log_variance(), seed)
+
+
+def _relative_to(loc, relative_variance):
+    """An initializer of log variances: log(relative_variance·loc²), with a floor for what is 0."""
+
+    def initializer(shape, dtype):
+        values = ops.cast(ops.convert_to_tensor(loc), dtype)
+        square, mean = ops.square(values), ops.mean(ops.square(values))
+        if tuple(shape) != tuple(square.shape):  # of a log variance that weights share
+            square = ops.broadcast_to(mean, shape)
+        floor = ops.where(mean > 0.0, _FLOOR * mean, _FLOOR)
+        return ops.log(relative_variance * ops.maximum(square, floor))
+
+    return initializer
 
 
 class _LogVariancePenalty(keras.regularizers.Regularizer):

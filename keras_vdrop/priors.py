@@ -46,6 +46,14 @@ class Prior:
         """
         return {}
 
+    def restart(self, parameters, loc):
+        """Set what `add_weights` made to where it starts for the mean that there is now.
+
+        Args:
+            parameters: What `add_weights` made, a dict of variables.
+            loc: Variable, the weight's mean.
+        """
+
     def kl(self, loc, log_variance):
         """KL(N(loc, exp(log_variance)) ‖ p), elementwise, in nats.
 
@@ -187,14 +195,17 @@ class ARD(Prior):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class Normal(Prior):
-    """N(0, scale²), the classic prior of Bayes by backprop, as wide as the weights that it is for.
+    """N(center, scale²), the classic prior of Bayes by backprop, as wide as the weights that it is for.
 
-    See `functional.kl.normal`. Blundell et al., 2015, https://arxiv.org/abs/1505.05424.
+    See `functional.kl.normal`. Blundell et al., 2015, https://arxiv.org/abs/1505.05424; about the weights of a trained
+    network: Krishnan, Subedar, Tickoo, 2020, https://arxiv.org/abs/1906.05323.
 
     Args:
         scale: The standard deviation (not the variance), > 0. None for twice the root mean square of the initial
             weights, of each kernel its own; 1 where these are 0, as biases are.
         trainable: Whether the scale is learned with the weights, one for each kernel, from there on.
+        centered: Whether the center is the initial weights, in place of 0. They are kept as the variable
+            `layer.kernel.prior_parameters["center"]`. Such a prior does not prune: noise never draws a weight to 0.
 
     Unless the scale is a number that stays, its logarithm is the variable
     `layer.kernel.prior_parameters["log_scale"]`, and saved with the layer.
@@ -204,41 +215,58 @@ class Normal(Prior):
     start = -3.0
     _TIMES = 2.0
 
-    def __init__(self, scale=None, trainable=False):
+    def __init__(self, scale=None, trainable=False, centered=False):
         if scale is not None:
             _check_positive("scale", scale)
         self.scale = None if scale is None else float(scale)
         self.trainable = bool(trainable)
+        self.centered = bool(centered)
 
     def add_weights(self, add_weight, name, loc):
-        if self.scale is not None and not self.trainable:
-            return {}
-        start = LogScaleOf(loc, 1.0, math.log(self._TIMES), zeros=1.0 / self._TIMES)
+        def add(parameter, shape, trainable):
+            return add_weight(
+                name=f"{name}_prior_{parameter}",
+                shape=shape,
+                initializer=self._starts(loc)[parameter],
+                trainable=trainable,
+                dtype="float32",
+                autocast=False,
+            )
+
+        found = {}
+        if self.scale is None or self.trainable:
+            found["log_scale"] = add("log_scale", (), self.trainable)
+        if self.centered:
+            found["center"] = add("center", loc.shape, False)
+        return found
+
+    def restart(self, parameters, loc):
+        for name, variable in parameters.items():
+            variable.assign(self._starts(loc)[name](variable.shape, variable.dtype))
+
+    def _starts(self, loc):
+        """Initializers of what `add_weights` makes."""
+        log_scale = LogScaleOf(loc, 1.0, math.log(self._TIMES), zeros=1.0 / self._TIMES)
         if self.scale is not None:
-            start = keras.initializers.Constant(math.log(self.scale))
-        log_scale = add_weight(
-            name=f"{name}_prior_log_scale",
-            shape=(),
-            initializer=start,
-            trainable=self.trainable,
-            dtype="float32",
-            autocast=False,
-        )
-        return {"log_scale": log_scale}
+            log_scale = keras.initializers.Constant(math.log(self.scale))
+        return {"log_scale": log_scale, "center": lambda shape, dtype: ops.cast(ops.convert_to_tensor(loc), dtype)}
 
-    def kl(self, loc, log_variance, log_scale=None):
-        return kl.normal(loc, log_variance, self._scale(log_scale))
+    def kl(self, loc, log_variance, log_scale=None, center=None):
+        offset = loc if center is None else loc - ops.cast(center, loc.dtype)
+        return kl.normal(offset, log_variance, self._scale(log_scale))
 
-    def distribution(self, loc, log_variance, log_scale=None):
+    def distribution(self, loc, log_variance, log_scale=None, center=None):
         from tensorflow_probability import distributions as tfd
 
-        return tfd.Normal(ops.zeros_like(loc), self._scale(log_scale))
+        center = ops.zeros_like(loc) if center is None else ops.cast(center, loc.dtype)
+        return tfd.Normal(center, self._scale(log_scale))
 
     def _scale(self, log_scale):
         return self.scale if log_scale is None else ops.exp(log_scale)
 
     def get_config(self):
-        return {"scale": self.scale, "trainable": self.trainable}
+        centered = {"centered": True} if self.centered else {}
+        return {"scale": self.scale, "trainable": self.trainable, **centered}
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")

@@ -232,7 +232,8 @@ def _prunable(model, threshold):
 
 def row_name(model, weight):
     """The path of the layer below the model: "dense", "encoder/dense", "lstm/cell"."""
-    parts = weight.loc.path.split("/")[:-1]
+    # Of the variables, it is this one that the layer has made itself.
+    parts = weight.log_variance.path.split("/")[:-1]
     if len(parts) > 1 and parts[0] == model.name:
         parts = parts[1:]
     return "/".join(parts)

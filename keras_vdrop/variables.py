@@ -140,7 +140,8 @@ class LogScaleOf(keras.initializers.Initializer):
 
     def __call__(self, shape, dtype=None):
         values = ops.convert_to_tensor(self.variable)
+        values = ops.cast(values, dtype or values.dtype)
         rms = ops.sqrt(ops.mean(ops.square(values)))
         rms = ops.where(rms > 0.0, rms, self.zeros)
         start = (self.power * ops.log(rms) + self.offset) / self.unit
-        return ops.ones(shape, dtype or values.dtype) * ops.cast(start, dtype or values.dtype)
+        return ops.ones(shape, values.dtype) * start

@@ -21,10 +21,12 @@ from keras_vdrop.layers.recurrent import (
     VariationalSimpleRNN,
     VariationalSimpleRNNCell,
 )
+from keras_vdrop.layers.variational import Variational
 
 __all__ = [
     "ConcreteDropout",
     "MonteCarloDropout",
+    "Variational",
     "VariationalConv1D",
     "VariationalConv1DTranspose",
     "VariationalConv2D",
