@@ -49,7 +49,7 @@ def used_repeatedly(model_or_layer, calls_within=1):
 
 
 def _all_calls(model_or_layer, cls, calls_within=1):
-    """Each layer of a class (or of one of some) within a model, with its calls: pairs of the shape of inputs, and how often."""
+    """Each layer of one class, or of several, within a model, with its calls: the shapes of inputs, and how often."""
     found = {}
 
     def visit(layer, shape, times):

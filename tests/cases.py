@@ -40,7 +40,9 @@ class Case:
         """Our layer; a cell within `keras.layers.RNN`, a wrapper round a Keras layer."""
         ours = {"kl_weight": 0.01, **self.ours, **arguments}
         if self.is_wrapper:
-            dtype = {"dtype": arguments["dtype"]} if "dtype" in arguments else {}
+            dtype = {"dtype": ours["dtype"]} if "dtype" in ours else {}
+            if self.cls is kv.Variational:
+                ours.pop("dtype", None)  # it has none of its own
             return self.cls(self.twin(**self.keras, **dtype), **ours)
         layer = self.cls(**{**self.keras, **ours})
         return layers.RNN(layer, dtype=arguments.get("dtype")) if self.is_cell else layer
@@ -96,6 +98,10 @@ class Case:
             kv.VariationalGaussianDropout: ("rate", "alpha", "prior", "axis", "kl_weight", "threshold", "seed"),
             kv.ConcreteDropout: ("initial_rate", "temperature", "prior_scale", "spatial", "kl_weight", "seed"),
             kv.MonteCarloDropout: ("rate", "noise_shape", "per_example", "seed"),
+            kv.Variational: (
+                *("include", "exclude", "prior", "kl_weight"),
+                *("initial_log_variance", "log_variance_rate", "threshold", "seed"),
+            ),
         }[self.cls]
 
     @property
@@ -110,7 +116,7 @@ class Case:
 
     @property
     def is_wrapper(self):
-        return issubclass(self.cls, layers.Wrapper)
+        return issubclass(self.cls, (layers.Wrapper, kv.Variational))
 
     @property
     def is_attention(self):
@@ -129,6 +135,24 @@ def case(name, cls, shape, keras_arguments, ours=None, **more):
     """A case whose twin is the Keras layer that the class extends."""
     twin = next((base for base in cls.__mro__ if base.__module__.startswith("keras.")), None)
     return Case(name, cls, more.pop("twin", twin), shape, keras_arguments, ours or {}, **more)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Block(layers.Layer):
+    """A layer as users write them: it makes its parts itself, updates moments, and passes `training` on."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.attention = layers.MultiHeadAttention(2, 3, dtype=self.dtype_policy)
+        self.normalization = layers.BatchNormalization(dtype=self.dtype_policy)
+        self.dense = layers.Dense(units, activation="tanh", dtype=self.dtype_policy)
+
+    def call(self, x, training=False):
+        return self.dense(self.normalization(self.attention(x, x), training=training))
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
 
 
 GAUSSIAN = (kv.VariationalGaussianDropout, layers.Identity)
@@ -240,6 +264,16 @@ CASES = [
         {"spatial": True, "prior_scale": 2.0},
         twin=layers.Conv2D,
     ),
+    case(
+        "variational_dense",
+        kv.Variational,
+        (4, 5),
+        {"units": 3, "activation": "tanh"},
+        {"include": "kernel|bias"},
+        twin=layers.Dense,
+    ),
+    case("variational_lstm", kv.Variational, (3, 4, 5), dict(units=3, return_sequences=True), twin=layers.LSTM),
+    case("variational_block", kv.Variational, (3, 4, 6), {"units": 3}, {"prior": "ard"}, twin=Block),
     case("monte_carlo_dropout", kv.MonteCarloDropout, (4, 3, 5), {"rate": 0.4}, has_kl=False),
     case(
         "monte_carlo_dropout_shared",
