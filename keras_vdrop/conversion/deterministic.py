@@ -5,12 +5,19 @@ import inspect
 import re
 
 import keras
-import numpy as np
 from keras import layers, ops
 
-from keras_vdrop.conversion.copying import stock_weights
-from keras_vdrop.conversion.graphs import check_lookup, graph_copy, is_graph, take_over
-from keras_vdrop.layers import ConcreteDropout, VariationalGaussianDropout
+from keras_vdrop.conversion.copying import array, stock_weights
+from keras_vdrop.conversion.graphs import (
+    built_copy,
+    check_lookup,
+    graph_copy,
+    is_graph,
+    known_layers,
+    serialized,
+    take_over,
+)
+from keras_vdrop.layers import ConcreteDropout, Variational, VariationalGaussianDropout
 from keras_vdrop.layers.base import DropIn, StochasticLayer
 from keras_vdrop.posterior import VariationalWeight, posteriors
 
@@ -26,7 +33,8 @@ def to_deterministic(model, sample=False, seed=None):
     gave stays.
 
     Args:
-        model: A built Functional or Sequential model; models and wrappers within it are converted too.
+        model: A built Functional or Sequential model, or a `Variational` of any other; models and wrappers within it
+            are converted too.
         sample: Whether weights are drawn.
         seed: Int for the same draw every time, or None.
 
@@ -59,7 +67,8 @@ def to_deterministic(model, sample=False, seed=None):
 
 def stock_twin(model, value):
     """The model of Keras's own layers in which every `VariationalWeight` is `value(weight)`, a tensor."""
-    if not is_graph(model):
+    inside = model.layer if isinstance(model, Variational) else model
+    if not is_graph(inside) and inside is model:
         raise ValueError(
             "Expected a Functional or Sequential model: of any other, only its own code knows how the layers are put "
             "together. Write it as keras.Model(inputs, outputs), or convert the models within it. "
@@ -73,7 +82,7 @@ def stock_twin(model, value):
         check_lookup(layer)
         if isinstance(layer, VariationalGaussianDropout):
             return _stock_gaussian_dropout(layer, value, names)
-        stock = _stock(keras.saving.serialize_keras_object(layer), names)
+        stock = _stock(serialized(layer), names)
         try:
             return keras.saving.deserialize_keras_object(stock)
         except TypeError as error:
@@ -83,7 +92,11 @@ def stock_twin(model, value):
                 "@keras.saving.register_keras_serializable()."
             ) from error
 
-    twin = graph_copy(model, stock_layer)
+    if is_graph(inside):
+        twin = graph_copy(inside, stock_layer)
+    else:
+        with known_layers(model):
+            twin = built_copy(inside)
     twin.set_weights(_values(model, value))
     take_over(twin)
     return twin
@@ -157,7 +170,7 @@ def _stock_of_ours(cls, config, names):
             f"{config['name']!r} is a {cls.__name__}, of which only its own code knows how it differs from the layer "
             "of ours that it extends: it has no counterpart in Keras."
         )
-    if cls is ConcreteDropout:
+    if cls in (ConcreteDropout, Variational):
         layer = _stock(config["layer"], names)
         name = names.of_wrapper(config["name"], cls, layer["config"]["name"])
         return {**layer, "config": {**layer["config"], "name": name}}
@@ -196,9 +209,6 @@ def _stock_gaussian_dropout(layer, value, names):
 
 
 def _values(model, value):
-    """The weights of the twin, in the order of its own: copies, because JAX gives away what a variable holds."""
+    """The weights of the twin, in the order of its own."""
     values = {id(each.loc): each for each in posteriors(model) if isinstance(each, VariationalWeight)}
-    return [
-        np.array(ops.convert_to_numpy(value(values[id(each)]) if id(each) in values else each))
-        for each in stock_weights(model)
-    ]
+    return [array(value(values[id(each)]) if id(each) in values else each) for each in stock_weights(model)]

@@ -1,6 +1,7 @@
 """Models of which Keras knows how their layers are put together, and their copies of other layers."""
 
 import contextlib
+import warnings
 
 import keras
 from keras import layers
@@ -26,6 +27,13 @@ def children(layer):
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
+def serialized(layer):
+    """A layer as Keras serializes it; a lambda is no reason to warn, as it stays in this process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return keras.saving.serialize_keras_object(layer)
+
+
 def graph_copy(model, make):
     """A model of the same graph, not compiled.
 
@@ -40,6 +48,22 @@ def graph_copy(model, make):
         copy = keras.models.clone_model(model, _same_inputs(model), clone_function=make, recursive=True)
         if not copy.built:
             copy.build(model.input_shape)
+    return copy
+
+
+def built_copy(model):
+    """A model of the same class and arguments, built, and not compiled.
+
+    Raises:
+        ValueError: For one that Keras cannot build.
+    """
+    config = {name: value for name, value in serialized(model).items() if name != "compile_config"}
+    copy = keras.saving.deserialize_keras_object(config, safe_mode=False)
+    if not copy.built:
+        raise ValueError(
+            f"Keras cannot build a copy of {model.name!r}, a {type(model).__name__}. Make one yourself: call a new "
+            "model on some data and give it the weights by `set_weights`."
+        )
     return copy
 
 
@@ -86,7 +110,11 @@ def _same_inputs(model):
     """Inputs of the same names, which Keras would give new ones; None for a Sequential model, where it does not."""
     if isinstance(model, keras.Sequential):
         return None
-    names = {id(layer.output): layer.name for layer in model.layers if isinstance(layer, layers.InputLayer)}
-    return keras.tree.map_structure(
-        lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=names[id(x)]), input_structure(model)
-    )
+    inputs = {id(layer.output): layer for layer in model.layers if isinstance(layer, layers.InputLayer)}
+    kept = "batch_shape", "dtype", "name", "sparse", "ragged", "optional"
+
+    def same(x):
+        config = inputs[id(x)].get_config()
+        return keras.Input(**{name: config[name] for name in kept if config.get(name)})
+
+    return keras.tree.map_structure(same, input_structure(model))
