@@ -9,11 +9,12 @@ from keras import layers, ops
 
 from keras_vdrop.conversion.copying import array, stock_weights
 from keras_vdrop.conversion.graphs import (
-    built_copy,
+    check_built,
     check_lookup,
     graph_copy,
     is_graph,
     known_layers,
+    model_copy,
     serialized,
     take_over,
 )
@@ -96,7 +97,8 @@ def stock_twin(model, value):
         twin = graph_copy(inside, stock_layer)
     else:
         with known_layers(model):
-            twin = built_copy(inside)
+            twin = model_copy(inside)
+        check_built(twin, inside)
     twin.set_weights(_values(model, value))
     take_over(twin)
     return twin

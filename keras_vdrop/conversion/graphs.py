@@ -51,20 +51,21 @@ def graph_copy(model, make):
     return copy
 
 
-def built_copy(model):
-    """A model of the same class and arguments, built, and not compiled.
-
-    Raises:
-        ValueError: For one that Keras cannot build.
-    """
+def model_copy(model):
+    """A model of the same class and arguments, built if Keras can, and not compiled."""
     config = {name: value for name, value in serialized(model).items() if name != "compile_config"}
-    copy = keras.saving.deserialize_keras_object(config, safe_mode=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be built
+        return keras.saving.deserialize_keras_object(config, safe_mode=False)
+
+
+def check_built(copy, model):
+    """Raise a `ValueError` if the copy of a model has no weights yet."""
     if not copy.built:
         raise ValueError(
             f"Keras cannot build a copy of {model.name!r}, a {type(model).__name__}. Make one yourself: call a new "
             "model on some data and give it the weights by `set_weights`."
         )
-    return copy
 
 
 def known_layers(model):

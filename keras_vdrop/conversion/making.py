@@ -6,7 +6,7 @@ import keras
 from keras import layers
 
 from keras_vdrop import priors
-from keras_vdrop.conversion.graphs import built_copy, check_lookup, children, serialized
+from keras_vdrop.conversion.graphs import check_built, check_lookup, children, model_copy, serialized
 from keras_vdrop.conversion.survey import COUNTERPARTS, exchange
 from keras_vdrop.layers import MonteCarloDropout, Variational, VariationalDense, VariationalGaussianDropout
 
@@ -63,9 +63,10 @@ def wrapped_model(model, arguments):
         ValueError: For a model whose config does not make it again.
     """
     try:
-        copy = built_copy(model)
+        copy = model_copy(model)
     except Exception as error:
         raise _not_copied(model, error) from error
+    check_built(copy, model)
     return _variational(copy, arguments)
 
 
