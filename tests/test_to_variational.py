@@ -1,7 +1,6 @@
 """From Keras's own layers to variational ones, and to draws of them."""
 
 import contextlib
-import re
 
 import keras
 import numpy as np
@@ -100,13 +99,12 @@ def branches():
 
 
 def nested():
-    """A model within a model, of which a layer is used outside too."""
-    inside = keras.Sequential(
-        [keras.Input((4,)), layers.Dense(4, name="inside"), layers.BatchNormalization()], name="in"
-    )
-    x = keras.Input((4,))
-    again = keras.Model(inside.inputs, layers.Dense(4, name="outside")(inside.outputs[0]), name="again")
-    return keras.Model(x, inside(again(inside.layers[0](x))))
+    """Models within a model, of which a layer is in both and outside too."""
+    shared = layers.Dense(4, name="shared")
+    one = keras.Sequential([keras.Input((4,)), shared, layers.BatchNormalization()], name="one")
+    x = keras.Input((4,), name="x")
+    other = keras.Model(x, layers.Dense(4, name="own")(shared(x)), name="other")
+    return keras.Model(x, one(other(shared(x))))
 
 
 def words():
@@ -115,8 +113,8 @@ def words():
     h = layers.Embedding(9, 4, mask_zero=True)(x)
     h = layers.LSTM(3, return_sequences=True, dropout=0.2)(h)
     h = layers.MultiHeadAttention(2, 2)(h, h, use_causal_mask=True)
-    h = layers.Bidirectional(layers.GRU(3), backward_layer=layers.GRU(3, activation="relu", go_backwards=True))(h)
-    return keras.Model(x, h)
+    backward = layers.GRU(3, activation="relu", go_backwards=True, name="backward_gru")
+    return keras.Model(x, layers.Bidirectional(layers.GRU(3), backward_layer=backward, name="both")(h))
 
 
 def wrappers():
@@ -189,8 +187,9 @@ def left_alone(model):
     def state():
         layers_within = model._flatten_layers()
         return {
-            "config": keras.saving.serialize_keras_object(model),
-            "ids": [*map(id, layers_within), *map(id, model.variables), id(model.optimizer), id(model.loss)],
+            "config": model.get_config(),
+            "ids": [id(each) for each in (*layers_within, *model.variables)],
+            "compiled with": [id(getattr(model, name, None)) for name in ("optimizer", "loss", "_compile_metrics")],
             "trainable": [each.trainable for each in (*layers_within, *model.variables)],
             "compiled": [getattr(each, "compiled", None) for each in layers_within],
             "calls": [len(each._inbound_nodes) for each in layers_within],
@@ -198,7 +197,8 @@ def left_alone(model):
         }
 
     def values():
-        return [array(each) for each in (*model.variables, *(model.optimizer.variables if model.optimizer else ()))]
+        of_optimizer = model.optimizer.variables if model.compiled else []
+        return [array(each) for each in (*model.variables, *model.metrics_variables, *of_optimizer)]
 
     before, weights = state(), values()
     yield
@@ -243,7 +243,7 @@ def test_the_same_function_and_back(make, tmp_path):
 def test_classes_and_report():
     twin, lines = converted(words())
     assert not {"Embedding", "LSTM", "GRU", "MultiHeadAttention"} & classes(twin)
-    assert "bidirectional/backward_gru: GRU -> VariationalGRU" in [re.sub(r"_\d+", "", line) for line in lines]
+    assert "both/backward_gru: GRU -> VariationalGRU" in lines
     twin, lines = converted(wrappers())
     assert not {"Dense", "EinsumDense", "Conv1D", "LSTMCell", "GRUCell", "SimpleRNNCell"} & classes(twin)
     assert {"Doubled", "SpectralNormalization", "StackedRNNCells", "TimeDistributed"} <= classes(twin)
@@ -259,7 +259,8 @@ def test_shared_layers_stay_shared():
     assert sum(line.startswith("shared: ") for line in lines) == 1
     assert len(posteriors(twin)) == 3
     twin, lines = converted(nested())
-    assert [line.split(":")[0] for line in lines[:2]] == ["in/inside", "again/outside"]
+    assert [line.split(":")[0] for line in lines[:2]] == ["shared", "other/own"]
+    assert len(posteriors(twin)) == 2
 
 
 # Which layers
@@ -288,7 +289,7 @@ def test_last_of_each_output():
         return [line.split(":")[0] for line in converted(model, "last")[1] if "->" in line]
 
     assert sorted(last(branches())) == ["first", "second"]
-    assert last(nested()) == ["in/inside"]
+    assert last(nested()) == ["shared"]
     x = keras.Input((4,))
     h = layers.Dense(3, name="a")(x) + layers.Dropout(0.5)(layers.Dense(3, name="b")(x))
     assert sorted(last(keras.Model(x, layers.Activation("relu")(h)))) == ["a", "b"]
@@ -347,14 +348,15 @@ def test_arguments():
 
 def test_what_is_frozen():
     model = nested()
-    model.get_layer("in").trainable = False
-    model.get_layer("again").get_layer("outside").kernel.trainable = False
+    model.get_layer("one").trainable = False
+    model.get_layer("other").get_layer("own").kernel.trainable = False
     twin, lines = converted(model)
-    assert not twin.get_layer("in").trainable and not twin.trainable_variables[1:]
+    assert not twin.get_layer("one").trainable and twin.get_layer("other").trainable
     assert len(twin.trainable_variables) == len(model.trainable_variables) == 1  # a bias
     assert sum("frozen" in line for line in lines) == 2
-    twin.get_layer("in").trainable = True
-    assert twin.get_layer("in").layers[0].kernel.log_variance.trainable
+    twin.get_layer("one").trainable = True
+    assert twin.get_layer("shared").kernel.log_variance.trainable
+    assert len(kv.to_deterministic(twin).trainable_variables) == 5
 
 
 def test_policies_and_states():
@@ -383,7 +385,7 @@ class OwnLoss:
 
 
 def test_compiled():
-    model = sequential()
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
     loss, metric = OwnLoss(), keras.metrics.MeanAbsoluteError(name="own")
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 10), clipnorm=1.0)
     model.compile(optimizer, loss, metrics=["mse", metric], run_eagerly=True, steps_per_execution=2)
@@ -398,7 +400,7 @@ def test_compiled():
     found = twin.evaluate(x, y, verbose=0, return_dict=True)
     assert set(found) == set(expected) and found["own"] == pytest.approx(expected["own"], rel=1e-5)
     assert len(before) == len(model.metrics_variables)
-    history = twin.fit(x, y, verbose=0, callbacks=[kv.ELBO(3)]).history
+    history = twin.fit(x, y, verbose=0, callbacks=[kv.ELBO(3, labels_per_example=1)]).history
     assert "kl" in history
 
 
@@ -556,7 +558,7 @@ def test_low_rank_adaptations_stay():
     twin, lines = converted(model)
     assert lines[0].startswith("adapted: Dense stays: it has a low-rank adaptation")
     assert_same(model, twin)
-    with pytest.raises(ValueError, match=r"nothing to convert.*adapted.*low-rank"):
+    with pytest.raises(ValueError, match=r"nothing to convert(.|\n)*adapted.*low-rank"):
         kv.to_variational(model, "adapted")
 
 

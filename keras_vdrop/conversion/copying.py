@@ -26,8 +26,14 @@ def array(variable):
     return np.array(ops.convert_to_numpy(variable))
 
 
-def carry_over(model, twin):
+def carry_over(model, twin, made, value=None):
     """Give a twin, in which some layers are of other classes, the weights of the model, its states and what is frozen.
+
+    Args:
+        model: The model.
+        twin: The twin.
+        made: Dict from ids of layers of the model to those of the twin, as `graph_copy` returns it.
+        value: Function from a `VariationalWeight` of the model to what its place is given where it has none.
 
     Returns:
         List of the posteriors that the model does not have.
@@ -35,37 +41,44 @@ def carry_over(model, twin):
     Raises:
         ValueError: Where the twin has other weights.
     """
-    pairs = list(_pairs(model, twin))
+    means = {id(each.loc): each for each in posteriors(model) if isinstance(each, VariationalWeight)}
+    pairs = list(_pairs(model, twin, made))
     for old, new in pairs:
         new.trainable = old.trainable  # and so is all within it, until its own turn
     fresh = []
     for old, new in pairs:
-        if _is_wrapped(old, new):  # and the layer within it is in another pair
-            fresh += posteriors(new)
-        elif type(new) is type(old) or is_graph(old):
-            _assign(old, _own_variables(old), _own_variables(new))
+        if _is_alike(old, new):
+            _assign(old, _own_variables(old), _own_variables(new), array)
             _keep_kl_weight(old, new)
-        else:
-            fresh += posteriors(new)
-            _assign(old, old.weights, stock_weights(new))
+            continue
+        fresh += posteriors(new)
+        if not _is_wrapped(old, new):  # whose layer is in another pair
+            of = lambda each: array(value(means[id(each)]) if value and id(each) in means else each)  # noqa: E731
+            _assign(old, stock_weights(old), stock_weights(new), of)
     for posterior in fresh:
         if isinstance(posterior, VariationalWeight) and not posterior.loc.trainable:
             posterior.log_variance.trainable = False
     return fresh
 
 
-def _pairs(old, new):
+def _pairs(old, new, made):
     """Every layer of a model with that of its twin, after those that it is in; within layers of one class alone."""
     yield old, new
     within = []
     if _is_wrapped(old, new):
         within = [(old, new.layer)]
-    elif is_graph(old):
-        within = [(layer, new.get_layer(layer.name)) for layer in old.layers]
-    elif type(new) is type(old):
-        within = zip(children(old), children(new))
+    elif _is_alike(old, new):
+        inside = children(old), children(new)
+        if len(inside[0]) != len(inside[1]):
+            raise ValueError(f"{old.name!r}, a {type(old).__name__}, has other layers when it is made again.")
+        within = [(one, made.get(id(one), other)) for one, other in zip(*inside)]
     for pair in within:
-        yield from _pairs(*pair)
+        yield from _pairs(*pair, made)
+
+
+def _is_alike(old, new):
+    """Whether the twin of a layer has the same parts."""
+    return type(new) is type(old) or (is_graph(old) and is_graph(new))
 
 
 def _is_wrapped(old, new):
@@ -78,7 +91,7 @@ def _own_variables(layer):
     return [variable for variable in layer.variables if id(variable) not in within]
 
 
-def _assign(layer, sources, targets):
+def _assign(layer, sources, targets, value):
     """Give variables the values of others, and freeze those whose others are frozen."""
     shapes, expected = ([tuple(each.shape) for each in variables] for variables in (targets, sources))
     if shapes != expected:
@@ -87,7 +100,7 @@ def _assign(layer, sources, targets):
             f"expected the shapes {expected}. Received: {shapes}"
         )
     for source, target in zip(sources, targets):
-        target.assign(array(source))
+        target.assign(value(source))
         target.trainable = source.trainable
 
 

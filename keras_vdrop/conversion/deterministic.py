@@ -7,7 +7,7 @@ import re
 import keras
 from keras import layers, ops
 
-from keras_vdrop.conversion.copying import array, stock_weights
+from keras_vdrop.conversion.copying import carry_over
 from keras_vdrop.conversion.graphs import (
     check_built,
     check_lookup,
@@ -20,7 +20,6 @@ from keras_vdrop.conversion.graphs import (
 )
 from keras_vdrop.layers import ConcreteDropout, Variational, VariationalGaussianDropout
 from keras_vdrop.layers.base import DropIn, StochasticLayer
-from keras_vdrop.posterior import VariationalWeight, posteriors
 
 
 def to_deterministic(model, sample=False, seed=None):
@@ -93,13 +92,14 @@ def stock_twin(model, value):
                 "@keras.saving.register_keras_serializable()."
             ) from error
 
+    made = {}
     if is_graph(inside):
-        twin = graph_copy(inside, stock_layer)
+        twin, made = graph_copy(inside, stock_layer)
     else:
         with known_layers(model):
             twin = model_copy(inside)
         check_built(twin, inside)
-    twin.set_weights(_values(model, value))
+    carry_over(model, twin, made, value)
     take_over(twin)
     return twin
 
@@ -208,9 +208,3 @@ def _stock_gaussian_dropout(layer, value, names):
     shape = [1] * rank
     shape[layer.axis % rank] = -1
     return layers.Rescaling(scale.reshape(shape).tolist(), **arguments)
-
-
-def _values(model, value):
-    """The weights of the twin, in the order of its own."""
-    values = {id(each.loc): each for each in posteriors(model) if isinstance(each, VariationalWeight)}
-    return [array(value(values[id(each)]) if id(each) in values else each) for each in stock_weights(model)]

@@ -39,16 +39,28 @@ def graph_copy(model, make):
 
     Args:
         model: A Functional or Sequential model, built.
-        make: Callable from a layer, at any depth of models within models, to the layer in its place.
+        make: Function from a layer, or another operation, at any depth of models within models, to what takes its
+            place.
 
     Returns:
-        The model; the weights are those that the layers start with.
+        The model, whose weights are those that its layers start with; and a dict from the ids of layers and models to
+        what takes their places.
     """
+    made, inputs = {}, {}
+
+    def again(operation):
+        if id(operation) not in made:
+            made[id(operation)] = copy(operation) if is_graph(operation) else make(operation)
+        return made[id(operation)]
+
+    def copy(graph):
+        new = keras.models.clone_model(graph, _same_inputs(graph, inputs), clone_function=again)
+        if not new.built:
+            new.build(graph.input_shape)
+        return new
+
     with _not_compiled(model), known_layers(model):
-        copy = keras.models.clone_model(model, _same_inputs(model), clone_function=make, recursive=True)
-        if not copy.built:
-            copy.build(model.input_shape)
-    return copy
+        return again(model), made
 
 
 def model_copy(model):
@@ -107,15 +119,22 @@ def _not_compiled(model):
             each.compiled = True
 
 
-def _same_inputs(model):
-    """Inputs of the same names, which Keras would give new ones; None for a Sequential model, where it does not."""
+def _same_inputs(model, made):
+    """Inputs of the same names, which Keras would give new ones; None for a Sequential model, where it does not.
+
+    Args:
+        model: A Functional or Sequential model.
+        made: Dict from the ids of inputs to those in their places, to which these are added: models may share them.
+    """
     if isinstance(model, keras.Sequential):
         return None
-    inputs = {id(layer.output): layer for layer in model.layers if isinstance(layer, layers.InputLayer)}
+    input_layers = {id(layer.output): layer for layer in model.layers if isinstance(layer, layers.InputLayer)}
     kept = "batch_shape", "dtype", "name", "sparse", "ragged", "optional"
 
     def same(x):
-        config = inputs[id(x)].get_config()
-        return keras.Input(**{name: config[name] for name in kept if config.get(name)})
+        if id(x) not in made:
+            config = input_layers[id(x)].get_config()
+            made[id(x)] = keras.Input(**{name: config[name] for name in kept if config.get(name)})
+        return made[id(x)]
 
     return keras.tree.map_structure(same, input_structure(model))

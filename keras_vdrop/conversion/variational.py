@@ -116,8 +116,9 @@ def to_variational(
         raise ValueError(
             f"{model.name!r} has nothing to convert. Received: layers={layers!r}, dropout={dropout!r}{reasons}"
         )
-    twin = _twin(model, new_layers)
-    fresh = [each for each in carry_over(model, twin) if not isinstance(each.owner, VariationalGaussianDropout)]
+    twin, made = _twin(model, new_layers)
+    new_posteriors = carry_over(model, twin, made)
+    fresh = [each for each in new_posteriors if not isinstance(each.owner, VariationalGaussianDropout)]
     for weight in fresh:
         weight.restart(relative_variance)
     take_over(twin)
@@ -252,10 +253,10 @@ def _change_of_noise(place, dropout, arguments):
 
 
 def _twin(model, new_layers):
-    """The copy with new layers, of which the weights are those that layers start with."""
+    """The copy with new layers, of which the weights are those that layers start with; and what was made of which."""
     if id(model) in new_layers:
         with known_layers(model):
-            return new_layers[id(model)]()
+            return new_layers[id(model)](), {}
     return graph_copy(model, lambda layer: remade(layer, new_layers))
 
 

@@ -182,6 +182,9 @@ class Variational(StochasticLayer, keras.Model):
     def compute_output_spec(self, *args, training=None, **kwargs):
         return self.layer.compute_output_spec(*args, **kwargs)
 
+    def compute_output_shape(self, *args, **kwargs):
+        return self.layer.compute_output_shape(*args, **kwargs)
+
     def compute_mask(self, inputs, previous_mask):
         """Of the first of the inputs, which are all that were given by position."""
         if not inputs or not self.layer.supports_masking:
