@@ -30,7 +30,7 @@ class Arguments:
     threshold: float | None
 
     def __post_init__(self):
-        VariationalDense(1, **vars(self))
+        VariationalDense(1, name="arguments", **vars(self))
 
     def of(self, cls):
         """For a class, which may not have that estimator."""

@@ -215,7 +215,7 @@ def _change(place, is_model, arguments):
     if place.kind == COUNTERPART:
         try:
             new = counterpart(layer, arguments)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             why_not = str(error)
         else:
             notes = _notes(layer, arguments.estimator, new)
