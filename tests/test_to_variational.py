@@ -118,7 +118,8 @@ def words():
 
 
 def wrappers():
-    inside = keras.Sequential([keras.Input((3,)), layers.Dense(4), layers.Dense(3)])
+    x = keras.Input((3,))
+    inside = keras.Model(x, layers.Dense(3)(layers.Dense(4)(x)))
     return keras.Sequential(
         [
             keras.Input((4, 3)),
@@ -378,6 +379,13 @@ def test_policies_and_states():
     assert_same(model, twin)
 
 
+def test_states_and_lambdas():
+    x = keras.Input(batch_shape=(3, 5, 2))
+    model = keras.Model(x, layers.Lambda(lambda h: 2.0 * h)(layers.LSTM(4, stateful=True)(x)))
+    model(data(model))
+    assert_same(model, converted(model)[0])
+
+
 class OwnLoss:
     """A loss that no config can hold."""
 
@@ -415,6 +423,20 @@ def test_not_compiled_as_it_was():
     lines = []
     twin = kv.to_variational(model, print_fn=lines.append)
     assert not twin.compiled and any(line.startswith("not compiled: ") for line in lines)
+
+
+def test_steps_of_ones_own():
+    class OwnSteps(keras.Model):
+        def __init__(self, units):
+            x = keras.Input((4,))
+            super().__init__(x, layers.Dense(units)(x))
+
+        def train_step(self, *args):
+            return super().train_step(*args)
+
+    lines = []
+    kv.to_variational(OwnSteps(2), print_fn=lines.append)
+    assert any("OwnSteps has steps or losses of its own" in line for line in lines)
 
 
 def test_what_is_variational_already_stays_as_it_is():

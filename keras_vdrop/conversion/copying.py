@@ -57,6 +57,7 @@ def carry_over(model, twin, made, value=None):
         if not _is_wrapped(old, new):  # whose layer is in another pair
             of = lambda each: array(value(means[id(each)]) if value and id(each) in means else each)  # noqa: E731
             _assign(old, stock_weights(old), stock_weights(new), of)
+            _assign(old, _recurrent_states(old), _recurrent_states(new), array)
     _check_shared(model, twin)
     for posterior in fresh:
         if isinstance(posterior, VariationalWeight) and not posterior.loc.trainable:
@@ -92,6 +93,12 @@ def _own_variables(layer):
     """The variables of a layer that are not of the layers within it; the states of generators among them."""
     within = {id(variable) for each in children(layer) for variable in each.variables}
     return [variable for variable in layer.variables if id(variable) not in within]
+
+
+def _recurrent_states(layer):
+    """What a recurrent layer keeps from one batch to the next."""
+    kept = isinstance(layer, keras.layers.RNN) and layer.stateful and layer.states is not None
+    return keras.tree.flatten(layer.states) if kept else []
 
 
 def _assign(layer, sources, targets, value):
