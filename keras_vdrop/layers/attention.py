@@ -29,6 +29,7 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
         seed: Int for the same noise in every run, or None.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold: As in
             `VariationalDense`, for all four projections.
+        lora_rank, lora_alpha: As in `keras.layers.EinsumDense`, for all four.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:
@@ -51,6 +52,11 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
         Attention Is All You Need, Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; Bayesian Transformer Language
         Models for Speech Recognition, Xue et al., 2021, https://arxiv.org/abs/2102.04754
     """
+
+    def __init__(self, *args, lora_rank=None, lora_alpha=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
 
     def build(self, query_shape, value_shape, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
@@ -95,6 +101,8 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
             initial_log_variance=self.initial_log_variance,
             log_variance_rate=self.log_variance_rate,
             threshold=self.threshold,
+            lora_rank=self.lora_rank,
+            lora_alpha=self.lora_alpha,
             seed=None if self.seed is None else noise.hash_seed(self.seed, name),
             **self._get_common_kwargs_for_sublayer(),
             **arguments,
@@ -129,3 +137,7 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
     def free_bits(self, value):
         for layer in self._projections:
             layer.free_bits = value
+
+    def get_config(self):
+        lora = {} if self.lora_rank is None else {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
+        return {**super().get_config(), **lora}

@@ -508,7 +508,10 @@ class VariationalLayer(DropIn, StochasticLayer):
         """Of a posterior, its mean."""
         own = {id(self._kl_weight), id(self._free_bits)}
         for posterior in posteriors(self):
-            own.update(id(variable) for variable in posterior.variables if variable is not posterior.loc)
+            stands = posterior.loc if posterior is not self.lora_a else None
+            own.update(id(variable) for variable in posterior.variables if variable is not stands)
+        if self.lora_a is not None:
+            own.add(id(self.lora_b))
         return [variable for variable in self.weights if id(variable) not in own]
 
     # Weights
@@ -540,6 +543,8 @@ class VariationalLayer(DropIn, StochasticLayer):
         is_bias = name is not None and "bias" in name
         prior = self.bias_prior if is_bias else self.kernel_prior
         arguments["initializer"] = initializer
+        if not is_bias and getattr(self, "lora_rank", None):
+            prior, trainable = None, False  # what is learned is its update
         if prior is None or not trainable:
             return super().add_weight(shape=shape, dtype=dtype, trainable=trainable, name=name, **arguments)
         weight = VariationalWeight(
@@ -597,8 +602,75 @@ class VariationalLayer(DropIn, StochasticLayer):
 
     # What Keras's layers do to a plain kernel
 
-    def enable_lora(self, *args, **kwargs):
-        raise NotImplementedError(f"{type(self).__name__} has no low-rank adaptation.")
+    lora_a = None
+
+    def enable_lora(self, rank, a_initializer="he_uniform", b_initializer="zeros", lora_alpha=None):
+        """Keras's `build` calls this where the layer was given a `lora_rank`; afterwards it is too late.
+
+        The kernel W stays as it is, and the layer learns an update of it: W + lora_alpha / lora_rank·A·B with a
+        posterior over A, N(loc, exp(log_variance)), in which what meets one input shares a variance. B is plain, and 0
+        at first.
+
+        Reference:
+            BLoB: Bayesian Low-Rank Adaptation by Backpropagation for Large Language Models, Wang et al., 2024,
+            https://arxiv.org/abs/2406.11675
+        """
+        kernel = self._adapted()
+        if self.lora_a is not None or isinstance(kernel, VariationalWeight) or kernel.trainable:
+            raise ValueError(
+                f"{self.name!r} has been built without a low-rank update. Give it `lora_rank` when it is made, or make "
+                f"it from a trained layer by `keras_vdrop.to_variational(model, rank={rank})`."
+            )
+        if getattr(self, "groups", 1) != 1:
+            raise ValueError(
+                f"A convolution in groups has no low-rank update. Received: groups={self.groups}, lora_rank={rank}"
+            )
+        if self.kernel_prior is None:
+            raise ValueError(f"The update of {self.name!r} needs a `kernel_prior`. Received: kernel_prior=None")
+        self.lora_a = VariationalWeight(
+            self,
+            super().add_weight,
+            "lora_a",
+            (*kernel.shape[:-1], rank),
+            prior=self.kernel_prior,
+            initial_log_variance=self.initial_log_variance,
+            log_variance_rate=self.log_variance_rate,
+            log_variance_shape=(*kernel.shape[:-1], 1),
+            initializer=keras.initializers.get(a_initializer),
+            prunable=False,
+        )
+        self.lora_b = super().add_weight(
+            name="lora_b",
+            shape=(rank, kernel.shape[-1]),
+            initializer=keras.initializers.get(b_initializer),
+        )
+        self._posterior_size += self.lora_a.size
+
+    def _adapted(self):
+        """The weight of which `lora_rank` learns an update: its last axis is that of the outputs."""
+        return self.kernel
+
+    def _with_update(self, y, linear, x, noisy):
+        """`y`, which is `linear(x, W)`, and what the update of W adds to it."""
+        if self.lora_a is None:
+            return y
+        inner = self._apply(self.lora_a, linear, x, noisy)
+        axis = self._channel_axis()
+        update = ops.matmul(ops.moveaxis(inner, axis, -1), ops.cast(self.lora_b, inner.dtype))
+        return y + ops.cast(self._lora_scale, y.dtype) * ops.moveaxis(update, -1, axis)
+
+    @property
+    def _lora_scale(self):
+        return self.lora_alpha / self.lora_rank
+
+    def adapted_value(self, lora_a):
+        """The weight that the layer adapts, with its update.
+
+        Args:
+            lora_a: Tensor, A: its mean or a draw.
+        """
+        update = ops.matmul(lora_a, ops.cast(self.lora_b, lora_a.dtype))
+        return ops.cast(self._adapted(), update.dtype) + self._lora_scale * update
 
     def quantize(self, *args, **kwargs):
         raise NotImplementedError(f"{type(self).__name__} cannot be quantized.")
@@ -616,7 +688,7 @@ class AffineLayer(VariationalLayer):
 
     def transform(self, x, noisy):
         """All of the layer but bias and activation; by default one `linear` with one kernel."""
-        return self._apply(self.kernel, self.linear, x, noisy)
+        return self._with_update(self._apply(self.kernel, self.linear, x, noisy), self.linear, x, noisy)
 
     def structure(self, kept):
         """The outputs into which a weight is left."""

@@ -103,6 +103,15 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
     def linear(self, x, kernel):
         return ops.einsum(self.equation, x, kernel)
 
+    def enable_lora(self, rank, *args, **kwargs):
+        _, kernel, outputs = self._operands()
+        if kernel[-1] != outputs[-1]:
+            raise ValueError(
+                "A low-rank update is of kernels whose last axis is the last of the outputs. Received: "
+                f"equation={self.equation!r}, lora_rank={rank}"
+            )
+        super().enable_lora(rank, *args, **kwargs)
+
     @property
     def _outputs(self):
         _, kernel, outputs = self._operands()

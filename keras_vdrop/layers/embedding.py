@@ -70,7 +70,11 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
             return type(inputs).from_tensor(table, lengths=lengths, row_splits_dtype=dtype)
         taken = keras.backend.standardize_dtype(inputs.dtype) in ("int32", "int64")
         indices = inputs if taken else ops.cast(inputs, "int32")
-        return self._apply(self.embeddings, _look_up, indices, self._noisy(training))
+        noisy = self._noisy(training)
+        return self._with_update(self._apply(self.embeddings, _look_up, indices, noisy), _look_up, indices, noisy)
+
+    def _adapted(self):
+        return self.embeddings
 
     def _dtype_with(self, x):
         return self.compute_dtype  # to which Keras's layer casts, wherever it is called

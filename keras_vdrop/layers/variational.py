@@ -1,5 +1,6 @@
 """`Variational`: any Keras layer or model, run on weights that are drawn."""
 
+import copy
 import re
 
 import keras
@@ -183,7 +184,9 @@ class Variational(StochasticLayer, keras.Model):
         return self.layer.compute_output_spec(*args, **kwargs)
 
     def compute_output_shape(self, *args, **kwargs):
-        return self.layer.compute_output_shape(*args, **kwargs)
+        args, kwargs = keras.tree.map_shape_structure(keras.KerasTensor, (args, kwargs))
+        kwargs = {name.removesuffix("_shape"): each for name, each in kwargs.items()}
+        return keras.tree.map_structure(lambda each: each.shape, self.compute_output_spec(*args, **kwargs))
 
     def compute_mask(self, inputs, previous_mask):
         """Of the first of the inputs, which are all that were given by position."""
@@ -238,7 +241,8 @@ class Variational(StochasticLayer, keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        layer = keras.saving.deserialize_keras_object(config["layer"], custom_objects=custom_objects)
+        # Keras takes apart the config of a model that it makes.
+        layer = keras.saving.deserialize_keras_object(copy.deepcopy(config["layer"]), custom_objects=custom_objects)
         return cls(**{**config, "layer": layer})
 
 
@@ -273,8 +277,8 @@ def _patterns(name, value):
     """A list of regular expressions, or None."""
     if value is None:
         return None
-    patterns = [value] if isinstance(value, str) else list(value)
     try:
+        patterns = [value] if isinstance(value, str) else list(value)
         for pattern in patterns:
             re.compile(pattern)
     except (TypeError, re.error) as error:

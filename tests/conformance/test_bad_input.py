@@ -68,7 +68,10 @@ def generators(layer):
 
 
 def test_one_generator_a_layer(case):
-    assert generators(case.built()) == (4 if case.is_attention else 1)
+    of_keras = 0
+    if case.cls is kv.Variational:
+        of_keras = generators(case.built().layer)
+    assert generators(case.built()) - of_keras == (4 if case.is_attention else 1)
 
 
 @pytest.mark.parametrize("subject", [case for case in CASES if case.is_kernel], ids=str)

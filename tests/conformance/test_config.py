@@ -3,19 +3,27 @@
 import inspect
 import json
 
+import keras
+
 
 def test_config_round_trip(case):
     layer = case.make()
-    config = layer.get_config()
-    again = type(layer).from_config(json.loads(json.dumps(config)))
-    assert again.get_config() == config
+    config = plain(layer)
+    again = type(layer).from_config(json.loads(config))
+    assert plain(again) == config
+
+
+def plain(layer):
+    """The layer's config as a file has it."""
+    return json.dumps(layer.get_config(), sort_keys=True)
 
 
 def test_config_names_every_argument(case):
     layer = case.make()
     inner = getattr(layer, "layer", None) or getattr(layer, "cell", layer)
     config = {**layer.get_config(), **inner.get_config()}
-    assert {*case.keras, *case.ours, *case.own_arguments} <= set(config)
+    of_keras = set() if isinstance(inner, keras.Model) else set(case.keras)
+    assert {*of_keras, *case.ours, *case.own_arguments} <= set(config)
 
 
 def test_signature_names_every_argument(case):
@@ -23,6 +31,6 @@ def test_signature_names_every_argument(case):
     names = list(inspect.signature(case.cls).parameters)
     theirs = ["layer"] if case.is_wrapper else list(inspect.signature(case.twin).parameters)
     theirs = [name for name in theirs if name not in ("kwargs", "use_cudnn")]
-    if issubclass(case.cls, case.twin) or case.is_wrapper:
+    if case.is_wrapper or issubclass(case.cls, case.twin):
         assert names[: len(theirs)] == theirs
     assert set(case.own_arguments) <= set(names)

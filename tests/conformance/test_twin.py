@@ -11,7 +11,7 @@ QUIETABLE = [case for case in CASES if case.has_kl]
 
 def copy_weights(layer, twin):
     """Give both the same random means, weight by weight."""
-    own = (".loc", "_loc", "bias", "kernel", "embeddings")
+    own = (".loc", "_loc", "bias", "kernel", "embeddings", "gamma", "beta")
     ours = [variable for variable in layer.weights if variable.name.endswith(own)]
     for variable, theirs in zip(ours, twin.weights, strict=True):
         theirs.assign(np.random.default_rng(1).normal(size=theirs.shape))

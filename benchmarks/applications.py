@@ -1,0 +1,121 @@
+"""Does every network of `keras.applications` come through conversion as it was? Each there and back, and by a file.
+
+    python benchmarks/applications.py --out benchmarks/results/applications.json
+
+Each is made with random weights, for images of the smallest size that it takes, without the activation at its end, and
+then
+
+- converted by `to_variational`, saved, loaded, and converted back by `to_deterministic`;
+- each of these is compared with the network: the largest difference of its outputs for two images, over the largest
+  output.
+
+Kept of each: the differences; how many of its weights have become distributions, and of the kernels and tables among
+them how many there are; seconds of making the network by Keras, of both conversions, of saving and of loading; and how
+large the file is beside Keras's own.
+
+`--only NAME ...` makes some of them; `--jobs` shares them among processes.
+"""
+
+import pathlib
+import tempfile
+import time
+import types
+import warnings
+
+import common
+import keras
+import numpy as np
+
+import keras_vdrop as kv
+from keras_vdrop.posterior import posteriors
+
+# What networks take at least, if not 32: their own sums of strides and paddings.
+SIZES = (32, 64, 71, 75, 96, 128, 160, 224, 331)
+CLASSES, IMAGES = 10, 2
+QUICK = ("MobileNetV2",)
+
+
+def networks():
+    """{name: function} of all of them, the alias of another left out."""
+    found = {}
+    for name, function in sorted(vars(keras.applications).items()):
+        if isinstance(function, types.FunctionType) and name[0].isupper() and function not in found.values():
+            found[name] = function
+    return found
+
+
+def smallest(name):
+    """The network for the smallest images that it takes, and their size."""
+    for size in SIZES:
+        try:
+            return _made(name, size), size
+        except ValueError as error:
+            refused = error
+    raise refused
+
+
+def _made(name, size):
+    keras.utils.set_random_seed(0)
+    return networks()[name](weights=None, input_shape=(size, size, 3), classes=CLASSES, classifier_activation=None)
+
+
+def kernels(model):
+    """How many numbers are in weights of at least two axes."""
+    return sum(int(np.prod(each.shape)) for each in model.trainable_weights if len(each.shape) > 1)
+
+
+def timed(function, *arguments):
+    """What it returns, and the seconds that it took."""
+    begin = time.perf_counter()
+    result = function(*arguments)
+    return result, time.perf_counter() - begin
+
+
+def convert(name):
+    """The row of a network."""
+    (model, size), made = timed(smallest, name)
+    x = np.random.default_rng(0).uniform(0.0, 255.0, (IMAGES, size, size, 3)).astype("float32")
+    expected = keras.ops.convert_to_numpy(model(x, training=False))
+    largest = float(np.abs(expected).max())
+
+    def difference(other):
+        return float(np.abs(keras.ops.convert_to_numpy(other(x, training=False)) - expected).max()) / largest
+
+    lines = []
+    bayesian, there = timed(lambda: kv.to_variational(model, print_fn=lines.append))
+    row = {"size": size, "parameters": model.count_params(), "kernels": kernels(model), "largest_output": largest}
+    row["distributions"] = sum(posterior.size for posterior in posteriors(bayesian))
+    row["converted"] = difference(bayesian)
+    with tempfile.TemporaryDirectory() as folder:
+        path, plain = (pathlib.Path(folder, f"{name}.keras") for name in ("ours", "plain"))
+        _, saved = timed(bayesian.save, path)
+        del bayesian
+        loaded, load = timed(keras.saving.load_model, path)
+        model.save(plain)
+        row["file"] = path.stat().st_size / plain.stat().st_size
+    row["loaded"] = difference(loaded)
+    back, again = timed(kv.to_deterministic, loaded)
+    row["back"] = difference(back)
+    row["seconds"] = {"made": made, "converted": there, "saved": saved, "loaded": load, "back": again}
+    row["stay"] = [line for line in lines if " stays" in line or "Variational(" in line]
+    return row
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=sorted(networks()), help="some of them")
+    options = parser.parse_args()
+    options.seeds = 1  # a difference of rounding has no spread
+    warnings.simplefilter("ignore")
+    names = options.only or (QUICK if options.quick else list(networks()))
+    rows = common.learn_rows(names, options, lambda name, seed: convert(name))
+    print(f"\n{'':<20}{'parameters':>13}{'drawn':>8}{'converted':>11}{'loaded':>9}{'back':>9}  seconds")
+    for name, (row,) in rows.items():
+        drawn = row["distributions"] / row["kernels"]
+        differences = f"{row['converted']:>11.1e}{row['loaded']:>9.1e}{row['back']:>9.1e}"
+        seconds = ", ".join(f"{each} {value:.1f}" for each, value in row["seconds"].items())
+        print(f"{name:<20}{row['parameters']:>13,}{drawn:>8.1%}{differences}  {seconds}")
+
+
+if __name__ == "__main__":
+    main()
