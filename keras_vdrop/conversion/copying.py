@@ -1,6 +1,7 @@
 """What a copy of a model is given of it: weights, states, what is frozen, and what it was compiled with."""
 
 import math
+from types import MappingProxyType
 
 import keras
 import numpy as np
@@ -13,14 +14,42 @@ from keras_vdrop.posterior import VariationalWeight, posteriors
 
 
 def stock_weights(layer):
-    """The weights of a model or layer that Keras's own layers have too: of a posterior its mean, of noise nothing."""
+    """The weights of a model or layer that Keras's own layers have too: of a posterior its mean, of noise nothing, and
+    of a low-rank update the weight that it is of."""
     ours_alone = set()
     for posterior in posteriors(layer):
         owner = posterior.owner
         ours_alone.update(map(id, (owner.kl_weight, owner.free_bits, *posterior.variables)))
-        if isinstance(posterior, VariationalWeight) and not isinstance(owner, VariationalGaussianDropout):
+        if _is_of_update(posterior):
+            ours_alone.add(id(owner.lora_b))
+        elif isinstance(posterior, VariationalWeight) and not isinstance(owner, VariationalGaussianDropout):
             ours_alone.discard(id(posterior.loc))
     return [variable for variable in layer.weights if id(variable) not in ours_alone]
+
+
+def _is_of_update(posterior):
+    return getattr(posterior.owner, "lora_a", None) is posterior
+
+
+def _origins(layer, value):
+    """What stands in the places of variables that layers of Keras's do not have.
+
+    Args:
+        layer: A model or layer.
+        value: Function from a `VariationalWeight` to what stands for it, a tensor.
+
+    Returns:
+        Dict from the id of a variable to a function that gives its place a value, and the variable that tells whether
+        it is frozen.
+    """
+    found = {}
+    for posterior in posteriors(layer):
+        if _is_of_update(posterior):
+            owner = posterior.owner
+            found[id(owner._adapted())] = (lambda one=posterior: one.owner.adapted_value(value(one))), posterior.loc
+        elif isinstance(posterior, VariationalWeight):
+            found[id(posterior.loc)] = (lambda one=posterior: value(one)), posterior.loc
+    return found
 
 
 def array(variable):
@@ -43,24 +72,25 @@ def carry_over(model, twin, made, value=None):
     Raises:
         ValueError: Where the twin has other weights.
     """
-    means = {id(each.loc): each for each in posteriors(model) if isinstance(each, VariationalWeight)}
+    origins = {} if value is None else _origins(model, value)
     pairs = list(_pairs(model, twin, made))
     for old, new in pairs:
         new.trainable = old.trainable  # and so is all within it, until its own turn
     fresh = []
     for old, new in pairs:
         if _is_alike(old, new):
-            _assign(old, _own_variables(old), _own_variables(new), array)
+            _assign(old, _own_variables(old), _own_variables(new))
             _keep_kl_weight(old, new)
             continue
         fresh += posteriors(new)
         if not _is_wrapped(old, new):  # whose layer is in another pair
-            of = lambda each: array(value(means[id(each)]) if value and id(each) in means else each)  # noqa: E731
-            _assign(old, stock_weights(old), stock_weights(new), of)
-            _assign(old, _recurrent_states(old), _recurrent_states(new), array)
+            _assign(old, _by_name(stock_weights(old)), _by_name(stock_weights(new)), origins)
+            _assign(old, _recurrent_states(old), _recurrent_states(new))
     _check_shared(model, twin)
     for posterior in fresh:
-        if isinstance(posterior, VariationalWeight) and not posterior.loc.trainable:
+        if _is_of_update(posterior):
+            posterior.owner._adapted().trainable = False
+        elif isinstance(posterior, VariationalWeight) and not posterior.loc.trainable:
             posterior.log_variance.trainable = False
     return fresh
 
@@ -101,8 +131,13 @@ def _recurrent_states(layer):
     return keras.tree.flatten(layer.states) if kept else []
 
 
-def _assign(layer, sources, targets, value):
-    """Give variables the values of others, and freeze those whose others are frozen."""
+def _by_name(variables):
+    """The order in which a layer of ours has the variables of Keras's, though some are frozen in only one of them."""
+    return sorted(variables, key=lambda variable: variable.name.removesuffix("_loc"))
+
+
+def _assign(layer, sources, targets, origins=MappingProxyType({})):
+    """Give variables the values of others, or what stands for those, and freeze those whose others are frozen."""
     shapes, expected = ([tuple(each.shape) for each in variables] for variables in (targets, sources))
     if shapes != expected:
         raise ValueError(
@@ -110,8 +145,9 @@ def _assign(layer, sources, targets, value):
             f"expected the shapes {expected}. Received: {shapes}"
         )
     for source, target in zip(sources, targets):
-        target.assign(value(source))
-        target.trainable = source.trainable
+        value, variable = origins.get(id(source), (lambda one=source: one, source))
+        target.assign(array(value()))
+        target.trainable = variable.trainable
 
 
 def _check_shared(model, twin):

@@ -14,7 +14,7 @@ from keras_vdrop.conversion.making import NOISE_KINDS, Arguments, counterpart, n
 from keras_vdrop.conversion.survey import ADAPTED, COUNTERPART, NOISE, VARIATIONAL, Place, choose, kernels, survey
 from keras_vdrop.functional import sparsity
 from keras_vdrop.layers import VariationalGaussianDropout
-from keras_vdrop.layers.base import check_positive
+from keras_vdrop.layers.base import check_positive, check_positive_int
 from keras_vdrop.posterior import posteriors
 
 
@@ -31,6 +31,8 @@ def to_variational(
     log_variance_rate=5.0,
     threshold=None,
     empirical_bayes=True,
+    rank=None,
+    lora_alpha=None,
     dropout=None,
     print_fn=print,
 ):
@@ -61,6 +63,10 @@ def to_variational(
             MOPED (0.01 is a standard deviation of 10 %).
         log_variance_rate, threshold: As in `VariationalDense`.
         empirical_bayes: Whether a normal prior is centered on the trained weights; else it is on 0.
+        rank: Positive int: the kernels stay as they are, and what is learned, and has a distribution, is an update of
+            so low a rank, W + lora_alpha / rank·A·B, as `lora_rank` of `VariationalDense` has it. Its prior is about 0.
+            Layers for which there is none stay.
+        lora_alpha: The factor of the update; None for `rank`.
         dropout: None leaves dropout as it is. "monte_carlo" makes the layers `Dropout` and `SpatialDropout` into
             `MonteCarloDropout`, and `GaussianDropout` into `VariationalGaussianDropout(alpha="fixed")`: the same noise,
             that can be sampled. "variational" makes all of them into `VariationalGaussianDropout`, which learns.
@@ -95,6 +101,9 @@ def to_variational(
         )
     if relative_variance is not None:
         check_positive("relative_variance", relative_variance)
+    if rank is not None:
+        check_positive_int("rank", rank)
+        empirical_bayes = False  # an update has not been learned yet
     if dropout not in NOISE_KINDS:
         raise ValueError(f"`dropout` must be one of {NOISE_KINDS}. Received: dropout={dropout!r}")
     arguments = Arguments(
@@ -105,6 +114,8 @@ def to_variational(
         initial_log_variance=initial_log_variance,
         log_variance_rate=log_variance_rate,
         threshold=threshold,
+        lora_rank=rank,
+        lora_alpha=lora_alpha,
     )
     _check_model(model)
     changes, left_out = _changes(model, layers, arguments, dropout)
@@ -137,7 +148,8 @@ def to_variational(
         drawn = sum(weight.size for weight in fresh)
         total = sum(math.prod(variable.shape) for variable in stock_weights(model))
         print_fn(_about(arguments.kernel_prior, empirical_bayes))
-        print_fn(f"{drawn:,} of {total:,} weights are distributions now")
+        of = f"of {total:,} weights" if rank is None else f"numbers, in updates of rank {rank},"
+        print_fn(f"{drawn:,} {of} are distributions now")
     return twin
 
 
@@ -221,6 +233,8 @@ def _change(place, is_model, arguments):
             notes = _notes(layer, arguments.estimator, new)
             line = f"{place.path}: {cls} -> {type(new).__name__}{notes}"
             return _Change(place, line, functools.partial(counterpart, layer, arguments))
+    if arguments.lora_rank is not None:
+        return _Change(place, f"{place.path}: {cls} stays: {why_not}")
     make = functools.partial(wrapped_model if is_model else wrapped, layer, arguments)
     return _Change(place, f"{place.path}: {cls} -> Variational({cls}), as {why_not}{_notes(layer)}", make)
 
