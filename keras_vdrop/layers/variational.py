@@ -218,6 +218,7 @@ class Variational(StochasticLayer, keras.Model):
             self._called_on = _from_described(config["args"]), _from_described(config["kwargs"])
         elif not self.layer.built:
             self.layer.build_from_config(config["layer"])
+            self.layer.built = True  # which Keras sets where it calls that
         if not self.built:
             self.build()
 
