@@ -2,8 +2,8 @@
 
     python benchmarks/applications.py --out benchmarks/results/applications.json
 
-Each is made with random weights, for images of the smallest size that it takes, without the activation at its end, and
-then
+Each is made with random weights, biases and moments, for images of the smallest size that it takes, without the
+activation at its end, and then
 
 - converted by `to_variational`, saved, loaded, and converted back by `to_deterministic`;
 - each of these is compared with the network: the largest difference of its outputs for two images, over the largest
@@ -56,7 +56,13 @@ def smallest(name):
 
 def _made(name, size):
     keras.utils.set_random_seed(0)
-    return networks()[name](weights=None, input_shape=(size, size, 3), classes=CLASSES, classifier_activation=None)
+    model = networks()[name](weights=None, input_shape=(size, size, 3), classes=CLASSES, classifier_activation=None)
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        if len(weight.shape) == 1:
+            # Biases, scales and moments start at 0 or 1, of which a copy with fresh ones would not be told apart.
+            weight.assign(weight + rng.uniform(0.0, 0.1, weight.shape))
+    return model
 
 
 def kernels(model):
