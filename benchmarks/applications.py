@@ -13,7 +13,8 @@ Kept of each: the differences; how many of its weights have become distributions
 them how many there are; seconds of making the network by Keras, of both conversions, of saving and of loading; and how
 large the file is beside Keras's own.
 
-`--only NAME ...` makes some of them; `--jobs` shares them among processes.
+`--only NAME ...` makes some of them, beside those that `--out` holds with `--resume`; `--jobs` shares them among
+processes.
 """
 
 import pathlib
@@ -114,9 +115,10 @@ def main():
     options.seeds = 1  # a difference of rounding has no spread
     warnings.simplefilter("ignore")
     names = options.only or (QUICK if options.quick else list(networks()))
+    del options.only  # rows of some are those of all
     rows = common.learn_rows(names, options, lambda name, seed: convert(name))
     print(f"\n{'':<20}{'parameters':>13}{'drawn':>8}{'converted':>11}{'loaded':>9}{'back':>9}  seconds")
-    for name, (row,) in rows.items():
+    for name, (row,) in sorted(rows.items()):
         drawn = row["distributions"] / row["kernels"]
         differences = f"{row['converted']:>11.1e}{row['loaded']:>9.1e}{row['back']:>9.1e}"
         seconds = ", ".join(f"{each} {value:.1f}" for each, value in row["seconds"].items())
