@@ -102,12 +102,19 @@ def _pairs(old, new, made):
     if _is_wrapped(old, new):
         within = [(old, new.layer)]
     elif _is_alike(old, new):
-        inside = children(old), children(new)
-        if len(inside[0]) != len(inside[1]):
-            raise ValueError(f"{old.name!r}, a {type(old).__name__}, has other layers when it is made again.")
-        within = [(one, made.get(id(one), other)) for one, other in zip(*inside)]
+        # A class of models may hold its layers in another order than that of the graph.
+        within = [(each, made[id(each)]) for each in children(old) if id(each) in made]
+        within = within or _in_order(old, new)
     for pair in within:
         yield from _pairs(*pair, made)
+
+
+def _in_order(old, new):
+    """The layers that two layers of one class hold, in pairs."""
+    inside = children(old), children(new)
+    if len(inside[0]) != len(inside[1]):
+        raise ValueError(f"{old.name!r}, a {type(old).__name__}, has other layers when it is made again.")
+    return list(zip(*inside))
 
 
 def _is_alike(old, new):
