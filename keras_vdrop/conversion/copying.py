@@ -20,15 +20,16 @@ def stock_weights(layer):
     for posterior in posteriors(layer):
         owner = posterior.owner
         ours_alone.update(map(id, (owner.kl_weight, owner.free_bits, *posterior.variables)))
-        if _is_of_update(posterior):
-            ours_alone.add(id(owner.lora_b))
+        if _update(posterior) is not None:
+            ours_alone.add(id(posterior.update.b))
         elif isinstance(posterior, VariationalWeight) and not isinstance(owner, VariationalGaussianDropout):
             ours_alone.discard(id(posterior.loc))
     return [variable for variable in layer.weights if id(variable) not in ours_alone]
 
 
-def _is_of_update(posterior):
-    return getattr(posterior.owner, "lora_a", None) is posterior
+def _update(posterior):
+    """The low-rank update that a posterior is a part of, or None."""
+    return getattr(posterior, "update", None)
 
 
 def _origins(layer, value):
@@ -44,9 +45,8 @@ def _origins(layer, value):
     """
     found = {}
     for posterior in posteriors(layer):
-        if _is_of_update(posterior):
-            owner = posterior.owner
-            found[id(owner._adapted())] = (lambda one=posterior: one.owner.adapted_value(value(one))), posterior.loc
+        if _update(posterior) is not None:
+            found[id(posterior.update.kernel)] = (lambda one=posterior: one.update.whole(value(one))), posterior.loc
         elif isinstance(posterior, VariationalWeight):
             found[id(posterior.loc)] = (lambda one=posterior: value(one)), posterior.loc
     return found
@@ -88,8 +88,8 @@ def carry_over(model, twin, made, value=None):
             _assign(old, _recurrent_states(old), _recurrent_states(new))
     _check_shared(model, twin)
     for posterior in fresh:
-        if _is_of_update(posterior):
-            posterior.owner._adapted().trainable = False
+        if _update(posterior) is not None:
+            posterior.update.kernel.trainable = False
         elif isinstance(posterior, VariationalWeight) and not posterior.loc.trainable:
             posterior.log_variance.trainable = False
     return fresh

@@ -58,7 +58,7 @@ def counterpart(layer, arguments):
     """
     cls, rank = COUNTERPARTS[type(layer)], arguments.lora_rank
     if rank is not None and (type(layer) not in _ADAPTABLE or getattr(layer, "groups", 1) != 1):
-        raise ValueError("there is no low-rank update of its weights")
+        raise ValueError("no class of ours learns a low-rank update of its weights")
     made = cls.from_config({**config_of(layer), **arguments.of(cls)})
     if isinstance(layer, layers.EinsumDense):
         _, kernel, outputs = made._operands()
@@ -87,7 +87,7 @@ def wrapped_model(model, arguments):
 
 
 def _variational(layer, arguments):
-    names = "kl_weight", "initial_log_variance", "log_variance_rate", "threshold"
+    names = "kl_weight", "initial_log_variance", "log_variance_rate", "threshold", "lora_rank", "lora_alpha"
     given = {name: getattr(arguments, name) for name in names}
     return Variational(layer, prior=arguments.kernel_prior, trainable=layer.trainable, **given)
 

@@ -233,8 +233,6 @@ def _change(place, is_model, arguments):
             notes = _notes(layer, arguments.estimator, new)
             line = f"{place.path}: {cls} -> {type(new).__name__}{notes}"
             return _Change(place, line, functools.partial(counterpart, layer, arguments))
-    if arguments.lora_rank is not None:
-        return _Change(place, f"{place.path}: {cls} stays: {why_not}")
     make = functools.partial(wrapped_model if is_model else wrapped, layer, arguments)
     return _Change(place, f"{place.path}: {cls} -> Variational({cls}), as {why_not}{_notes(layer)}", make)
 

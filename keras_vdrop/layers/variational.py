@@ -6,8 +6,15 @@ import re
 import keras
 
 from keras_vdrop import priors
-from keras_vdrop.layers.base import StochasticLayer, check_finite, check_log_variance, check_policy, check_positive
-from keras_vdrop.posterior import VariationalWeight, posteriors
+from keras_vdrop.layers.base import (
+    StochasticLayer,
+    check_finite,
+    check_log_variance,
+    check_policy,
+    check_positive,
+    check_positive_int,
+)
+from keras_vdrop.posterior import LowRankUpdate, VariationalWeight, posteriors
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -32,6 +39,10 @@ class Variational(StochasticLayer, keras.Model):
             TFP distribution.
         kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
         initial_log_variance, log_variance_rate, threshold: As in `VariationalDense`.
+        lora_rank: Positive int, r: each weight W stays as it is, and what is drawn and learned is an update of it,
+            W + lora_alpha / r·A·B with A ~ N(loc, exp(log_variance)), (..., r), and B, (r, U), that is plain and starts
+            at 0. None for distributions over the weights themselves.
+        lora_alpha: Float, the factor of the update; None for r.
         seed: Int for the same noise in every run, or None.
         **kwargs: `name`, that of the layer unless it is given, and `trainable`. Its dtypes are the layer's.
 
@@ -75,6 +86,8 @@ class Variational(StochasticLayer, keras.Model):
         initial_log_variance=None,
         log_variance_rate=5.0,
         threshold=None,
+        lora_rank=None,
+        lora_alpha=None,
         seed=None,
         **kwargs,
     ):
@@ -92,6 +105,10 @@ class Variational(StochasticLayer, keras.Model):
         check_positive("log_variance_rate", log_variance_rate)
         if threshold is not None:
             check_finite("threshold", threshold)
+        if lora_rank is not None:
+            check_positive_int("lora_rank", lora_rank)
+        if lora_alpha is not None:
+            check_finite("lora_alpha", lora_alpha)
         # Within the layer its own policy holds. Out here, weights are as they are stored.
         arguments = {"name": layer.name, **kwargs, "dtype": layer.variable_dtype, "autocast": False}
         super().__init__(kl_weight=kl_weight, seed=seed, **arguments)
@@ -102,6 +119,8 @@ class Variational(StochasticLayer, keras.Model):
         self.initial_log_variance = None if initial_log_variance is None else float(initial_log_variance)
         self.log_variance_rate = float(log_variance_rate)
         self.threshold = None if threshold is None else float(threshold)
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
         self.drawn = {}
         self._called_on = None
         self._allow_non_tensor_positional_args = True
@@ -123,7 +142,8 @@ class Variational(StochasticLayer, keras.Model):
             # Of layers that build what is within them when they are called, a call is what builds all.
             args, kwargs = self._called_on or ((keras.tree.map_shape_structure(keras.KerasTensor, input_shape),), {})
             self.layer(*args, **kwargs)
-        self.drawn = {path: self._draw_from(name, path, loc) for name, path, loc in self._chosen()}
+        draw_from = self._draw_from if self.lora_rank is None else self._draw_update
+        self.drawn = {path: draw_from(name, path, variable) for name, path, variable in self._chosen()}
         self._posterior_size = sum(weight.size for weight in self.drawn.values())
         self._build_noise()
 
@@ -156,12 +176,25 @@ class Variational(StochasticLayer, keras.Model):
             loc=loc,
         )
 
+    def _draw_update(self, name, path, kernel):
+        return LowRankUpdate(
+            self,
+            super().add_weight,
+            f"{name}_lora",
+            kernel,
+            self.lora_rank,
+            self.lora_alpha,
+            prior=self.prior,
+            initial_log_variance=self.initial_log_variance,
+            log_variance_rate=self.log_variance_rate,
+        ).a
+
     # Calling
 
     def call(self, *args, training=None, **kwargs):
         # The layer within takes `training` from this one's call.
         noisy = self._noisy(training)
-        values = [(weight.loc, self._value(weight, noisy)) for weight in self.drawn.values()]
+        values = [self._value(weight, noisy) for weight in self.drawn.values()]
         with _Drawn(values, collect_losses=True, initialize_variables=False) as scope:
             outputs = self.layer(*args, **kwargs)
         for variable in scope.updated.values():
@@ -171,8 +204,11 @@ class Variational(StochasticLayer, keras.Model):
         return outputs
 
     def _value(self, weight, noisy):
-        mean = weight.mean()
-        return mean + weight.perturbation(self._seeds(weight.name)) if noisy else mean
+        """A variable of the layer, and what it is in this call."""
+        value = weight.mean()
+        if noisy:
+            value = value + weight.perturbation(self._seeds(weight.name))
+        return (weight.loc, value) if weight.update is None else (weight.update.kernel, weight.update.whole(value))
 
     @property
     def draws(self):
@@ -235,6 +271,8 @@ class Variational(StochasticLayer, keras.Model):
             "initial_log_variance": self.initial_log_variance,
             "log_variance_rate": self.log_variance_rate,
             "threshold": self.threshold,
+            "lora_rank": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
         }
         return {name: value for name, value in config.items() if name != "dtype"}
 
