@@ -106,6 +106,7 @@ def _within(old, new, made):
     if _is_wrapped(old, new):
         return [(old, new.layer)]
     if id(old) in made and is_graph(old):
+        # A class of models may hold its layers in another order than that of the graph.
         return [(layer, made[id(layer)]) for layer in old.layers if id(layer) in made]
     if not _is_alike(old, new):
         return []
