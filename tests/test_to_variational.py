@@ -299,7 +299,7 @@ def test_shared_layers_stay_shared():
 def test_layers(wanted, found):
     twin, lines = converted(sequential(), wanted)
     assert [line.split(":")[0] for line in lines if "->" in line] == found
-    assert lines[len(found)].startswith(f"{4 - len(found)} layer")
+    assert lines[len(found)].startswith(f"{4 - len(found)} of the layers")
     assert_same(twin, kv.to_deterministic(twin))
 
 
@@ -634,6 +634,23 @@ def test_low_rank_adaptations_stay():
     assert_same(model, twin)
     with pytest.raises(ValueError, match=r"nothing to convert(.|\n)*adapted.*low-rank"):
         kv.to_variational(model, "adapted")
+
+
+class Halved(keras.Model):
+    """A model that is made of inputs and outputs, and does something else."""
+
+    def __init__(self):
+        x = keras.Input((3,))
+        super().__init__(x, layers.Dense(3)(x), name="halved")
+
+    def call(self, x, training=None):
+        return 0.5 * super().call(x, training=training)
+
+
+def test_models_whose_call_a_copy_would_not_have():
+    x = keras.Input((3,))
+    with pytest.raises(ValueError, match="'halved', a Halved, has a `call` of its own"):
+        kv.to_variational(keras.Model(x, Halved()(x)))
 
 
 class Unknown(layers.Layer):

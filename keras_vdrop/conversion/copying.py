@@ -98,22 +98,24 @@ def carry_over(model, twin, made, value=None):
 def _pairs(old, new, made):
     """Every layer of a model with that of its twin, after those that it is in; within layers of one class alone."""
     yield old, new
-    within = []
-    if _is_wrapped(old, new):
-        within = [(old, new.layer)]
-    elif _is_alike(old, new):
-        # A class of models may hold its layers in another order than that of the graph.
-        within = [(each, made[id(each)]) for each in children(old) if id(each) in made]
-        within = within or _in_order(old, new)
-    for pair in within:
+    for pair in _within(old, new, made):
         yield from _pairs(*pair, made)
 
 
-def _in_order(old, new):
-    """The layers that two layers of one class hold, in pairs."""
+def _within(old, new, made):
+    if _is_wrapped(old, new):
+        return [(old, new.layer)]
+    if id(old) in made and is_graph(old):
+        # A class of models may hold its layers in another order than that of the graph.
+        return [(layer, made[id(layer)]) for layer in old.layers if id(layer) in made]
+    if not _is_alike(old, new):
+        return []
     inside = children(old), children(new)
     if len(inside[0]) != len(inside[1]):
-        raise ValueError(f"{old.name!r}, a {type(old).__name__}, has other layers when it is made again.")
+        raise ValueError(
+            f"{old.name!r}, a {type(old).__name__}, has {len(inside[1])} layers when it is made again from its config, "
+            f"in place of {len(inside[0])}: let its config name all of them, or its constructor make them."
+        )
     return list(zip(*inside))
 
 
@@ -187,10 +189,10 @@ def compile_as(model, twin):
     try:
         optimizer = _again(model.optimizer)
         metrics = {name: _copied_metrics(given[name]) for name in ("metrics", "weighted_metrics")}
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        twin.compile(**{**given, **metrics, "optimizer": optimizer, "auto_scale_loss": scaled})
     except Exception as error:  # of a class of the user's own, whose config may fail in any way
         return f"of its optimizer or metrics there is no copy ({type(error).__name__}: {error})"
-    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    twin.compile(**{**given, **metrics, "optimizer": optimizer, "auto_scale_loss": scaled})
     return None
 
 

@@ -84,7 +84,7 @@ def stock_twin(model, value):
             return _stock_gaussian_dropout(layer, value, names)
         stock = _stock(serialized(layer), names)
         try:
-            return keras.saving.deserialize_keras_object(stock)
+            return keras.saving.deserialize_keras_object(stock, safe_mode=False)
         except TypeError as error:
             raise ValueError(
                 f"{layer.name!r}, a {type(layer).__name__}, cannot be made again from its arguments: give its "

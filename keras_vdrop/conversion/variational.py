@@ -9,7 +9,7 @@ import keras
 
 from keras_vdrop import priors
 from keras_vdrop.conversion.copying import carry_over, compile_as, stock_weights
-from keras_vdrop.conversion.graphs import graph_copy, is_graph, is_plain_graph, known_layers, take_over
+from keras_vdrop.conversion.graphs import graph_copy, known_layers, take_over
 from keras_vdrop.conversion.making import NOISE_KINDS, Arguments, counterpart, noise, remade, wrapped, wrapped_model
 from keras_vdrop.conversion.survey import ADAPTED, COUNTERPART, NOISE, VARIATIONAL, Place, choose, kernels, survey
 from keras_vdrop.functional import sparsity
@@ -120,14 +120,8 @@ def to_variational(
     _check_model(model)
     changes, left_out = _changes(model, layers, arguments, dropout)
     new_layers = {id(each.place.layer): each.make for each in changes if each.make is not None}
-    if not new_layers and posteriors(model):
-        print_fn(f"{model.name!r} is variational already: it is returned as it is")
-        return model
     if not new_layers:
-        reasons = "".join(f"\n{each.line}" for each in changes)
-        raise ValueError(
-            f"{model.name!r} has nothing to convert. Received: layers={layers!r}, dropout={dropout!r}{reasons}"
-        )
+        return _as_it_is(model, changes, print_fn, f"layers={layers!r}, dropout={dropout!r}")
     twin, made = _twin(model, new_layers)
     new_posteriors = carry_over(model, twin, made)
     fresh = [each for each in new_posteriors if not isinstance(each.owner, VariationalGaussianDropout)]
@@ -139,18 +133,26 @@ def to_variational(
     for change in changes:
         print_fn(change.line)
     if left_out:
-        print_fn(f"{_count(left_out, 'layer')} with kernels {'stay' if left_out > 1 else 'stays'}: not in `layers`")
+        print_fn(f"{left_out} of the layers with kernels {'stay' if left_out > 1 else 'stays'}: not in `layers`")
     if type(twin) is not type(model) and _trains_by_own_code(model):
         print_fn(f"it trains like any {type(twin).__name__}: {type(model).__name__} has steps or losses of its own")
     if not_compiled:
         print_fn(f"not compiled: {not_compiled}")
     if fresh:
-        drawn = sum(weight.size for weight in fresh)
-        total = sum(math.prod(variable.shape) for variable in stock_weights(model))
         print_fn(_about(arguments.kernel_prior, empirical_bayes))
-        of = f"of {total:,} weights" if rank is None else f"numbers, in updates of rank {rank},"
-        print_fn(f"{drawn:,} {of} are distributions now")
+        print_fn(_count(model, fresh, rank))
     return twin
+
+
+def _as_it_is(model, changes, print_fn, received):
+    """The model of which no layer is another, where that is no wonder."""
+    reasons = [each.line for each in changes if each.place.kind != VARIATIONAL]
+    if not posteriors(model):
+        lines = "\n".join([f"{model.name!r} has nothing to convert. Received: {received}", *reasons])
+        raise ValueError(lines)
+    for line in (*reasons, f"{model.name!r} is variational already: it is returned as it is"):
+        print_fn(line)
+    return model
 
 
 def _prior(name, identifier, empirical_bayes):
@@ -173,11 +175,6 @@ def _check_model(model):
             raise ValueError(
                 f"{layer.name!r}, a {type(layer).__name__}, is quantized. Convert the model as it was before that, and "
                 f"quantize what `keras_vdrop.to_deterministic` gives. Received: dtype={layer.dtype_policy.name!r}"
-            )
-        if layer is not model and is_graph(layer) and not is_plain_graph(layer):
-            raise ValueError(
-                f"{layer.name!r}, a {type(layer).__name__} within {model.name!r}, has a `call` of its own: copies of "
-                "the model would not. Convert it by itself, and make the model of what that gives."
             )
 
 
@@ -280,8 +277,11 @@ def _trains_by_own_code(model):
 # What is said
 
 
-def _count(number, noun):
-    return f"{number} {noun}{'s' if number != 1 else ''}"
+def _count(model, posteriors, rank):
+    drawn = sum(posterior.size for posterior in posteriors)
+    total = sum(math.prod(variable.shape) for variable in stock_weights(model))
+    of = f"of {total:,} weights" if rank is None else f"numbers, in updates of rank {rank},"
+    return f"{drawn:,} {of} are distributions now"
 
 
 def _about(prior, empirical_bayes):
