@@ -150,7 +150,7 @@ class VariationalWeight(VariableLike, Posterior):
 
     @property
     def trainable(self):
-        """Whether any of it learns. Setting it freezes or frees all that does: the mean, the log variance, the prior."""
+        """Whether any of it learns. Setting it freezes or frees all that does: mean, log variance and prior."""
         return any(variable.trainable for variable in self._learned)
 
     @trainable.setter
