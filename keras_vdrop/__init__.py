@@ -3,7 +3,7 @@
 from keras_vdrop import functional, layers, losses, metrics, plots, priors, tfp
 from keras_vdrop.callbacks import ELBO, SparsityLogger
 from keras_vdrop.compaction import compact
-from keras_vdrop.conversion import to_deterministic
+from keras_vdrop.conversion import to_deterministic, to_variational
 from keras_vdrop.layers import *  # noqa: F403
 from keras_vdrop.montecarlo import MonteCarlo
 from keras_vdrop.posterior import VariationalWeight, kl_divergence
@@ -32,4 +32,5 @@ __all__ = [
     "sparsity",
     "tfp",
     "to_deterministic",
+    "to_variational",
 ]

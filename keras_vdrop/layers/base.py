@@ -86,6 +86,11 @@ def weighed_by_callback(yes):
     _weighed.set(yes)
 
 
+def is_unset(layer):
+    """Whether nobody has set the `kl_weight` of a built layer."""
+    return layer in _unset
+
+
 def _signature_of(method):
     """Its signature without `self`."""
     signature = inspect.signature(method)

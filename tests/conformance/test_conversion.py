@@ -1,9 +1,12 @@
-"""Every layer has a twin of Keras's own that predicts the same, and so do they when they are compacted."""
+"""Every layer has a twin of Keras's own that predicts the same, there and back, and so do they when they are
+compacted."""
 
 import keras
 import numpy as np
+import pytest
 
 import keras_vdrop as kv
+from keras_vdrop.conversion.survey import COUNTERPARTS
 from tests.cases import array, posteriors, randomize, stock
 
 
@@ -27,3 +30,26 @@ def test_compacted_model_predicts_the_same(case):
         kv.prune(model, 0.0)
     assert stock(small)
     np.testing.assert_allclose(array(small(case.inputs())), array(model(case.inputs())), rtol=1e-5, atol=1e-5)
+
+
+def test_variational_twin_predicts_the_same(case, tmp_path):
+    """Of Keras's layer; at the mean, from a file, and on the way back."""
+    if not case.is_kernel and case.cls is not kv.Variational:
+        pytest.skip("it has no weights of its own")
+    model = case.model(case.make_twin())
+    for index, variable in enumerate(model.weights):
+        variable.assign(array(variable) + 0.1 * np.random.default_rng(index).normal(size=variable.shape))
+    before = model.get_weights()
+    x = case.inputs()
+    expected = array(model(x))
+    twin = kv.to_variational(model, print_fn=lambda line: None)
+    stands_for = {layer.__class__ for layer in twin._flatten_layers()}
+    assert case.cls in stands_for or case.twin in COUNTERPARTS
+    assert posteriors(twin) and not posteriors(model)
+    twin.save(tmp_path / "twin.keras")
+    loaded = keras.saving.load_model(tmp_path / "twin.keras")
+    loaded.load_weights(tmp_path / "twin.keras")
+    for other in (twin, loaded, kv.to_deterministic(loaded)):
+        np.testing.assert_allclose(array(other(x)), expected, rtol=1e-6, atol=1e-6)
+    for one, other in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(one, other)

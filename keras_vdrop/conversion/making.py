@@ -1,0 +1,190 @@
+"""Layers that take the places of others: variational ones, noise that can be sampled, and copies."""
+
+import dataclasses
+
+import keras
+from keras import layers
+
+from keras_vdrop import priors
+from keras_vdrop.conversion.graphs import check_built, check_lookup, children, model_copy, serialized
+from keras_vdrop.conversion.survey import COUNTERPARTS, exchange
+from keras_vdrop.layers import MonteCarloDropout, Variational, VariationalDense, VariationalGaussianDropout
+
+NOISE_KINDS = (None, "monte_carlo", "variational")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Those of variational layers, as they are given to each.
+
+    Raises:
+        ValueError: For a value that is out of range.
+    """
+
+    kernel_prior: priors.Prior
+    bias_prior: priors.Prior | None
+    estimator: str
+    kl_weight: float | None
+    initial_log_variance: float | None
+    log_variance_rate: float
+    threshold: float | None
+
+    def __post_init__(self):
+        VariationalDense(1, **vars(self))
+
+    def of(self, cls):
+        """For a class, which may not have that estimator."""
+        known = getattr(cls, "_cell_class", cls)._estimators()
+        return {**vars(self), "estimator": self.estimator if self.estimator in known else "auto"}
+
+
+def counterpart(layer, arguments):
+    """Our layer of the arguments of Keras's, not built.
+
+    Raises:
+        ValueError: Where ours does not take what Keras's does.
+    """
+    cls = COUNTERPARTS[type(layer)]
+    made = cls.from_config({**layer.get_config(), **arguments.of(cls)})
+    if isinstance(layer, layers.EinsumDense):
+        made._operands()
+    return made
+
+
+def wrapped(layer, arguments):
+    """A copy of the layer in a `Variational`, not built."""
+    return _variational(copied(layer), arguments)
+
+
+def wrapped_model(model, arguments):
+    """A copy of a model in a `Variational`, built.
+
+    Raises:
+        ValueError: For a model whose config does not make it again.
+    """
+    try:
+        copy = model_copy(model)
+    except Exception as error:
+        raise _not_copied(model, error) from error
+    check_built(copy, model)
+    return _variational(copy, arguments)
+
+
+def _variational(layer, arguments):
+    names = "kl_weight", "initial_log_variance", "log_variance_rate", "threshold"
+    given = {name: getattr(arguments, name) for name in names}
+    return Variational(layer, prior=arguments.kernel_prior, trainable=layer.trainable, **given)
+
+
+def copied(layer):
+    """A layer of the same class and arguments, not built.
+
+    Raises:
+        ValueError: For one whose config does not make it again.
+    """
+    check_lookup(layer)
+    try:
+        return type(layer).from_config(layer.get_config())
+    except Exception as error:  # of a class of the user's own, whose config may fail in any way
+        raise _not_copied(layer, error) from error
+
+
+def _not_copied(layer, error):
+    return ValueError(
+        f"{layer.name!r}, a {type(layer).__name__}, cannot be made again from its config ({_first_line(error)}). "
+        "Define `get_config` of its class, and give the class, and functions of your own that it is given, "
+        "@keras.saving.register_keras_serializable()."
+    )
+
+
+def _first_line(error):
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def remade(layer, new_layers):
+    """A layer that takes the place of another in a copy of its model, not built.
+
+    Args:
+        layer: Of the model, or another operation of its graph.
+        new_layers: Dict from the ids of layers to a function that makes what takes their place. They are this layer or
+            within it; all else is copied.
+    """
+    if id(layer) in new_layers:
+        return new_layers[id(layer)]()
+    if not isinstance(layer, layers.Layer) or not any(id(each) in new_layers for each in layer._flatten_layers()):
+        return copied(layer)
+    config = _remade_config(layer, serialized(layer), new_layers)
+    try:
+        return keras.saving.deserialize_keras_object(config, safe_mode=False)
+    except Exception as error:
+        raise _not_copied(layer, error) from error
+
+
+def _remade_config(layer, config, new_layers):
+    """The config of a layer with those of new ones within it."""
+    if id(layer) in new_layers:
+        new = serialized(new_layers[id(layer)]())
+    else:
+        within = exchange(config["config"], children(layer), lambda inner, its: _remade_config(inner, its, new_layers))
+        new = {"config": within}
+    return {name: value for name, value in {**config, **new}.items() if name != "build_config"}
+
+
+# Noise
+
+
+def noise(layer, kind, kl_weight):
+    """What takes the place of one of Keras's layers of noise.
+
+    Args:
+        layer: One of `survey.NOISES`.
+        kind: "monte_carlo" for the same noise, that can be sampled; "variational" for noise that learns its strength.
+        kl_weight: As the layers take it.
+
+    Raises:
+        ValueError: With the reason why nothing can.
+    """
+    if isinstance(layer, (layers.AlphaDropout, layers.GaussianNoise)):
+        raise ValueError("there is no such noise here")
+    named = {"name": layer.name, "dtype": layer.dtype_policy}
+    if kind == "monte_carlo" and isinstance(layer, layers.Dropout):
+        return MonteCarloDropout(layer.rate, _noise_shape(layer), layer.seed, **named)
+    if layer.rate == 0.0:
+        raise ValueError("at the rate 0 there is no noise")
+    arguments = {"alpha": "fixed"}
+    if kind == "variational":
+        arguments = {"alpha": "unit", "axis": _axis_of_units(layer), "kl_weight": kl_weight}
+    return VariationalGaussianDropout(layer.rate, seed=layer.seed, **arguments, **named)
+
+
+def _noise_shape(layer):
+    """Of a dropout, the shape of its mask as `keras.layers.Dropout` takes it."""
+    ranks = {layers.SpatialDropout1D: 3, layers.SpatialDropout2D: 4, layers.SpatialDropout3D: 5}
+    if type(layer) not in ranks:
+        return layer.noise_shape
+    shape = [None, *[1] * (ranks[type(layer)] - 1)]
+    shape[_channel_axis(layer)] = None
+    return tuple(shape)
+
+
+def _channel_axis(layer):
+    return 1 if getattr(layer, "data_format", None) == "channels_first" else -1
+
+
+def _axis_of_units(layer):
+    """The axis of what a dropout drops as a whole, or of the channels."""
+    noise_shape = _noise_shape(layer) if isinstance(layer, layers.Dropout) else None
+    axis = -1
+    if noise_shape is not None:
+        dropped = [axis for axis, size in enumerate(noise_shape) if axis and size != 1]
+        if len(dropped) != 1:
+            raise ValueError(f"with noise_shape={noise_shape}, units are not on one axis")
+        (axis,) = dropped
+    shapes = {tuple(node.input_tensors[0].shape) for node in layer._inbound_nodes}
+    if not shapes:
+        raise ValueError("within another layer it is not known what its units are")
+    units = {shape[axis] for shape in shapes}
+    if None in units or len({(len(shape), shape[axis]) for shape in shapes}) > 1:
+        raise ValueError(f"of the inputs, which have the shapes {sorted(shapes, key=str)}, the units are not known")
+    return axis
