@@ -22,9 +22,7 @@ import concurrent.futures
 import functools
 import math
 import multiprocessing
-import os
 import pathlib
-import sys
 
 import common
 import keras
