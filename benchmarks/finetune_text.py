@@ -83,7 +83,7 @@ def load(options):
     train, judged = parts["train"], parts["validation" if options.validation else "test"]
     ids = encode(sentences)
     others = _of_lengths(encode(others), [len(ids[i]) for i in judged])
-    train = train[: options.examples]
+    train, judged = train[: options.examples], judged[: options.judged]
     x, x_judged, x_other = map(_padded, ([ids[i] for i in train], [ids[i] for i in judged], others))
     return Data(x, labels[train], x_judged, labels[judged], x_other)
 
@@ -152,7 +152,8 @@ def encoder(options, dropout=0.0):
 
 def _outputs(backbone, tokens, known):
     inputs = {"token_ids": tokens, "padding_mask": ops.cast(known, "int32"), "segment_ids": ops.zeros_like(tokens)}
-    return backbone(inputs)["sequence_output"]
+    # Without the layer behind the first token, which is for other uses.
+    return keras.Model(backbone.input, backbone.output["sequence_output"])(inputs)
 
 
 def _tiny(tokens, dropout, size=400, width=16):
@@ -275,9 +276,10 @@ def of_dropout(model, options):
     return of_members([noisy] * options.draws)
 
 
-def of_posterior(model, options):
-    # One draw after the other: side by side, they would be as many encoders in memory.
-    sampler = kv.MonteCarlo(model, options.draws, output="samples", consistent=True, sample_batch_size=1)
+def of_posterior(name, model, options):
+    # Side by side, draws would be as many encoders in memory; but what comes before all noise is computed once.
+    together = options.draws if name == "last layer" else 1
+    sampler = kv.MonteCarlo(model, options.draws, output="samples", consistent=True, sample_batch_size=together)
     sampler.compile(jit_compile=options.jit)
     return lambda x: _probability(sampler.predict(x, batch_size=PREDICTED, verbose=0)).swapaxes(0, 1)
 
@@ -328,7 +330,7 @@ def learn(name, seed, data, options, plain):
         predict = of_dropout(model, options)
     else:
         left = size - gone(model)
-        predict = of_posterior(model, options)
+        predict = of_posterior(name, model, options)
     return {**judged(predict, data), "seconds": seconds, "weights": size, "left": left}
 
 
@@ -388,6 +390,7 @@ def main():
     parser.add_argument("--draws", type=int, default=32, help="to judge by")
     parser.add_argument("--members", type=int, default=MEMBERS, help="of the ensemble")
     parser.add_argument("--examples", type=int, help="only the first that many to learn from")
+    parser.add_argument("--judged", type=int, help="only the first that many to judge by")
     parser.add_argument("--jit", action=argparse.BooleanOptionalAction, default=False, help="compile by XLA")
     parser.add_argument("--verbose", action="store_true", help="show each epoch")
     options = parser.parse_args()
