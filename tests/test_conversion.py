@@ -15,7 +15,7 @@ def test_wrappers_and_models_within_models():
     h = layers.TimeDistributed(kv.VariationalDense(7, bias_prior="normal"))(x)
     h = layers.BatchNormalization()(h)
     h = layers.Bidirectional(kv.VariationalGRU(3, kernel_prior=kv.priors.Normal(trainable=True)))(h)
-    model = keras.Model(x, kv.ConcreteDropout(layers.Dense(2))(inner(h)))
+    model = keras.Model(x, kv.ConcreteDropout(layers.Dense(2), name="last")(inner(h)))
     randomize(model)
     twin = kv.to_deterministic(model)
     assert stock(twin)

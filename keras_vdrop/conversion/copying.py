@@ -1,5 +1,7 @@
 """What a copy of a model is given of it: weights, states, what is frozen, and what it was compiled with."""
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -55,6 +57,8 @@ def carry_over(model, twin, made, value=None):
         if not _is_wrapped(old, new):  # whose layer is in another pair
             of = lambda each: array(value(means[id(each)]) if value and id(each) in means else each)  # noqa: E731
             _assign(old, stock_weights(old), stock_weights(new), of)
+            _assign(old, _recurrent_states(old), _recurrent_states(new), array)
+    _check_shared(model, twin)
     for posterior in fresh:
         if isinstance(posterior, VariationalWeight) and not posterior.loc.trainable:
             posterior.log_variance.trainable = False
@@ -91,6 +95,12 @@ def _own_variables(layer):
     return [variable for variable in layer.variables if id(variable) not in within]
 
 
+def _recurrent_states(layer):
+    """What a recurrent layer keeps from one batch to the next."""
+    kept = isinstance(layer, keras.layers.RNN) and layer.stateful and layer.states is not None
+    return keras.tree.flatten(layer.states) if kept else []
+
+
 def _assign(layer, sources, targets, value):
     """Give variables the values of others, and freeze those whose others are frozen."""
     shapes, expected = ([tuple(each.shape) for each in variables] for variables in (targets, sources))
@@ -102,6 +112,16 @@ def _assign(layer, sources, targets, value):
     for source, target in zip(sources, targets):
         target.assign(value(source))
         target.trainable = source.trainable
+
+
+def _check_shared(model, twin):
+    """Raise a `ValueError` where the twin has two of what is one in the model."""
+    sizes = [sum(math.prod(each.shape) for each in stock_weights(each_model)) for each_model in (model, twin)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"In {model.name!r}, a layer within a wrapper is used outside of it too, or in another one. Of these Keras "
+            "makes separate layers when they are made again: put what is shared into a model, and wrap nothing of it."
+        )
 
 
 def _keep_kl_weight(old, new):

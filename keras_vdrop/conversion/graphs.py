@@ -28,10 +28,23 @@ def children(layer):
 
 
 def serialized(layer):
-    """A layer as Keras serializes it; a lambda is no reason to warn, as it stays in this process."""
+    """A layer as Keras serializes it."""
+    with _without_warnings():
+        return keras.saving.serialize_keras_object(layer)
+
+
+def config_of(layer):
+    """The config of a layer."""
+    with _without_warnings():
+        return layer.get_config()
+
+
+@contextlib.contextmanager
+def _without_warnings():
+    """Of a lambda there is no need to warn: it stays in this process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return keras.saving.serialize_keras_object(layer)
+        yield
 
 
 def graph_copy(model, make):
@@ -66,8 +79,7 @@ def graph_copy(model, make):
 def model_copy(model):
     """A model of the same class and arguments, built if Keras can, and not compiled."""
     config = {name: value for name, value in serialized(model).items() if name != "compile_config"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it cannot be built
+    with _without_warnings():  # that it cannot be built, `check_built` says
         return keras.saving.deserialize_keras_object(config, safe_mode=False)
 
 
@@ -82,7 +94,10 @@ def check_built(copy, model):
 
 def known_layers(model):
     """A scope in which the types of the model's layers are found by their names, registered or not."""
-    return keras.saving.custom_object_scope({type(layer).__name__: type(layer) for layer in model._flatten_layers()})
+    types = [type(layer) for layer in model._flatten_layers()]
+    return keras.saving.custom_object_scope(
+        {cls.__name__: cls for cls in types if not cls.__module__.startswith("keras.")}
+    )
 
 
 def input_structure(model):

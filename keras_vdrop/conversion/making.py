@@ -1,12 +1,13 @@
 """Layers that take the places of others: variational ones, noise that can be sampled, and copies."""
 
 import dataclasses
+import textwrap
 
 import keras
 from keras import layers
 
 from keras_vdrop import priors
-from keras_vdrop.conversion.graphs import check_built, check_lookup, children, model_copy, serialized
+from keras_vdrop.conversion.graphs import check_built, check_lookup, children, config_of, model_copy, serialized
 from keras_vdrop.conversion.survey import COUNTERPARTS, exchange
 from keras_vdrop.layers import MonteCarloDropout, Variational, VariationalDense, VariationalGaussianDropout
 
@@ -30,7 +31,7 @@ class Arguments:
     threshold: float | None
 
     def __post_init__(self):
-        VariationalDense(1, **vars(self))
+        VariationalDense(1, name="arguments", **vars(self))
 
     def of(self, cls):
         """For a class, which may not have that estimator."""
@@ -45,7 +46,7 @@ def counterpart(layer, arguments):
         ValueError: Where ours does not take what Keras's does.
     """
     cls = COUNTERPARTS[type(layer)]
-    made = cls.from_config({**layer.get_config(), **arguments.of(cls)})
+    made = cls.from_config({**config_of(layer), **arguments.of(cls)})
     if isinstance(layer, layers.EinsumDense):
         made._operands()
     return made
@@ -84,22 +85,22 @@ def copied(layer):
     """
     check_lookup(layer)
     try:
-        return type(layer).from_config(layer.get_config())
+        own_code = {"safe_mode": False} if isinstance(layer, layers.Lambda) else {}
+        return type(layer).from_config(config_of(layer), **own_code)
     except Exception as error:  # of a class of the user's own, whose config may fail in any way
         raise _not_copied(layer, error) from error
 
 
 def _not_copied(layer, error):
     return ValueError(
-        f"{layer.name!r}, a {type(layer).__name__}, cannot be made again from its config ({_first_line(error)}). "
+        f"{layer.name!r}, a {type(layer).__name__}, cannot be made again from its config ({_shortened(error)}). "
         "Define `get_config` of its class, and give the class, and functions of your own that it is given, "
         "@keras.saving.register_keras_serializable()."
     )
 
 
-def _first_line(error):
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+def _shortened(error):
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
 def remade(layer, new_layers):

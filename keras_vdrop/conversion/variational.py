@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import keras
 
 from keras_vdrop import priors
-from keras_vdrop.conversion.copying import carry_over, compile_as
+from keras_vdrop.conversion.copying import carry_over, compile_as, stock_weights
 from keras_vdrop.conversion.graphs import graph_copy, is_graph, is_plain_graph, known_layers, take_over
 from keras_vdrop.conversion.making import NOISE_KINDS, Arguments, counterpart, noise, remade, wrapped, wrapped_model
 from keras_vdrop.conversion.survey import ADAPTED, COUNTERPART, NOISE, VARIATIONAL, Place, choose, kernels, survey
@@ -128,14 +129,13 @@ def to_variational(
         print_fn(change.line)
     if left_out:
         print_fn(f"{_count(left_out, 'layer')} with kernels {'stay' if left_out > 1 else 'stays'}: not in `layers`")
-    if type(twin) is not type(model):
-        print_fn(
-            f"the result is a {type(twin).__name__}: what else {type(model).__name__} defines, such as `fit`, is lost"
-        )
+    if type(twin) is not type(model) and _trains_by_own_code(model):
+        print_fn(f"it trains like any {type(twin).__name__}: {type(model).__name__} has steps or losses of its own")
     if not_compiled:
         print_fn(f"not compiled: {not_compiled}")
     if fresh:
-        drawn, total = sum(weight.size for weight in fresh), model.count_params()
+        drawn = sum(weight.size for weight in fresh)
+        total = sum(math.prod(variable.shape) for variable in stock_weights(model))
         print_fn(_about(arguments.kernel_prior, empirical_bayes))
         print_fn(f"{drawn:,} of {total:,} weights are distributions now")
     return twin
@@ -215,7 +215,7 @@ def _change(place, is_model, arguments):
     if place.kind == COUNTERPART:
         try:
             new = counterpart(layer, arguments)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             why_not = str(error)
         else:
             notes = _notes(layer, arguments.estimator, new)
@@ -258,6 +258,11 @@ def _twin(model, new_layers):
         with known_layers(model):
             return new_layers[id(model)](), {}
     return graph_copy(model, lambda layer: remade(layer, new_layers))
+
+
+def _trains_by_own_code(model):
+    names = "fit", "train_step", "test_step", "compute_loss"
+    return any(getattr(type(model), name) is not getattr(keras.Model, name) for name in names)
 
 
 # What is said

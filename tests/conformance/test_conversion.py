@@ -33,7 +33,7 @@ def test_compacted_model_predicts_the_same(case):
 
 
 def test_variational_twin_predicts_the_same(case, tmp_path):
-    """Of Keras's layer; at the mean, from a file, and on the way back."""
+    """Of Keras's layer: at the mean, and on the way back from a file."""
     if not case.is_kernel and case.cls is not kv.Variational:
         pytest.skip("it has no weights of its own")
     model = case.model(case.make_twin())
@@ -49,7 +49,7 @@ def test_variational_twin_predicts_the_same(case, tmp_path):
     twin.save(tmp_path / "twin.keras")
     loaded = keras.saving.load_model(tmp_path / "twin.keras")
     loaded.load_weights(tmp_path / "twin.keras")
-    for other in (twin, loaded, kv.to_deterministic(loaded)):
+    for other in (twin, kv.to_deterministic(loaded)):
         np.testing.assert_allclose(array(other(x)), expected, rtol=1e-6, atol=1e-6)
     for one, other in zip(model.get_weights(), before):
         np.testing.assert_array_equal(one, other)
