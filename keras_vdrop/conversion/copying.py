@@ -71,6 +71,9 @@ def _pairs(old, new, made):
     within = []
     if _is_wrapped(old, new):
         within = [(old, new.layer)]
+    elif is_graph(old) and made.get(id(old)) is new:
+        # A class of its own may hold its layers in another order than the graph.
+        within = [(each, made[id(each)]) for each in children(old) if id(each) in made]
     elif _is_alike(old, new):
         inside = children(old), children(new)
         if len(inside[0]) != len(inside[1]):
