@@ -574,29 +574,6 @@ def test_bad_models():
         kv.to_variational(model)
 
 
-class Backbone(keras.Model):
-    """Holds its layers in another order than its graph, as those of KerasHub do."""
-
-    def __init__(self, **kwargs):
-        self.last = layers.Dense(3, name="last")
-        self.blocks = [OwnDense(4, name="block"), layers.Dense(4, name="dense")]
-        x = inputs = keras.Input((2,))
-        for block in self.blocks:
-            x = block(x)
-        super().__init__(inputs, self.last(x), **kwargs)
-
-
-def test_graphs_of_a_class_of_their_own():
-    backbone = Backbone(name="backbone")
-    inputs = keras.Input((2,))
-    x = np.random.default_rng(0).normal(size=(5, 2)).astype("float32")
-    for model in (backbone, keras.Model(inputs, layers.Dense(1)(backbone(inputs)))):
-        converted = kv.to_variational(model, print_fn=lambda _: None)
-        back = kv.to_deterministic(converted)
-        for each in (converted, back):
-            np.testing.assert_allclose(ops.convert_to_numpy(each(x)), ops.convert_to_numpy(model(x)), atol=1e-6)
-
-
 def test_low_rank_adaptations_stay():
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="adapted"), layers.Dense(2, name="plain")])
     model.layers[0].enable_lora(1)
