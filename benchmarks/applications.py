@@ -2,20 +2,25 @@
 
     python benchmarks/applications.py --out benchmarks/results/applications.json
 
-Each is made with random weights, for images of the smallest size that it takes, without the activation at its end, and
-then
+Beside them are two backbones of KerasHub, where it is installed (`pip install keras-hub`), small ones built from their
+arguments: BERT and a ResNet.
+
+Each is made with random weights, biases and moments, for images of the smallest size that it takes, without the
+activation at its end, and then
 
 - converted by `to_variational`, saved, loaded, and converted back by `to_deterministic`;
-- each of these is compared with the network: the largest difference of its outputs for two images, over the largest
+- each of these is compared with the network: the largest difference of its outputs for two rows, over the largest
   output.
 
 Kept of each: the differences; how many of its weights have become distributions, and of the kernels and tables among
 them how many there are; seconds of making the network by Keras, of both conversions, of saving and of loading; and how
 large the file is beside Keras's own.
 
-`--only NAME ...` makes some of them; `--jobs` shares them among processes.
+`--only NAME ...` makes some of them, beside those that `--out` holds with `--resume`; `--jobs` shares them among
+processes.
 """
 
+import importlib.util
 import pathlib
 import tempfile
 import time
@@ -31,7 +36,8 @@ from keras_vdrop.posterior import posteriors
 
 # What networks take at least, if not 32: their own sums of strides and paddings.
 SIZES = (32, 64, 71, 75, 96, 128, 160, 224, 331)
-CLASSES, IMAGES = 10, 2
+CLASSES, ROWS = 10, 2
+HUB = ("keras_hub.BertBackbone", "keras_hub.ResNetBackbone")
 QUICK = ("MobileNetV2",)
 
 
@@ -44,19 +50,57 @@ def networks():
     return found
 
 
-def smallest(name):
-    """The network for the smallest images that it takes, and their size."""
+def made(name):
+    """The network, and inputs to it: of `keras.applications`, images of the smallest size that it takes."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    if name in HUB:
+        return _from_hub(name, rng)
     for size in SIZES:
         try:
-            return _made(name, size), size
+            model = networks()[name](
+                weights=None, input_shape=(size, size, 3), classes=CLASSES, classifier_activation=None
+            )
         except ValueError as error:
             refused = error
+        else:
+            return model, rng.uniform(0.0, 255.0, (ROWS, size, size, 3)).astype("float32")
     raise refused
 
 
-def _made(name, size):
-    keras.utils.set_random_seed(0)
-    return networks()[name](weights=None, input_shape=(size, size, 3), classes=CLASSES, classifier_activation=None)
+def _from_hub(name, rng):
+    from keras_hub import models
+
+    if name.endswith("BertBackbone"):
+        model = models.BertBackbone(
+            vocabulary_size=1_000,
+            num_layers=4,
+            num_heads=4,
+            hidden_dim=128,
+            intermediate_dim=512,
+            max_sequence_length=16,
+        )
+        tokens = rng.integers(0, 1_000, (ROWS, 16))
+        kept = np.arange(16) < np.array([[16], [9]])
+        return model, {"token_ids": tokens, "segment_ids": tokens % 2, "padding_mask": kept.astype("int32")}
+    model = models.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 128, 256, 512],
+        stackwise_num_blocks=[2, 2, 2, 2],
+        stackwise_num_strides=[1, 2, 2, 2],
+        block_type="basic_block",
+        image_shape=(32, 32, 3),
+    )
+    return model, rng.normal(size=(ROWS, 32, 32, 3)).astype("float32")
+
+
+def shake(model):
+    """Move biases, scales and moments from 0 or 1, where a copy with fresh ones could not be told from this one."""
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        if len(weight.shape) == 1:
+            weight.assign(weight + rng.uniform(0.0, 0.1, weight.shape))
 
 
 def kernels(model):
@@ -73,17 +117,22 @@ def timed(function, *arguments):
 
 def convert(name):
     """The row of a network."""
-    (model, size), made = timed(smallest, name)
-    x = np.random.default_rng(0).uniform(0.0, 255.0, (IMAGES, size, size, 3)).astype("float32")
-    expected = keras.ops.convert_to_numpy(model(x, training=False))
-    largest = float(np.abs(expected).max())
+    (model, x), seconds = timed(made, name)
+    shake(model)
+
+    def outputs(model):
+        return [keras.ops.convert_to_numpy(each) for each in keras.tree.flatten(model(x, training=False))]
+
+    expected = outputs(model)
+    largest = float(max(np.abs(each).max() for each in expected))
 
     def difference(other):
-        return float(np.abs(keras.ops.convert_to_numpy(other(x, training=False)) - expected).max()) / largest
+        return float(max(np.abs(one - each).max() for one, each in zip(expected, outputs(other)))) / largest
 
     lines = []
     bayesian, there = timed(lambda: kv.to_variational(model, print_fn=lines.append))
-    row = {"size": size, "parameters": model.count_params(), "kernels": kernels(model), "largest_output": largest}
+    sizes = [each.shape[1:] for each in keras.tree.flatten(x)]
+    row = {"inputs": sizes, "parameters": model.count_params(), "kernels": kernels(model), "largest_output": largest}
     row["distributions"] = sum(posterior.size for posterior in posteriors(bayesian))
     row["converted"] = difference(bayesian)
     with tempfile.TemporaryDirectory() as folder:
@@ -96,21 +145,23 @@ def convert(name):
     row["loaded"] = difference(loaded)
     back, again = timed(kv.to_deterministic, loaded)
     row["back"] = difference(back)
-    row["seconds"] = {"made": made, "converted": there, "saved": saved, "loaded": load, "back": again}
+    row["seconds"] = {"made": seconds, "converted": there, "saved": saved, "loaded": load, "back": again}
     row["stay"] = [line for line in lines if " stays" in line or "Variational(" in line]
     return row
 
 
 def main():
     parser = common.parser(__doc__)
-    parser.add_argument("--only", nargs="+", choices=sorted(networks()), help="some of them")
+    names = [*networks(), *(HUB if importlib.util.find_spec("keras_hub") else ())]
+    parser.add_argument("--only", nargs="+", choices=names, help="some of them")
     options = parser.parse_args()
     options.seeds = 1  # a difference of rounding has no spread
     warnings.simplefilter("ignore")
-    names = options.only or (QUICK if options.quick else list(networks()))
+    names = options.only or (QUICK if options.quick else names)
+    del options.only  # rows of some are those of all
     rows = common.learn_rows(names, options, lambda name, seed: convert(name))
     print(f"\n{'':<20}{'parameters':>13}{'drawn':>8}{'converted':>11}{'loaded':>9}{'back':>9}  seconds")
-    for name, (row,) in rows.items():
+    for name, (row,) in sorted(rows.items()):
         drawn = row["distributions"] / row["kernels"]
         differences = f"{row['converted']:>11.1e}{row['loaded']:>9.1e}{row['back']:>9.1e}"
         seconds = ", ".join(f"{each} {value:.1f}" for each, value in row["seconds"].items())

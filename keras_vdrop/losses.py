@@ -90,6 +90,8 @@ def mask_of(tensor):
     """The mask that Keras keeps with a tensor, or None. Keras tells layers of it, and nobody else."""
     if not (ops.is_tensor(tensor) or isinstance(tensor, keras.KerasTensor)):
         return None
+    if keras.backend.backend() == "torch":
+        return getattr(tensor, "_keras_mask", None)  # where PyTorch compiles, no layer can be made
     found = []
     _MaskReader(found.append)(tensor)
     return found[0]

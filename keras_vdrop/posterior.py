@@ -71,7 +71,10 @@ class VariationalWeight(VariableLike, Posterior):
         prior: The `Prior`.
         prior_parameters: What the prior learns, a dict of variables; empty for most.
         prunable: Whether `sparsity` and `prune` take it into account.
+        update: The `LowRankUpdate` that it is a part of, or None.
     """
+
+    update = None
 
     def __init__(
         self,
@@ -247,6 +250,63 @@ class VariationalWeight(VariableLike, Posterior):
     def perturbation(self, seed):
         """A draw of what noise adds to the mean; 0 where pruned."""
         return estimators.perturbation(self._noise_log_variance(), seed)
+
+
+class LowRankUpdate:
+    """What a layer learns of a weight W that stays: W + scale·A·B, with a posterior over A.
+
+    What meets one input shares a variance, so that there are few of them. B is plain and starts at 0, and so does the
+    update.
+
+    Attributes:
+        kernel: Variable W, (..., U).
+        a: `VariationalWeight`, (..., rank).
+        b: Variable, (rank, U).
+        scale: Float, alpha / rank.
+
+    Reference:
+        BLoB: Bayesian Low-Rank Adaptation by Backpropagation for Large Language Models, Wang et al., 2024,
+        https://arxiv.org/abs/2406.11675
+    """
+
+    def __init__(
+        self,
+        owner,
+        add_weight,
+        name,
+        kernel,
+        rank,
+        alpha=None,
+        a_initializer="he_uniform",
+        b_initializer="zeros",
+        **weight,
+    ):
+        """Create A and B by `add_weight` of the layer; `weight` are arguments of a `VariationalWeight`."""
+        kernel.trainable = False
+        outer = tuple(kernel.shape[:-1])
+        self.kernel = kernel
+        self.scale = 1.0 if alpha is None else alpha / rank
+        self.a = VariationalWeight(
+            owner,
+            add_weight,
+            f"{name}_a",
+            (*outer, rank),
+            log_variance_shape=(*outer, 1),
+            initializer=keras.initializers.get(a_initializer),
+            prunable=False,
+            **weight,
+        )
+        self.a.update = self
+        self.b = add_weight(
+            name=f"{name}_b",
+            shape=(rank, kernel.shape[-1]),
+            initializer=keras.initializers.get(b_initializer),
+        )
+
+    def whole(self, a):
+        """W + scale·A·B, of a mean or a draw of A: a tensor."""
+        product = ops.matmul(a, ops.cast(self.b, a.dtype))
+        return ops.cast(self.kernel, a.dtype) + self.scale * product
 
 
 def _relative_to(loc, relative_variance):

@@ -249,7 +249,9 @@ class Normal(Prior):
         log_scale = LogScaleOf(loc, 1.0, math.log(self._TIMES), zeros=1.0 / self._TIMES)
         if self.scale is not None:
             log_scale = keras.initializers.Constant(math.log(self.scale))
-        return {"log_scale": log_scale, "center": lambda shape, dtype: ops.cast(ops.convert_to_tensor(loc), dtype)}
+        # A copy: JAX gives away what a variable holds.
+        center = lambda shape, dtype: ops.copy(ops.cast(ops.convert_to_tensor(loc), dtype))  # noqa: E731
+        return {"log_scale": log_scale, "center": center}
 
     def kl(self, loc, log_variance, log_scale=None, center=None):
         offset = loc if center is None else loc - ops.cast(center, loc.dtype)

@@ -100,7 +100,7 @@ class Case:
             kv.MonteCarloDropout: ("rate", "noise_shape", "per_example", "seed"),
             kv.Variational: (
                 *("include", "exclude", "prior", "kl_weight"),
-                *("initial_log_variance", "log_variance_rate", "threshold", "seed"),
+                *("initial_log_variance", "log_variance_rate", "threshold", "lora_rank", "lora_alpha", "seed"),
             ),
         }[self.cls]
 

@@ -112,25 +112,3 @@ def test_frozen_layers():
     randomize(model)
     x = np.ones((2, 3), "float32")
     np.testing.assert_allclose(array(kv.to_deterministic(model)(x)), array(model(x)), rtol=1e-5)
-
-
-class Backbone(keras.Model):
-    """Holds its layers in another order than its graph, as those of KerasHub do."""
-
-    def __init__(self, **kwargs):
-        self.last = layers.Dense(3, name="last")
-        self.blocks = [layers.Dense(4, name="first"), layers.Dense(5, name="second")]
-        x = inputs = keras.Input((2,))
-        for block in self.blocks:
-            x = block(x)
-        super().__init__(inputs, self.last(x), **kwargs)
-
-
-def test_graphs_of_a_class_that_holds_its_layers_in_another_order():
-    backbone = Backbone(name="backbone")
-    inputs = keras.Input((2,))
-    x = np.random.default_rng(0).normal(size=(5, 2)).astype("float32")
-    for model in (backbone, keras.Model(inputs, layers.Dense(1)(backbone(inputs)))):
-        converted = kv.to_variational(model, print_fn=lambda _: None)
-        for each in (converted, kv.to_deterministic(converted)):
-            np.testing.assert_allclose(array(each(x)), array(model(x)), atol=1e-6)

@@ -292,3 +292,17 @@ def test_importing_the_package_does_not_import_tfp():
     script = "import sys, keras_vdrop; assert 'tensorflow_probability' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_centered_prior_keeps_its_center_while_the_weights_learn(restart):
+    layer = kv.VariationalDense(1, kernel_prior=priors.Normal(centered=True), kl_weight=0.01)
+    model = keras.Sequential([keras.Input((3,)), layer])
+    if restart:
+        layer.kernel.assign(np.arange(3.0)[:, None])
+        layer.kernel.restart()
+    start = array(layer.kernel.loc)
+    model.compile("sgd", "mse")
+    model.fit(np.eye(3), np.ones((3, 1)), epochs=2, verbose=0)
+    np.testing.assert_array_equal(array(layer.kernel.prior_parameters["center"]), start)
+    assert not np.allclose(array(layer.kernel.loc), start)

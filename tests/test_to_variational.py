@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 import keras_vdrop as kv
-from tests.cases import Block, array, posteriors, randomize, stock
+from tests.cases import array, posteriors, randomize, stock
 from tests.statistics import assert_mean, assert_variance
 
 
@@ -55,6 +55,24 @@ class OwnDense(layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.units)
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+@keras.saving.register_keras_serializable(package="tests_of_conversion")
+class Block(layers.Layer):
+    """A block as users write them: its parts are made in its constructor."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.attention = layers.MultiHeadAttention(2, 3, dropout=0.1)
+        self.normalization = layers.BatchNormalization()
+        self.dense = layers.Dense(units, activation="tanh")
+
+    def call(self, x, training=False):
+        return self.dense(self.normalization(self.attention(x, x), training=training))
 
     def get_config(self):
         return {**super().get_config(), "units": self.units}
@@ -281,7 +299,7 @@ def test_shared_layers_stay_shared():
 def test_layers(wanted, found):
     twin, lines = converted(sequential(), wanted)
     assert [line.split(":")[0] for line in lines if "->" in line] == found
-    assert lines[len(found)].startswith(f"{4 - len(found)} layer")
+    assert lines[len(found)].startswith(f"{4 - len(found)} of the layers")
     assert_same(twin, kv.to_deterministic(twin))
 
 
@@ -342,6 +360,38 @@ def test_arguments():
     assert {layer.estimator for layer in twin.layers if hasattr(layer, "estimator")} == {"local_reparameterization"}
     assert twin.layers[2].cell.estimator == "auto" and twin.layers[2].cell.threshold == 2.0
     assert float(twin.layers[1].kl_weight) == pytest.approx(0.01)
+
+
+def test_low_rank_updates():
+    model = keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            layers.Embedding(9, 5),
+            layers.Conv1D(4, 2, name="conv"),
+            layers.GRU(3, return_sequences=True, name="gru"),
+            layers.EinsumDense("btd,de->bte", (None, 4), bias_axes="e"),
+            layers.Dense(2, name="dense"),
+        ]
+    )
+    shake(model)
+    model.get_layer("dense").trainable = False
+    twin, lines = converted(model, rank=2, lora_alpha=4)
+    assert "gru: GRU -> Variational(GRU), as no class of ours learns a low-rank update of its weights" in lines
+    assert "it cannot" not in lines[-2] and "in updates of rank 2" in lines[-1]
+    names = [weight.name for weight in posteriors(twin)]
+    assert sorted(names) == ["kernel_lora_a", *["lora_a"] * 4, "recurrent_kernel_lora_a"]
+    assert_same(model, twin, kv.to_deterministic(twin))
+    conv = twin.get_layer("conv")
+    assert not conv.kernel.trainable and conv.bias.trainable
+    for weight in posteriors(twin):
+        weight.update.b.assign(np.random.default_rng(0).normal(size=weight.update.b.shape))
+    x, back = data(model), kv.to_deterministic(twin)
+    assert not np.allclose(array(twin(x)), array(model(x)), atol=1e-3)
+    np.testing.assert_allclose(array(back(x)), array(twin(x)), rtol=1e-5, atol=1e-5)
+    assert stock(back) and not any(getattr(layer, "lora_rank", None) for layer in back.layers)
+    assert back.get_layer("conv").kernel.trainable and not back.get_layer("dense").kernel.trainable
+    drawn = kv.to_deterministic(twin, sample=True)
+    assert not np.allclose(array(drawn(x)), array(twin(x)), atol=1e-3)
 
 
 # What else is kept
@@ -547,6 +597,7 @@ def test_bad_arguments():
     for arguments, match in [
         (dict(initial_log_variance=-3.0, relative_variance=0.1), "not at both"),
         (dict(relative_variance=0.0), "`relative_variance` must be > 0"),
+        (dict(rank=0), "`rank` must be a positive int"),
         (dict(dropout="all"), "`dropout` must be one of"),
         (dict(estimator="none"), "`estimator` must be one of"),
         (dict(kl_weight=-1.0), "`kl_weight` must be"),
@@ -583,6 +634,23 @@ def test_low_rank_adaptations_stay():
     assert_same(model, twin)
     with pytest.raises(ValueError, match=r"nothing to convert(.|\n)*adapted.*low-rank"):
         kv.to_variational(model, "adapted")
+
+
+class Halved(keras.Model):
+    """A model that is made of inputs and outputs, and does something else."""
+
+    def __init__(self):
+        x = keras.Input((3,))
+        super().__init__(x, layers.Dense(3)(x), name="halved")
+
+    def call(self, x, training=None):
+        return 0.5 * super().call(x, training=training)
+
+
+def test_models_whose_call_a_copy_would_not_have():
+    x = keras.Input((3,))
+    with pytest.raises(ValueError, match="'halved', a Halved, has a `call` of its own"):
+        kv.to_variational(keras.Model(x, Halved()(x)))
 
 
 class Unknown(layers.Layer):

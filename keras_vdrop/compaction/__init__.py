@@ -36,7 +36,7 @@ def compact(model, threshold=None, x=None):
         x: Arrays, as `model` takes them, on the first 256 rows of which the two are compared, besides made-up ones.
 
     Returns:
-        A model of the same kind, not compiled.
+        A model of the same kind, not compiled, whose layers `to_deterministic` has named.
 
     Raises:
         ValueError: As `to_deterministic`; and where no made-up inputs will do and `x` is None.

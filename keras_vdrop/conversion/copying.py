@@ -1,6 +1,7 @@
 """What a copy of a model is given of it: weights, states, what is frozen, and what it was compiled with."""
 
 import math
+from types import MappingProxyType
 
 import keras
 import numpy as np
@@ -13,14 +14,42 @@ from keras_vdrop.posterior import VariationalWeight, posteriors
 
 
 def stock_weights(layer):
-    """The weights of a model or layer that Keras's own layers have too: of a posterior its mean, of noise nothing."""
+    """The weights of a model or layer that Keras's own layers have too: of a posterior its mean, of noise nothing, and
+    of a low-rank update the weight that it is of."""
     ours_alone = set()
     for posterior in posteriors(layer):
         owner = posterior.owner
         ours_alone.update(map(id, (owner.kl_weight, owner.free_bits, *posterior.variables)))
-        if isinstance(posterior, VariationalWeight) and not isinstance(owner, VariationalGaussianDropout):
+        if _update(posterior) is not None:
+            ours_alone.add(id(posterior.update.b))
+        elif isinstance(posterior, VariationalWeight) and not isinstance(owner, VariationalGaussianDropout):
             ours_alone.discard(id(posterior.loc))
     return [variable for variable in layer.weights if id(variable) not in ours_alone]
+
+
+def _update(posterior):
+    """The low-rank update that a posterior is a part of, or None."""
+    return getattr(posterior, "update", None)
+
+
+def _origins(layer, value):
+    """What stands in the places of variables that layers of Keras's do not have.
+
+    Args:
+        layer: A model or layer.
+        value: Function from a `VariationalWeight` to what stands for it, a tensor.
+
+    Returns:
+        Dict from the id of a variable to a function that gives its place a value, and the variable that tells whether
+        it is frozen.
+    """
+    found = {}
+    for posterior in posteriors(layer):
+        if _update(posterior) is not None:
+            found[id(posterior.update.kernel)] = (lambda one=posterior: one.update.whole(value(one))), posterior.loc
+        elif isinstance(posterior, VariationalWeight):
+            found[id(posterior.loc)] = (lambda one=posterior: value(one)), posterior.loc
+    return found
 
 
 def array(variable):
@@ -43,24 +72,25 @@ def carry_over(model, twin, made, value=None):
     Raises:
         ValueError: Where the twin has other weights.
     """
-    means = {id(each.loc): each for each in posteriors(model) if isinstance(each, VariationalWeight)}
+    origins = {} if value is None else _origins(model, value)
     pairs = list(_pairs(model, twin, made))
     for old, new in pairs:
         new.trainable = old.trainable  # and so is all within it, until its own turn
     fresh = []
     for old, new in pairs:
         if _is_alike(old, new):
-            _assign(old, _own_variables(old), _own_variables(new), array)
+            _assign(old, _own_variables(old), _own_variables(new))
             _keep_kl_weight(old, new)
             continue
         fresh += posteriors(new)
         if not _is_wrapped(old, new):  # whose layer is in another pair
-            of = lambda each: array(value(means[id(each)]) if value and id(each) in means else each)  # noqa: E731
-            _assign(old, stock_weights(old), stock_weights(new), of)
-            _assign(old, _recurrent_states(old), _recurrent_states(new), array)
+            _assign(old, _by_name(stock_weights(old)), _by_name(stock_weights(new)), origins)
+            _assign(old, _recurrent_states(old), _recurrent_states(new))
     _check_shared(model, twin)
     for posterior in fresh:
-        if isinstance(posterior, VariationalWeight) and not posterior.loc.trainable:
+        if _update(posterior) is not None:
+            posterior.update.kernel.trainable = False
+        elif isinstance(posterior, VariationalWeight) and not posterior.loc.trainable:
             posterior.log_variance.trainable = False
     return fresh
 
@@ -68,19 +98,25 @@ def carry_over(model, twin, made, value=None):
 def _pairs(old, new, made):
     """Every layer of a model with that of its twin, after those that it is in; within layers of one class alone."""
     yield old, new
-    within = []
-    if _is_wrapped(old, new):
-        within = [(old, new.layer)]
-    elif is_graph(old) and made.get(id(old)) is new:
-        # A class of its own may hold its layers in another order than the graph.
-        within = [(each, made[id(each)]) for each in children(old) if id(each) in made]
-    elif _is_alike(old, new):
-        inside = children(old), children(new)
-        if len(inside[0]) != len(inside[1]):
-            raise ValueError(f"{old.name!r}, a {type(old).__name__}, has other layers when it is made again.")
-        within = [(one, made.get(id(one), other)) for one, other in zip(*inside)]
-    for pair in within:
+    for pair in _within(old, new, made):
         yield from _pairs(*pair, made)
+
+
+def _within(old, new, made):
+    if _is_wrapped(old, new):
+        return [(old, new.layer)]
+    if id(old) in made and is_graph(old):
+        # A class of models may hold its layers in another order than that of the graph.
+        return [(layer, made[id(layer)]) for layer in old.layers if id(layer) in made]
+    if not _is_alike(old, new):
+        return []
+    inside = children(old), children(new)
+    if len(inside[0]) != len(inside[1]):
+        raise ValueError(
+            f"{old.name!r}, a {type(old).__name__}, has {len(inside[1])} layers when it is made again from its config, "
+            f"in place of {len(inside[0])}: let its config name all of them, or its constructor make them."
+        )
+    return list(zip(*inside))
 
 
 def _is_alike(old, new):
@@ -104,8 +140,13 @@ def _recurrent_states(layer):
     return keras.tree.flatten(layer.states) if kept else []
 
 
-def _assign(layer, sources, targets, value):
-    """Give variables the values of others, and freeze those whose others are frozen."""
+def _by_name(variables):
+    """The order in which a layer of ours has the variables of Keras's, though some are frozen in only one of them."""
+    return sorted(variables, key=lambda variable: variable.name.removesuffix("_loc"))
+
+
+def _assign(layer, sources, targets, origins=MappingProxyType({})):
+    """Give variables the values of others, or what stands for those, and freeze those whose others are frozen."""
     shapes, expected = ([tuple(each.shape) for each in variables] for variables in (targets, sources))
     if shapes != expected:
         raise ValueError(
@@ -113,8 +154,9 @@ def _assign(layer, sources, targets, value):
             f"expected the shapes {expected}. Received: {shapes}"
         )
     for source, target in zip(sources, targets):
-        target.assign(value(source))
-        target.trainable = source.trainable
+        value, variable = origins.get(id(source), (lambda one=source: one, source))
+        target.assign(array(value()))
+        target.trainable = variable.trainable
 
 
 def _check_shared(model, twin):
@@ -147,10 +189,10 @@ def compile_as(model, twin):
     try:
         optimizer = _again(model.optimizer)
         metrics = {name: _copied_metrics(given[name]) for name in ("metrics", "weighted_metrics")}
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        twin.compile(**{**given, **metrics, "optimizer": optimizer, "auto_scale_loss": scaled})
     except Exception as error:  # of a class of the user's own, whose config may fail in any way
         return f"of its optimizer or metrics there is no copy ({type(error).__name__}: {error})"
-    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    twin.compile(**{**given, **metrics, "optimizer": optimizer, "auto_scale_loss": scaled})
     return None
 
 

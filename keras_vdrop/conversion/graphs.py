@@ -58,6 +58,9 @@ def graph_copy(model, make):
     Returns:
         The model, whose weights are those that its layers start with; and a dict from the ids of layers and models to
         what takes their places.
+
+    Raises:
+        ValueError: For a model within it whose copy would have another `call`.
     """
     made, inputs = {}, {}
 
@@ -68,6 +71,11 @@ def graph_copy(model, make):
 
     def copy(graph):
         new = keras.models.clone_model(graph, _same_inputs(graph, inputs), clone_function=again)
+        if type(new) is not type(graph) and not is_plain_graph(graph):
+            raise ValueError(
+                f"{graph.name!r}, a {type(graph).__name__}, has a `call` of its own, and a constructor that is not of "
+                "inputs and outputs: a copy would be without both. Convert what it is made of, or make it a layer."
+            )
         if not new.built:
             new.build(graph.input_shape)
         return new

@@ -11,6 +11,12 @@ from keras_vdrop.conversion.graphs import check_built, check_lookup, children, c
 from keras_vdrop.conversion.survey import COUNTERPARTS, exchange
 from keras_vdrop.layers import MonteCarloDropout, Variational, VariationalDense, VariationalGaussianDropout
 
+# Of which ours can have a low-rank update.
+_ADAPTABLE = (
+    *(layers.Dense, layers.EinsumDense, layers.Embedding, layers.MultiHeadAttention),
+    *(layers.Conv1D, layers.Conv2D, layers.Conv3D),
+)
+
 NOISE_KINDS = (None, "monte_carlo", "variational")
 
 
@@ -29,26 +35,35 @@ class Arguments:
     initial_log_variance: float | None
     log_variance_rate: float
     threshold: float | None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
 
     def __post_init__(self):
         VariationalDense(1, name="arguments", **vars(self))
 
     def of(self, cls):
-        """For a class, which may not have that estimator."""
+        """For a class, which may not have that estimator, and knows of ranks where one is given."""
         known = getattr(cls, "_cell_class", cls)._estimators()
-        return {**vars(self), "estimator": self.estimator if self.estimator in known else "auto"}
+        given = {**vars(self), "estimator": self.estimator if self.estimator in known else "auto"}
+        if self.lora_rank is None:
+            del given["lora_rank"], given["lora_alpha"]
+        return given
 
 
 def counterpart(layer, arguments):
     """Our layer of the arguments of Keras's, not built.
 
     Raises:
-        ValueError: Where ours does not take what Keras's does.
+        ValueError: Where ours does not take what Keras's does, or has no low-rank update and is to have one.
     """
-    cls = COUNTERPARTS[type(layer)]
+    cls, rank = COUNTERPARTS[type(layer)], arguments.lora_rank
+    if rank is not None and (type(layer) not in _ADAPTABLE or getattr(layer, "groups", 1) != 1):
+        raise ValueError("no class of ours learns a low-rank update of its weights")
     made = cls.from_config({**config_of(layer), **arguments.of(cls)})
     if isinstance(layer, layers.EinsumDense):
-        made._operands()
+        _, kernel, outputs = made._operands()
+        if rank is not None and kernel[-1] != outputs[-1]:
+            raise ValueError("the last axis of its kernel is not that of its outputs, of which a low-rank update is")
     return made
 
 
@@ -72,7 +87,7 @@ def wrapped_model(model, arguments):
 
 
 def _variational(layer, arguments):
-    names = "kl_weight", "initial_log_variance", "log_variance_rate", "threshold"
+    names = "kl_weight", "initial_log_variance", "log_variance_rate", "threshold", "lora_rank", "lora_alpha"
     given = {name: getattr(arguments, name) for name in names}
     return Variational(layer, prior=arguments.kernel_prior, trainable=layer.trainable, **given)
 

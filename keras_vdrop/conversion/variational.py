@@ -9,12 +9,12 @@ import keras
 
 from keras_vdrop import priors
 from keras_vdrop.conversion.copying import carry_over, compile_as, stock_weights
-from keras_vdrop.conversion.graphs import graph_copy, is_graph, is_plain_graph, known_layers, take_over
+from keras_vdrop.conversion.graphs import graph_copy, known_layers, take_over
 from keras_vdrop.conversion.making import NOISE_KINDS, Arguments, counterpart, noise, remade, wrapped, wrapped_model
 from keras_vdrop.conversion.survey import ADAPTED, COUNTERPART, NOISE, VARIATIONAL, Place, choose, kernels, survey
 from keras_vdrop.functional import sparsity
 from keras_vdrop.layers import VariationalGaussianDropout
-from keras_vdrop.layers.base import check_positive
+from keras_vdrop.layers.base import check_positive, check_positive_int
 from keras_vdrop.posterior import posteriors
 
 
@@ -31,6 +31,8 @@ def to_variational(
     log_variance_rate=5.0,
     threshold=None,
     empirical_bayes=True,
+    rank=None,
+    lora_alpha=None,
     dropout=None,
     print_fn=print,
 ):
@@ -61,6 +63,10 @@ def to_variational(
             MOPED (0.01 is a standard deviation of 10 %).
         log_variance_rate, threshold: As in `VariationalDense`.
         empirical_bayes: Whether a normal prior is centered on the trained weights; else it is on 0.
+        rank: Positive int: the kernels stay as they are, and what is learned, and has a distribution, is an update of
+            so low a rank, W + lora_alpha / rank·A·B, as `lora_rank` of `VariationalDense` has it. Its prior is about 0.
+            Layers for which there is none stay.
+        lora_alpha: The factor of the update; None for `rank`.
         dropout: None leaves dropout as it is. "monte_carlo" makes the layers `Dropout` and `SpatialDropout` into
             `MonteCarloDropout`, and `GaussianDropout` into `VariationalGaussianDropout(alpha="fixed")`: the same noise,
             that can be sampled. "variational" makes all of them into `VariationalGaussianDropout`, which learns.
@@ -95,6 +101,9 @@ def to_variational(
         )
     if relative_variance is not None:
         check_positive("relative_variance", relative_variance)
+    if rank is not None:
+        check_positive_int("rank", rank)
+        empirical_bayes = False  # an update has not been learned yet
     if dropout not in NOISE_KINDS:
         raise ValueError(f"`dropout` must be one of {NOISE_KINDS}. Received: dropout={dropout!r}")
     arguments = Arguments(
@@ -105,18 +114,14 @@ def to_variational(
         initial_log_variance=initial_log_variance,
         log_variance_rate=log_variance_rate,
         threshold=threshold,
+        lora_rank=rank,
+        lora_alpha=lora_alpha,
     )
     _check_model(model)
     changes, left_out = _changes(model, layers, arguments, dropout)
     new_layers = {id(each.place.layer): each.make for each in changes if each.make is not None}
-    if not new_layers and posteriors(model):
-        print_fn(f"{model.name!r} is variational already: it is returned as it is")
-        return model
     if not new_layers:
-        reasons = "".join(f"\n{each.line}" for each in changes)
-        raise ValueError(
-            f"{model.name!r} has nothing to convert. Received: layers={layers!r}, dropout={dropout!r}{reasons}"
-        )
+        return _as_it_is(model, changes, print_fn, f"layers={layers!r}, dropout={dropout!r}")
     twin, made = _twin(model, new_layers)
     new_posteriors = carry_over(model, twin, made)
     fresh = [each for each in new_posteriors if not isinstance(each.owner, VariationalGaussianDropout)]
@@ -128,17 +133,26 @@ def to_variational(
     for change in changes:
         print_fn(change.line)
     if left_out:
-        print_fn(f"{_count(left_out, 'layer')} with kernels {'stay' if left_out > 1 else 'stays'}: not in `layers`")
+        print_fn(f"{left_out} of the layers with kernels {'stay' if left_out > 1 else 'stays'}: not in `layers`")
     if type(twin) is not type(model) and _trains_by_own_code(model):
         print_fn(f"it trains like any {type(twin).__name__}: {type(model).__name__} has steps or losses of its own")
     if not_compiled:
         print_fn(f"not compiled: {not_compiled}")
     if fresh:
-        drawn = sum(weight.size for weight in fresh)
-        total = sum(math.prod(variable.shape) for variable in stock_weights(model))
         print_fn(_about(arguments.kernel_prior, empirical_bayes))
-        print_fn(f"{drawn:,} of {total:,} weights are distributions now")
+        print_fn(_count(model, fresh, rank))
     return twin
+
+
+def _as_it_is(model, changes, print_fn, received):
+    """The model of which no layer is another, where that is no wonder."""
+    reasons = [each.line for each in changes if each.place.kind != VARIATIONAL]
+    if not posteriors(model):
+        lines = "\n".join([f"{model.name!r} has nothing to convert. Received: {received}", *reasons])
+        raise ValueError(lines)
+    for line in (*reasons, f"{model.name!r} is variational already: it is returned as it is"):
+        print_fn(line)
+    return model
 
 
 def _prior(name, identifier, empirical_bayes):
@@ -161,11 +175,6 @@ def _check_model(model):
             raise ValueError(
                 f"{layer.name!r}, a {type(layer).__name__}, is quantized. Convert the model as it was before that, and "
                 f"quantize what `keras_vdrop.to_deterministic` gives. Received: dtype={layer.dtype_policy.name!r}"
-            )
-        if layer is not model and is_graph(layer) and not is_plain_graph(layer):
-            raise ValueError(
-                f"{layer.name!r}, a {type(layer).__name__} within {model.name!r}, has a `call` of its own: copies of "
-                "the model would not. Convert it by itself, and make the model of what that gives."
             )
 
 
@@ -268,8 +277,11 @@ def _trains_by_own_code(model):
 # What is said
 
 
-def _count(number, noun):
-    return f"{number} {noun}{'s' if number != 1 else ''}"
+def _count(model, posteriors, rank):
+    drawn = sum(posterior.size for posterior in posteriors)
+    total = sum(math.prod(variable.shape) for variable in stock_weights(model))
+    of = f"of {total:,} weights" if rank is None else f"numbers, in updates of rank {rank},"
+    return f"{drawn:,} {of} are distributions now"
 
 
 def _about(prior, empirical_bayes):

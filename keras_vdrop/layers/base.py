@@ -21,7 +21,7 @@ from keras import ops
 
 from keras_vdrop import priors
 from keras_vdrop.functional import estimators
-from keras_vdrop.posterior import VariationalWeight, posteriors
+from keras_vdrop.posterior import LowRankUpdate, VariationalWeight, posteriors
 from keras_vdrop.sampling import (
     FixedSeeds,
     advance,
@@ -510,8 +510,8 @@ class VariationalLayer(DropIn, StochasticLayer):
         for posterior in posteriors(self):
             stands = posterior.loc if posterior is not self.lora_a else None
             own.update(id(variable) for variable in posterior.variables if variable is not stands)
-        if self.lora_a is not None:
-            own.add(id(self.lora_b))
+        if self._update is not None:
+            own.add(id(self._update.b))
         return [variable for variable in self.weights if id(variable) not in own]
 
     # Weights
@@ -602,7 +602,7 @@ class VariationalLayer(DropIn, StochasticLayer):
 
     # What Keras's layers do to a plain kernel
 
-    lora_a = None
+    _update = None
 
     def enable_lora(self, rank, a_initializer="he_uniform", b_initializer="zeros", lora_alpha=None):
         """Keras's `build` calls this where the layer was given a `lora_rank`; afterwards it is too late.
@@ -616,7 +616,7 @@ class VariationalLayer(DropIn, StochasticLayer):
             https://arxiv.org/abs/2406.11675
         """
         kernel = self._adapted()
-        if self.lora_a is not None or isinstance(kernel, VariationalWeight) or kernel.trainable:
+        if self._update is not None or isinstance(kernel, VariationalWeight) or kernel.trainable:
             raise ValueError(
                 f"{self.name!r} has been built without a low-rank update. Give it `lora_rank` when it is made, or make "
                 f"it from a trained layer by `keras_vdrop.to_variational(model, rank={rank})`."
@@ -627,24 +627,30 @@ class VariationalLayer(DropIn, StochasticLayer):
             )
         if self.kernel_prior is None:
             raise ValueError(f"The update of {self.name!r} needs a `kernel_prior`. Received: kernel_prior=None")
-        self.lora_a = VariationalWeight(
+        self._update = LowRankUpdate(
             self,
             super().add_weight,
-            "lora_a",
-            (*kernel.shape[:-1], rank),
+            "lora",
+            kernel,
+            rank,
+            lora_alpha or self.lora_alpha,
+            a_initializer,
+            b_initializer,
             prior=self.kernel_prior,
             initial_log_variance=self.initial_log_variance,
             log_variance_rate=self.log_variance_rate,
-            log_variance_shape=(*kernel.shape[:-1], 1),
-            initializer=keras.initializers.get(a_initializer),
-            prunable=False,
         )
-        self.lora_b = super().add_weight(
-            name="lora_b",
-            shape=(rank, kernel.shape[-1]),
-            initializer=keras.initializers.get(b_initializer),
-        )
-        self._posterior_size += self.lora_a.size
+        self._posterior_size += self._update.a.size
+
+    @property
+    def lora_a(self):
+        """A of the low-rank update, a `VariationalWeight`; None without one."""
+        return None if self._update is None else self._update.a
+
+    @property
+    def lora_b(self):
+        """B of the low-rank update, a variable; None without one."""
+        return None if self._update is None else self._update.b
 
     def _adapted(self):
         """The weight of which `lora_rank` learns an update: its last axis is that of the outputs."""
@@ -652,25 +658,12 @@ class VariationalLayer(DropIn, StochasticLayer):
 
     def _with_update(self, y, linear, x, noisy):
         """`y`, which is `linear(x, W)`, and what the update of W adds to it."""
-        if self.lora_a is None:
+        if self._update is None:
             return y
         inner = self._apply(self.lora_a, linear, x, noisy)
         axis = self._channel_axis()
         update = ops.matmul(ops.moveaxis(inner, axis, -1), ops.cast(self.lora_b, inner.dtype))
-        return y + ops.cast(self._lora_scale, y.dtype) * ops.moveaxis(update, -1, axis)
-
-    @property
-    def _lora_scale(self):
-        return self.lora_alpha / self.lora_rank
-
-    def adapted_value(self, lora_a):
-        """The weight that the layer adapts, with its update.
-
-        Args:
-            lora_a: Tensor, A: its mean or a draw.
-        """
-        update = ops.matmul(lora_a, ops.cast(self.lora_b, lora_a.dtype))
-        return ops.cast(self._adapted(), update.dtype) + self._lora_scale * update
+        return y + ops.cast(self._update.scale, y.dtype) * ops.moveaxis(update, -1, axis)
 
     def quantize(self, *args, **kwargs):
         raise NotImplementedError(f"{type(self).__name__} cannot be quantized.")

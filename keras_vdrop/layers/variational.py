@@ -4,11 +4,17 @@ import copy
 import re
 
 import keras
-from keras import ops
 
 from keras_vdrop import priors
-from keras_vdrop.layers.base import StochasticLayer, check_finite, check_log_variance, check_policy, check_positive
-from keras_vdrop.posterior import VariationalWeight, posteriors
+from keras_vdrop.layers.base import (
+    StochasticLayer,
+    check_finite,
+    check_log_variance,
+    check_policy,
+    check_positive,
+    check_positive_int,
+)
+from keras_vdrop.posterior import LowRankUpdate, VariationalWeight, posteriors
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -33,6 +39,10 @@ class Variational(StochasticLayer, keras.Model):
             TFP distribution.
         kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
         initial_log_variance, log_variance_rate, threshold: As in `VariationalDense`.
+        lora_rank: Positive int, r: each weight W stays as it is, and what is drawn and learned is an update of it,
+            W + lora_alpha / r·A·B with A ~ N(loc, exp(log_variance)), (..., r), and B, (r, U), that is plain and starts
+            at 0. None for distributions over the weights themselves.
+        lora_alpha: Float, the factor of the update; None for r.
         seed: Int for the same noise in every run, or None.
         **kwargs: `name`, that of the layer unless it is given, and `trainable`. Its dtypes are the layer's.
 
@@ -59,6 +69,9 @@ class Variational(StochasticLayer, keras.Model):
         Weight Uncertainty in Neural Networks, Blundell et al., 2015, https://arxiv.org/abs/1505.05424
     """
 
+    # Only the layer's code knows how TensorFlow should call what is exported as a part of a model.
+    _default_save_signature = None
+
     # As a layer of the family, which is asked for them: one draw of the weights for all of a call.
     estimator = "reparameterization"
     learns_locally = False
@@ -73,6 +86,8 @@ class Variational(StochasticLayer, keras.Model):
         initial_log_variance=None,
         log_variance_rate=5.0,
         threshold=None,
+        lora_rank=None,
+        lora_alpha=None,
         seed=None,
         **kwargs,
     ):
@@ -90,6 +105,10 @@ class Variational(StochasticLayer, keras.Model):
         check_positive("log_variance_rate", log_variance_rate)
         if threshold is not None:
             check_finite("threshold", threshold)
+        if lora_rank is not None:
+            check_positive_int("lora_rank", lora_rank)
+        if lora_alpha is not None:
+            check_finite("lora_alpha", lora_alpha)
         # Within the layer its own policy holds. Out here, weights are as they are stored.
         arguments = {"name": layer.name, **kwargs, "dtype": layer.variable_dtype, "autocast": False}
         super().__init__(kl_weight=kl_weight, seed=seed, **arguments)
@@ -100,6 +119,8 @@ class Variational(StochasticLayer, keras.Model):
         self.initial_log_variance = None if initial_log_variance is None else float(initial_log_variance)
         self.log_variance_rate = float(log_variance_rate)
         self.threshold = None if threshold is None else float(threshold)
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
         self.drawn = {}
         self._called_on = None
         self._allow_non_tensor_positional_args = True
@@ -111,6 +132,9 @@ class Variational(StochasticLayer, keras.Model):
     def __call__(self, *args, **kwargs):
         if self._called_on is None:
             self._called_on = keras.tree.map_structure(_symbolic, (args, kwargs))
+            if not self.built and len(args) == 1:
+                # What Keras calls with arguments that have no names, it does not tell their shapes.
+                self.build(keras.tree.map_structure(lambda x: x.shape, self._called_on[0][0]))
         return super().__call__(*args, **kwargs)
 
     def build(self, input_shape=None):
@@ -118,7 +142,8 @@ class Variational(StochasticLayer, keras.Model):
             # Of layers that build what is within them when they are called, a call is what builds all.
             args, kwargs = self._called_on or ((keras.tree.map_shape_structure(keras.KerasTensor, input_shape),), {})
             self.layer(*args, **kwargs)
-        self.drawn = {path: self._draw_from(name, path, loc) for name, path, loc in self._chosen()}
+        draw_from = self._draw_from if self.lora_rank is None else self._draw_update
+        self.drawn = {path: draw_from(name, path, variable) for name, path, variable in self._chosen()}
         self._posterior_size = sum(weight.size for weight in self.drawn.values())
         self._build_noise()
 
@@ -151,30 +176,39 @@ class Variational(StochasticLayer, keras.Model):
             loc=loc,
         )
 
+    def _draw_update(self, name, path, kernel):
+        return LowRankUpdate(
+            self,
+            super().add_weight,
+            f"{name}_lora",
+            kernel,
+            self.lora_rank,
+            self.lora_alpha,
+            prior=self.prior,
+            initial_log_variance=self.initial_log_variance,
+            log_variance_rate=self.log_variance_rate,
+        ).a
+
     # Calling
 
     def call(self, *args, training=None, **kwargs):
         # The layer within takes `training` from this one's call.
         noisy = self._noisy(training)
-        means = {id(weight.loc): weight for weight in self.drawn.values()}
-        values = [
-            (each, self._value(means[id(each)], noisy) if id(each) in means else ops.convert_to_tensor(each))
-            for each in self.layer.variables
-        ]
-        scope = keras.StatelessScope(values, collect_losses=True, initialize_variables=False)
-        before = {id(each): scope.get_current_value(each) for each, _ in values}
-        with scope:
+        values = [self._value(weight, noisy) for weight in self.drawn.values()]
+        with _Drawn(values, collect_losses=True, initialize_variables=False) as scope:
             outputs = self.layer(*args, **kwargs)
-        for each, _ in values:
-            if (value := scope.get_current_value(each)) is not before[id(each)]:
-                each.assign(value)
+        for variable in scope.updated.values():
+            variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:
             self.add_loss(loss + 0.0)  # another tensor: the layer within knows its own by identity
         return outputs
 
     def _value(self, weight, noisy):
-        mean = weight.mean()
-        return mean + weight.perturbation(self._seeds(weight.name)) if noisy else mean
+        """A variable of the layer, and what it is in this call."""
+        value = weight.mean()
+        if noisy:
+            value = value + weight.perturbation(self._seeds(weight.name))
+        return (weight.loc, value) if weight.update is None else (weight.update.kernel, weight.update.whole(value))
 
     @property
     def draws(self):
@@ -220,6 +254,7 @@ class Variational(StochasticLayer, keras.Model):
             self._called_on = _from_described(config["args"]), _from_described(config["kwargs"])
         elif not self.layer.built:
             self.layer.build_from_config(config["layer"])
+            self.layer.built = True  # which Keras sets where it calls that
         if not self.built:
             self.build()
 
@@ -236,6 +271,8 @@ class Variational(StochasticLayer, keras.Model):
             "initial_log_variance": self.initial_log_variance,
             "log_variance_rate": self.log_variance_rate,
             "threshold": self.threshold,
+            "lora_rank": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
         }
         return {name: value for name, value in config.items() if name != "dtype"}
 
@@ -244,6 +281,29 @@ class Variational(StochasticLayer, keras.Model):
         # Keras takes apart the config of a model that it makes.
         layer = keras.saving.deserialize_keras_object(copy.deepcopy(config["layer"]), custom_objects=custom_objects)
         return cls(**{**config, "layer": layer})
+
+
+class _Drawn(keras.StatelessScope):
+    """A scope in which some variables have other values, and all others the value that they have outside of it.
+
+    Attributes:
+        updated: The variables that were assigned to within it, by id.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.updated = {}
+
+    def add_update(self, update):
+        variable, _ = update
+        self.updated[id(variable)] = variable
+        super().add_update(update)
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is None and self.original_scope is not None:
+            return self.original_scope.get_current_value(variable)
+        return value
 
 
 def trained_variables(layer):

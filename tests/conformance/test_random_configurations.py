@@ -193,6 +193,23 @@ def concrete_dropout(draw):
     return case("concrete_dropout", kv.ConcreteDropout, (4, 5), {"units": draw.size()}, ours, twin=layers.Dense)
 
 
+def any_layer(draw):
+    """A convolution or a recurrent layer, of which `Variational` draws some weights."""
+    ours = {
+        "include": draw.of(None, "kernel", ["kernel", "bias"]),
+        "exclude": draw.of(None, "recurrent"),
+        "prior": draw.of("log_uniform", "ard", "normal"),
+        "threshold": draw.of(None, 1.0),
+        "seed": draw.of(None, 3),
+    }
+    if draw.yes():
+        arguments, shape, _ = draw.convolution(2)
+        return case("any_layer", kv.Variational, shape, {**arguments, "filters": draw.size()}, ours, twin=layers.Conv2D)
+    arguments = {"units": draw.size(), "return_sequences": draw.yes(), "reset_after": draw.yes()}
+    arguments["recurrent_initializer"] = "glorot_uniform"
+    return case("any_layer", kv.Variational, (3, draw.size(2, 4), 5), arguments, ours, twin=layers.GRU)
+
+
 def monte_carlo_dropout(draw):
     arguments = {"rate": draw.rate(), "noise_shape": draw.of(None, (None, 1, None))}
     ours = {"per_example": draw.yes(), "seed": draw.of(None, 3)}
@@ -213,6 +230,7 @@ LAYERS = {
     "gaussian_dropout": gaussian_dropout,
     "concrete_dropout": concrete_dropout,
     "monte_carlo_dropout": monte_carlo_dropout,
+    "any_layer": any_layer,
 }
 # Float16 has no QR decomposition, by which recurrent layers start, and no convolution on some processors.
 POLICIES = ("float32", "mixed_bfloat16", "float64")

@@ -70,12 +70,12 @@ def test_mean_and_variance_are_those_of_the_posterior(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_adapted_value_is_the_kernel_of_a_layer_without_the_update(name):
+def test_the_whole_is_the_kernel_of_a_layer_without_the_update(name):
     layer, x = adapted(name)
     randomize(layer)
     layer.lora_b.assign(RNG.normal(size=layer.lora_b.shape))
     expected = array(layer(x))
-    whole = array(layer.adapted_value(layer.lora_a.mean()))
+    whole = array(layer.lora_a.update.whole(layer.lora_a.mean()))
     scale = 3 / 2
     by_hand = array(layer._adapted()) + scale * array(layer.lora_a.loc) @ array(layer.lora_b)
     np.testing.assert_allclose(whole, by_hand, rtol=1e-5, atol=1e-5)
@@ -150,3 +150,23 @@ def test_afterwards_it_is_too_late():
     layer(X)
     with pytest.raises(ValueError, match="lora_rank"):
         layer.enable_lora(2)
+
+
+def test_any_layer_learns_updates_of_its_kernels(tmp_path):
+    x, y = RNG.normal(size=(64, 4, 6)).astype("float32"), RNG.normal(size=(64, 3)).astype("float32")
+    lstm = keras.layers.LSTM(3)
+    before = array(lstm(x))
+    kernels = [array(lstm.cell.kernel), array(lstm.cell.recurrent_kernel)]
+    model = keras.Sequential([keras.Input((4, 6)), kv.Variational(lstm, lora_rank=2, prior="normal")])
+    np.testing.assert_array_equal(array(model(x)), before)
+    shapes = {"cell/kernel": (6, 2), "cell/recurrent_kernel": (3, 2)}
+    drawn = model.layers[0].drawn
+    assert {path.removeprefix("lstm_"): weight.shape for path, weight in drawn.items()} == shapes
+    model.compile(keras.optimizers.Adam(1e-2), "mse")
+    model.fit(x, y, epochs=3, verbose=0, callbacks=[kv.ELBO(len(x))])
+    for kernel, value in zip((lstm.cell.kernel, lstm.cell.recurrent_kernel), kernels):
+        np.testing.assert_array_equal(array(kernel), value)
+    assert not np.allclose(array(model(x)), before)
+    assert (kv.MonteCarlo(model, 4).predict(x, verbose=0)["variance"] > 0).all()
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(array(keras.saving.load_model(tmp_path / "model.keras")(x)), array(model(x)))

@@ -206,6 +206,33 @@ def test_a_model_trains_evaluates_and_predicts_as_one():
     assert predictions["variance"].shape == (16, 1) and (predictions["variance"] > 0).all()
 
 
+def test_a_stateful_layer_keeps_its_state():
+    plain, inner = layers.LSTM(3, stateful=True), layers.LSTM(3, stateful=True)
+    plain(X), inner(X)
+    inner.set_weights(plain.get_weights())
+    layer = kv.Variational(inner)
+    plain.reset_state(), inner.reset_state()
+    first = array(layer(X))
+    np.testing.assert_allclose(first, array(plain(X)), rtol=1e-5, atol=1e-6)
+    second = array(layer(X))
+    np.testing.assert_allclose(second, array(plain(X)), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(first, second)
+
+
+def test_a_model_within_a_model_is_exported(tmp_path):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("SavedModel is TensorFlow's.")
+    import tensorflow as tf
+
+    model = keras.Sequential([keras.Input((4, 6)), kv.Variational(layers.LSTM(3)), layers.Dense(1)])
+    alone = kv.Variational(layers.LSTM(3))
+    alone(X)
+    for number, each in enumerate((model, alone)):
+        each.export(tmp_path / str(number), verbose=False)
+        loaded = tf.saved_model.load(tmp_path / str(number))
+        np.testing.assert_allclose(loaded.serve(X).numpy(), array(each(X)), rtol=1e-5, atol=1e-6)
+
+
 def test_consistent_draws_are_one_function():
     model = kv.Variational(Block(3))
     model(X)
