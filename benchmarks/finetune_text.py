@@ -15,8 +15,8 @@ choices (`--validation`), and the other is judged once:
 - all layers: `Variational` around the whole encoder. Each weight has a normal prior about its pretrained value, and its
   posterior begins there. The last layer is a `VariationalDense`.
 - last layer: that last layer behind the encoder as it is.
-- low rank: the encoder stays as it is, but for an update A·B of rank 8 of what makes queries and values (Keras's
-  `enable_lora`); of A there is a posterior.
+- low rank: all kernels and tables of the encoder stay as they are, but for an update A·B of rank 8 of each, of whose A
+  there is a posterior (`lora_rank`).
 - pruned: as "all layers" with the prior "log_uniform", several times as many epochs; after three fifths of them a tenth
   of the weights stays, and these learn on.
 
@@ -172,8 +172,7 @@ def network(name, options):
         start = {"initial_log_variance": 2 * math.log(options.scale), "log_variance_rate": options.log_variance_rate}
         inside = kv.Variational(inside, prior=kv.priors.Normal(options.scale, centered=True), **start)
     elif name == "low rank":
-        adapt(inside, options.rank)
-        inside = kv.Variational(inside, include="lora_kernel_a", prior="normal")
+        inside = kv.Variational(inside, prior="normal", lora_rank=options.rank)
     elif name == "pruned":
         inside = kv.Variational(inside, prior="log_uniform")
         head = functools.partial(head, kernel_prior="log_uniform")
@@ -181,15 +180,6 @@ def network(name, options):
         head = functools.partial(layers.Dense, 2, name="head")
     tokens = keras.Input((LENGTH,), dtype="int32")
     return keras.Model(tokens, head()(inside(tokens))), size
-
-
-def adapt(model, rank):
-    """Freeze a model but for updates, of that rank, of the kernels that make queries and values."""
-    for variable in model.trainable_variables:
-        variable.trainable = False
-    for layer in model._flatten_layers():
-        if isinstance(layer, layers.EinsumDense) and layer.name in ("query", "value"):
-            layer.enable_lora(rank)
 
 
 # Learning
@@ -284,11 +274,12 @@ def of_posterior(name, model, options):
     return lambda x: _probability(sampler.predict(x, batch_size=PREDICTED, verbose=0)).swapaxes(0, 1)
 
 
-def of_laplace(model, data, options):
+def of_laplace(model, data, seed, options):
     """Of laplace-torch's posterior of the last layer, by the features before it; and the seconds it took."""
     import laplace
     import torch
 
+    torch.manual_seed(seed)
     features = keras.Model(model.input, model.get_layer("head").input)
 
     def inputs(x):
@@ -324,7 +315,7 @@ def learn(name, seed, data, options, plain):
         seconds += sum(each for _, _, each in others)
         left = size * options.members
     elif name == "Laplace":
-        predict, more = of_laplace(model, data, options)
+        predict, more = of_laplace(model, data, seed, options)
         seconds += more
     elif name == "MC dropout":
         predict = of_dropout(model, options)
@@ -382,9 +373,9 @@ def main():
     parser.add_argument("--pruned-rate", type=float, default=1e-4)
     parser.add_argument("--pruned-epochs", type=int, default=10)
     parser.add_argument("--dropout", type=float, default=0.1, help="of MC dropout")
-    parser.add_argument("--scale", type=float, default=0.01, help="of the prior of all layers: a standard deviation")
+    parser.add_argument("--scale", type=float, default=0.003, help="of the prior of all layers: a standard deviation")
     parser.add_argument("--log-variance-rate", type=float, default=50.0, help="of all layers")
-    parser.add_argument("--temperature", type=float, default=0.1, help="of the KL: 1 is the ELBO")
+    parser.add_argument("--temperature", type=float, default=1e-4, help="of the KL: 1 is the ELBO")
     parser.add_argument("--pruned-temperature", type=float, default=0.1, help="the same for the pruned one")
     parser.add_argument("--rank", type=int, default=8, help="of the low-rank updates")
     parser.add_argument("--draws", type=int, default=32, help="to judge by")
