@@ -30,6 +30,39 @@ def parser(description, learns=True):
     return parser
 
 
+def add_places(parser):
+    """Arguments that say where a benchmark runs, for `start_anew`."""
+    parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="in place of KERAS_BACKEND")
+    parser.add_argument("--device", choices=["cpu", "gpu"], help="in place of what the backend chooses")
+
+
+def start_anew(backend, device):
+    """Run this command again where the environment asks for another backend or device: both are read on import."""
+    import keras
+
+    wanted = {} if backend is None else {"KERAS_BACKEND": backend}
+    if device == "cpu":
+        wanted.update(CUDA_VISIBLE_DEVICES="-1", JAX_PLATFORMS="cpu")
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.environ.update(wanted)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    if device == "gpu" and not _sees_gpu():
+        sys.exit(f"The backend {keras.backend.backend()!r} sees no GPU.")
+
+
+def _sees_gpu():
+    import keras
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    try:
+        return bool(keras.distribution.list_devices("gpu"))
+    except RuntimeError:  # what JAX says
+        return False
+
+
 def data_file(folder, *parts):
     """A file below the data folder, or an exit that says what is missing and where to put it."""
     if folder is None:

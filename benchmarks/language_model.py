@@ -43,8 +43,13 @@ def load(options):
 
 
 def _wikitext(folder, part):
+    return [word for line in wikitext(folder, part) for word in (*line, "<eos>")]
+
+
+def wikitext(folder, part):
+    """The lines of WikiText-2 that are not empty, as lists of words."""
     with gzip.open(common.data_file(folder, "wikitext-2", f"{part}.txt.gz"), "rt", encoding="utf-8") as lines:
-        return [word for line in lines if line.strip() for word in (*line.split(), "<eos>")]
+        return [line.split() for line in lines if line.strip()]
 
 
 def _made_up(count, seed):

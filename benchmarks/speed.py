@@ -22,9 +22,7 @@ import concurrent.futures
 import functools
 import math
 import multiprocessing
-import os
 import pathlib
-import sys
 
 import common
 import keras
@@ -390,38 +388,14 @@ def memory_of_training(options):
 TOPICS = {"training": training, "prediction": prediction, "growth": growth, "memory": memory_of_training}
 
 
-def start_anew(backend, device):
-    """Run this command again where the environment asks for another backend or device: both are read on import."""
-    wanted = {} if backend is None else {"KERAS_BACKEND": backend}
-    if device == "cpu":
-        wanted.update(CUDA_VISIBLE_DEVICES="-1", JAX_PLATFORMS="cpu")
-    if any(os.environ.get(name) != value for name, value in wanted.items()):
-        os.environ.update(wanted)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-    if device == "gpu" and not _sees_gpu():
-        sys.exit(f"The backend {keras.backend.backend()!r} sees no GPU.")
-
-
-def _sees_gpu():
-    if keras.backend.backend() == "torch":
-        import torch
-
-        return torch.cuda.is_available()
-    try:
-        return bool(keras.distribution.list_devices("gpu"))
-    except RuntimeError:  # what JAX says
-        return False
-
-
 def main():
     parser = common.parser(__doc__, learns=False)
-    parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="in place of KERAS_BACKEND")
-    parser.add_argument("--device", choices=["cpu", "gpu"], help="in place of what the backend chooses")
+    common.add_places(parser)
     parser.add_argument("--topics", nargs="+", choices=list(TOPICS), default=list(TOPICS))
     parser.add_argument("--repeats", type=int, default=30, help="steps of each network; a fifth, where they are long")
     parser.add_argument("--plot", type=pathlib.Path, help="a picture of the growth")
     options = parser.parse_args()
-    start_anew(options.backend, options.device)
+    common.start_anew(options.backend, options.device)
     if options.quick:
         options.repeats = 3
     print(*(f"{key}: {value}" for key, value in common.about().items()), sep="\n")

@@ -23,17 +23,22 @@ def load(options):
 
     Of the 80 % for training are the words; 10 % are for validation and 10 % for the test, whatever the seed is.
     """
-    sentences, labels = _made_up() if options.quick else _rt_polarity(options.data)
-    order = np.random.default_rng(0).permutation(len(labels))
-    cuts = [int(0.8 * len(order)), int(0.9 * len(order))]
-    parts = dict(zip(("train", "validation", "test"), np.split(order, cuts)))
+    sentences, labels = made_up() if options.quick else rt_polarity(options.data)
+    parts = split(len(labels))
     vocabulary = _vocabulary(sentences[i] for i in parts["train"])
     ids = _encode(sentences, vocabulary)
     data = {name: (ids[rows], labels[rows, None].astype("float32")) for name, rows in parts.items()}
     return data, len(vocabulary) + 2
 
 
-def _rt_polarity(folder):
+def split(count):
+    """Which sentences are of which part, {part: indices}."""
+    order = np.random.default_rng(0).permutation(count)
+    cuts = [int(0.8 * count), int(0.9 * count)]
+    return dict(zip(("train", "validation", "test"), np.split(order, cuts)))
+
+
+def rt_polarity(folder):
     """Film-review sentences as lists of words, and 1 for a positive one, else 0.
 
     From `rt-polarity/rt-polarity.{pos,neg}.gz`: the sentence polarity data set 1.0 of Pang and Lee (2005), one
@@ -49,8 +54,8 @@ def _rt_polarity(folder):
     return sentences, np.array(labels)
 
 
-def _made_up(count=600, seed=0):
-    """Sentences of made-up words, some of which say what the label is: a stand-in for `_rt_polarity`."""
+def made_up(count=600, seed=0):
+    """Sentences of made-up words, some of which say what the label is: a stand-in for `rt_polarity`."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, count)
     words = rng.integers(0, 200, (count, 12))
