@@ -111,7 +111,7 @@ def learn_rows(networks, options, learn, rows=None):
     Returns:
         Dict from the network's name to the list of its rows, in the order of the seeds.
     """
-    whatever = ("data", "out", "resume", "seeds", "jobs", "part")
+    whatever = ("data", "out", "resume", "seeds", "jobs", "part", "rows", "models", "backend", "device")
     settings = {key: value for key, value in vars(options).items() if key not in whatever}
     wanted = [(name, seed) for seed in range(options.seeds) for name in networks]
     by_seed = rows is not None
@@ -233,7 +233,7 @@ def _accelerator():
 
 def _without_places(arguments):
     """The command without the places that are those of one machine."""
-    places = {"--data": "DIR", "--ood": "FILE", "--plot": "FILE"}
+    places = {"--data": "DIR", "--ood": "FILE", "--plot": "FILE", "--models": "DIR"}
     return [places.get(before, after) for before, after in zip([None, *arguments], arguments)]
 
 
