@@ -1,6 +1,7 @@
 """`Variational`: any Keras layer or model, run on weights that are drawn."""
 
 import copy
+import itertools
 import re
 
 import keras
@@ -150,7 +151,9 @@ class Variational(StochasticLayer, keras.Model):
     def _chosen(self):
         """The variables to draw: of each a name of its own, its path below the layer and itself."""
         taken = {id(each) for posterior in posteriors(self.layer) for each in posterior.variables}
-        found = {path: each for path, each in trained_variables(self.layer) if id(each) not in taken}
+        pairs = [(path, each) for path, each in trained_variables(self.layer) if id(each) not in taken]
+        # Layers within a layer may have one name.
+        found = dict(zip(_distinct(path for path, _ in pairs), (each for _, each in pairs)))
         paths = list(filter(_is_kernel(found), found))
         if self.include is not None:
             paths = [path for path in found if _matches(self.include, path)]
@@ -353,11 +356,12 @@ def _matches(patterns, path):
 
 
 def _distinct(names):
-    """The names, with a number behind those that were there before."""
-    counts = {}
+    """The names, with a number behind those that were there before: a list."""
+    found = []
     for name in names:
-        count = counts[name] = counts.get(name, -1) + 1
-        yield f"{name}_{count}" if count else name
+        others = (f"{name}_{number}" for number in itertools.count(1))
+        found.append(next(each for each in itertools.chain([name], others) if each not in found))
+    return found
 
 
 def _symbolic(x):

@@ -156,6 +156,22 @@ def test_which_weights_are_drawn(arguments, paths):
     assert not any(biases)
 
 
+def test_layers_of_one_name_are_drawn_each_for_itself():
+    class Twice(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = layers.Dense(6, name="dense"), layers.Dense(6, name="dense")
+            self.third = layers.Dense(6, name="dense_1")
+
+        def call(self, x):
+            return self.first(x) + self.second(x) + self.third(x)
+
+    layer = kv.Variational(Twice())
+    layer(X)
+    assert list(layer.drawn) == ["dense/kernel", "dense/kernel_1", "dense_1/kernel"]
+    assert sorted(weight.name for weight in posteriors(layer)) == ["kernel", "kernel_1", "kernel_2"]
+
+
 def test_takes_what_the_layer_takes():
     layer = kv.Variational(Gated(3), seed=0)
     x, by = X[:, 0], X[:, 1]
