@@ -7,12 +7,12 @@ import weakref
 
 import keras
 
-from keras_vdrop.diagnosis import Record
+from keras_vdrop.diagnosis import Record, learning_kl
 from keras_vdrop.layers.base import check_finite, weighed_by_callback
 from keras_vdrop.losses import check_outputs
 from keras_vdrop.objective import compiled_loss_weights, likelihood_factor, outputs_of, require_loss
 from keras_vdrop.observation import Observer
-from keras_vdrop.posterior import learning_posteriors, posteriors, require_posteriors
+from keras_vdrop.posterior import posteriors, require_posteriors
 from keras_vdrop.pruning import sparsity
 
 # What fraction of its full weight the KL has when a fraction p of the warm-up is over.
@@ -79,12 +79,12 @@ class ELBO(keras.callbacks.Callback):
             batches came before.
 
     Warns:
-        Each once. Where it sets a `kl_weight` other than the one a layer was given, and at the end of `fit`, with
-        figures, where the posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights, or β was
-        never above 0. What it says of the posterior takes 50 steps of the optimizer under one weight of the KL, 200
-        where a `fit` has one epoch; several `fit`s that go on with one schedule are one training. Where a variational
-        layer is called that is none of the model's. At the beginning of `fit`, what `losses.check_outputs` says of the
-        outputs of a loss of `losses`.
+        Each once. Where it sets a `kl_weight` other than the one a layer was given. Where a variational layer is called
+        that is none of the model's. At the beginning of `fit`, what `losses.check_outputs` says of the outputs of a
+        loss of `losses`. At the end of `fit`, with figures, where the posterior has hardly moved, the KL dwarfs the
+        NLL, a layer has lost all weights, or β was never above 0. Of the first two it judges after 50 steps of the
+        optimizer under one weight of the KL, and after 200 where a `fit` has one epoch or the KL has halved; of the
+        third after 5 epochs. Several `fit`s that go on with one schedule count as one.
 
     Example:
         >>> import keras, keras_vdrop as kv, numpy as np
@@ -409,7 +409,7 @@ class ELBO(keras.callbacks.Callback):
         self._note_examples()
         if logs is None:
             return
-        kl = float(sum(keras.ops.convert_to_numpy(each.kl()) for each in learning_posteriors(self.model)))
+        kl = learning_kl(self.model)
         logs.setdefault("kl", kl)
         nll = logs.get("nll")
         self._record.add(None if nll is None else nll / (self._factor or 1.0), kl)

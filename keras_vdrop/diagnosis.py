@@ -11,12 +11,14 @@ from keras_vdrop.pruning import sparsity
 # Fewer optimizer steps under one KL weight say nothing: in 50 of Adam at Keras's default rate, and at the default
 # `log_variance_rate`, a log variance moves by a quarter of a nat. Whoever trains for less tries out whether it runs.
 _STEPS = 50
-# A `fit` of one epoch may be one of many in a loop. By 200 such steps a log variance can have moved by a nat.
-_STEPS_OF_A_LOOP = 200
+# By 200 such steps a log variance can have moved by a nat. It takes as many where more may be to come: where a `fit`
+# had one epoch, as in a loop, and where the KL is falling.
+_STEPS_TO_GO = 200
 # What an NLL does as β rises is a trend; it takes so many epochs under one KL weight.
 _EPOCHS = 5
-# The posterior has hardly moved: a KL of more than the NLL, log variances within 1 nat of their start, a straight way.
-_SHARE, _LITTLE, _STRAIGHT = 1.0, 1.0, 0.8
+# The posterior has hardly moved: a KL of more than the NLL, and more than half of what it was at first; log variances
+# within 1 nat of their start; a straight way.
+_SHARE, _HALF, _LITTLE, _STRAIGHT = 1.0, 0.5, 1.0, 0.8
 # An NLL of less is taken for this much: 0 is a number like others where y has a density.
 _LEAST_NLL = 0.1
 # Log variances as they are made are the same all over a weight tensor; a few steps set them apart by less than this.
@@ -37,7 +39,8 @@ class Record:
     """
 
     def __init__(self, model):
-        self.betas, self._nlls, self._kl = [], [], None
+        self.betas, self._nlls = [], []
+        self._start_kl = self._kl = learning_kl(model)
         self._followed = _followed(model)
         self._start = self._last = self._end = self._log_variances()
         self._as_made = all(_are_alike(_values(*each)) for each in self._followed)
@@ -123,43 +126,52 @@ class Record:
         Returns:
             Dict from a name to a sentence.
         """
-        said = {}
         if not self._beta or not self._nlls or self._nlls[-1] is None:
-            return said
-        if self._steps < (_STEPS_OF_A_LOOP if is_one_of_many else _STEPS):
-            return said
-        weight = temperature * self._beta
+            return {}
+        said = {}
+        enough = _STEPS_TO_GO if is_one_of_many or self._kl_has_fallen else _STEPS
+        if self._steps >= enough:
+            said.update(self._size_of_kl(num_examples, temperature * self._beta))
+        if self._epochs >= _EPOCHS:
+            said.update(self._collapse(model))
+        return said
+
+    def _size_of_kl(self, num_examples, weight):
+        """What there is to say of a KL that is large beside the data's part."""
         nll, kl = self._nlls[-1], weight * self._kl / num_examples
         size = max(abs(nll), _LEAST_NLL)
         factor = "" if weight == 1.0 else f"{weight:.2g}·"
         figures = f"{factor}KL/num_examples is {kl:.3g} nats an example beside an NLL of {nll:.3g}"
         if kl > _SHARE * size and self._has_hardly_moved():
-            said["stays"] = (
-                "The posterior has hardly moved and is still on its way: in training so far the log variances have "
-                f"changed by {_distance(self._start, self._end):.2g} on average, to {self._end.mean():.3g}, and "
+            return {
+                "stays": "The posterior has hardly moved and is still on its way: in training so far the log variances "
+                f"have changed by {_distance(self._start, self._end):.2g} on average, to {self._end.mean():.3g}, and "
                 f"{figures}. What the model says of its certainty is that of its initial values. Train longer, or with "
                 "a higher learning rate: 3 to 10 times as high, falling towards the end."
-            )
-        elif kl > 10 * size:
-            said["dwarfs"] = (
-                f"The KL dwarfs the data: {figures}. Train longer or with a higher learning rate, choose a prior "
-                "closer to the weights' scale or a smaller model, or weigh the KL less by `temperature`."
-            )
-        if self._epochs >= _EPOCHS and (complaint := self._collapse(model)):
-            said["collapsed"] = complaint
-        return said
+            }
+        if kl > 10 * size:
+            return {
+                "dwarfs": f"The KL dwarfs the data: {figures}. Train longer or with a higher learning rate, choose a "
+                "prior closer to the weights' scale or a smaller model, or weigh the KL less by `temperature`."
+            }
+        return {}
 
     def _has_hardly_moved(self):
         """Whether log variances are about where they were.
 
         A posterior at its place moves to and fro, and one that is on its way moves straight on. But where it has gone
         less than a nat in all from the values that it was made with, to and fro included, that is no place which it
-        has found: gradients too small for their noise, or no steps to speak of, look the same.
+        has found: gradients too small for their noise, or no steps to speak of, look the same. And where the KL has
+        fallen, the means have moved: slow log variances let them go to 0 first.
         """
-        if not self._end.size or _distance(self._start, self._end) >= _LITTLE:
+        if not self._end.size or self._kl_has_fallen or _distance(self._start, self._end) >= _LITTLE:
             return False
         gone = self._way + _distance(self._last, self._end)
         return (self._as_made and gone < _LITTLE) or self._straightness() > _STRAIGHT
+
+    @property
+    def _kl_has_fallen(self):
+        return self._kl < _HALF * self._start_kl
 
     def _straightness(self):
         """The distance over the length of the way, under this weight of the KL; 0 where it is too short to tell."""
@@ -169,19 +181,24 @@ class Record:
         return _distance(self._looks[0], self._end) / sum(stretches)
 
     def _collapse(self, model):
-        """A sentence where layers have lost all weights and the data's part of the loss has grown with β."""
+        """What there is to say where layers have lost all weights and the data's part of the loss has grown with β."""
         best, last = min(nll for nll in self._nlls if nll is not None), self._nlls[-1]
         gone = [row.name for row in sparsity(model).layers if row.weights and not row.left]
         if not gone or last - best < 0.1 * abs(best) + 0.1:
-            return None
-        return (
-            f"Pruning has collapsed: no weight is left in {', '.join(map(repr, gone))}, and the NLL of an example has "
-            f"risen from {best:.3g} to {last:.3g} with β. Let the KL rise later and more slowly (`start_epoch`, "
-            "`warmup_epochs`), weigh it less (`temperature`), or train at a lower learning rate."
-        )
+            return {}
+        return {
+            "collapsed": f"Pruning has collapsed: no weight is left in {', '.join(map(repr, gone))}, and the NLL of an "
+            f"example has risen from {best:.3g} to {last:.3g} with β. Let the KL rise later and more slowly "
+            "(`start_epoch`, `warmup_epochs`), weigh it less (`temperature`), or train at a lower learning rate."
+        }
 
     def _log_variances(self):
         return np.concatenate([np.zeros(0), *(_values(*each) for each in self._followed)])
+
+
+def learning_kl(model):
+    """Σ KL of the posteriors that learn, in nats: a float."""
+    return float(sum(ops.convert_to_numpy(each.kl()) for each in learning_posteriors(model)))
 
 
 def _learning(model):

@@ -9,7 +9,8 @@ from tests.cases import CASES, array, posteriors, randomize, rates
 
 POLICIES = ["float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16"]
 # Indices have no size; and products of queries and keys of 10⁴ are beyond float16 in Keras's own attention.
-LARGE = [case for case in CASES if not case.vocabulary and not case.is_attention]
+ATTENTION = ("attention", "attention_bias", "variational_block")
+LARGE = [case for case in CASES if not case.vocabulary and case.name not in ATTENTION]
 
 
 def skip_where_keras_fails(case, policy):

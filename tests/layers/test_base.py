@@ -104,7 +104,7 @@ def test_constraint_acts_on_the_mean():
 def test_lora_and_quantization_are_refused():
     layer = kv.VariationalDense(3)
     layer.build((None, 2))
-    with pytest.raises(NotImplementedError, match="low-rank"):
+    with pytest.raises(ValueError, match="low-rank"):  # it has a distribution already
         layer.enable_lora(2)
     with pytest.raises(NotImplementedError, match="quantized"):
         layer.quantize("int8")
