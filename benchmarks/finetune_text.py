@@ -268,7 +268,7 @@ def of_dropout(model, options):
 
 def of_posterior(name, model, options):
     # Side by side, draws would be as many encoders in memory; but what comes before all noise is computed once.
-    together = options.draws if name == "last layer" else 1
+    together = options.draws if options.quick or name == "last layer" else 1
     sampler = kv.MonteCarlo(model, options.draws, output="samples", consistent=True, sample_batch_size=together)
     sampler.compile(jit_compile=options.jit)
     return lambda x: _probability(sampler.predict(x, batch_size=PREDICTED, verbose=0)).swapaxes(0, 1)
