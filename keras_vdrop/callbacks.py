@@ -39,8 +39,11 @@ class ELBO(keras.callbacks.Callback):
     Validation within `fit` takes the KL at its full weight, β = 1: `val_loss`, which Keras's callbacks monitor, does
     not depend on β, and the lowest one is that of the best model. Adds to the logs of every epoch
         `kl`: Σ KL(posterior ‖ prior) at the end of the epoch, in nats, not weighted.
-        `nll`, `val_nll`: the loss without the penalties of the weights, as it was at every step.
-        `elbo_loss`, `val_elbo_loss`: the loss with the KL at its full weight.
+        `nll`, `val_nll`: the data's part of the loss, as it was at every step: what `compile`'s loss makes of it, with
+            the weights of examples and classes. The KL is not in it, nor Keras's regularizers of weights and
+            activities, nor what layers add by `add_loss` (unless there is no other loss).
+        `elbo_loss`, `val_elbo_loss`: the loss with the KL at its full weight. All that is in the loss is in it too:
+            without regularizers it is c times the negative ELBO, and one of Keras's counts as a further prior.
     A metric of the user's that has one of these names keeps it. `nll` and `elbo_loss` need `compute_loss`: a
     `train_step` that does not call it, or does not return the results of `self.metrics`, does without.
 
@@ -76,9 +79,12 @@ class ELBO(keras.callbacks.Callback):
             batches came before.
 
     Warns:
-        Where it sets a `kl_weight` other than the one a layer was given, and at the end of `fit`, with figures, where
-        the posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights, or β was never above 0. At
-        the beginning of `fit`, what `losses.check_outputs` says of the outputs of a loss of `losses`.
+        Each once. Where it sets a `kl_weight` other than the one a layer was given, and at the end of `fit`, with
+        figures, where the posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights, or β was
+        never above 0. What it says of the posterior takes 50 steps of the optimizer under one weight of the KL, 200
+        where a `fit` has one epoch; several `fit`s that go on with one schedule are one training. Where a variational
+        layer is called that is none of the model's. At the beginning of `fit`, what `losses.check_outputs` says of the
+        outputs of a loss of `losses`.
 
     Example:
         >>> import keras, keras_vdrop as kv, numpy as np
@@ -187,7 +193,7 @@ class ELBO(keras.callbacks.Callback):
     def _go_on_from(self, epoch):
         """At the first epoch of a `fit`: go on with the schedule, where this callback has trained the model before."""
         if self._fitted() is not self.model:
-            self._fitted, self._next, self._epochs = weakref.ref(self.model), 0, None
+            self._fitted, self._next, self._epochs, self._record = weakref.ref(self.model), 0, None, None
         self._before = max(0, self._next - epoch)
         if self._epochs is None or not self._before:
             self._epochs = (self.params or {}).get("epochs")
@@ -261,6 +267,8 @@ class ELBO(keras.callbacks.Callback):
     # What Keras calls
 
     _training = False
+    # The course of the training, over all `fit`s of one model whose schedule goes on.
+    _record = None
 
     def set_model(self, model):
         if _is_built(model):
@@ -277,7 +285,9 @@ class ELBO(keras.callbacks.Callback):
                 "`steps_per_epoch=num_examples // batch_size`."
             )
         self._training, self._first_epoch, self._first_batch = True, True, True
-        self._seen = self._record = None
+        self._seen = None
+        self._fitted_epochs = 0
+        self._batches_a_step = _batches_a_step(self.model.optimizer)
         if self.labels_per_example is None:
             require_loss(self.model)
             self._loss_weights = compiled_loss_weights(self.model)
@@ -301,19 +311,31 @@ class ELBO(keras.callbacks.Callback):
         if self._pending and _is_built(self.model):
             self._start()
         self._set(self._beta)
+        self._last_batch = -1
         if self._first_epoch:
-            self._record = Record(self.model)
             self._first_epoch = False
+            self._begin_record()
+
+    def _begin_record(self):
+        """Unless this goes on with another `fit`; a model that its first batch builds has nothing to look at yet."""
+        if self._record is not None and self._record.goes_on(self.model):
+            return
+        self._record = Record(self.model) if _is_built(self.model) else None
 
     def on_train_batch_begin(self, batch, logs=None):
         if self.per == "batch":
             self._set(self.beta(self._epoch, batch))
 
     def on_train_batch_end(self, batch, logs=None):
-        self._last_batch = batch
+        if self._steps:  # with `steps_per_execution`, Keras counts those that the last call could have had
+            batch = min(batch, self._steps - 1)
+        batches, self._last_batch = batch - self._last_batch, batch
         if self._first_batch:
             self._first_batch = False
             self._after_first_batch(batch + 1)
+        if self._record.step(self._beta, batches / self._batches_a_step):
+            _ = self.model  # has JAX bring its variables up to date
+            self._record.look()
 
     def _after_first_batch(self, steps):
         weighed_by_callback(False)
@@ -328,6 +350,8 @@ class ELBO(keras.callbacks.Callback):
             )
         if self._pending:
             self._start()
+        if self._record is None:
+            self._record = Record(self.model)
         examples = self._observer.examples_seen(steps)
         batch_size = self._batch_size = 0 if examples is None else examples / steps
         if batch_size > self.num_examples or (self.num_examples == self._steps and batch_size > 1):
@@ -381,21 +405,25 @@ class ELBO(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self._steps = self._steps or self._last_batch + 1
         self._next = self._before + epoch + 1
+        self._fitted_epochs += 1
         self._note_examples()
         if logs is None:
             return
         kl = float(sum(keras.ops.convert_to_numpy(each.kl()) for each in learning_posteriors(self.model)))
         logs.setdefault("kl", kl)
-        self._record.add(self.model, self._beta, logs.get("nll"), kl)
+        nll = logs.get("nll")
+        self._record.add(None if nll is None else nll / (self._factor or 1.0), kl)
 
     def on_train_end(self, logs=None):
         self._training = False
         self._observer.restore("train_function")
         self._observer.on_outputs = None
-        if self._record is None or self.temperature == 0:
+        if self._record is None or not self._record.betas or self.temperature == 0:
             return
-        unit = 1.0 if self._factor is None else self._factor
-        for what, message in self._record.complaints(self.model, self.num_examples / self.temperature, unit).items():
+        model = self.model
+        self._record.end()
+        said = self._record.complaints(model, self.num_examples, self.temperature, self._fitted_epochs == 1)
+        for what, message in said.items():
             self._tell(what, message)
         self._warn_of_the_end()
 
@@ -449,6 +477,12 @@ def _exclude_from_weight_decay(model):
             f"first step: `optimizer.exclude_from_weight_decay(var_names={names})`. Received: "
             f"weight_decay={optimizer.weight_decay!r}"
         ) from error
+
+
+def _batches_a_step(optimizer):
+    """Over how many batches an optimizer gathers gradients before it makes a step."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return getattr(optimizer, "gradient_accumulation_steps", None) or 1
 
 
 def _is_built(model):

@@ -72,6 +72,9 @@ class ExpectedCalibrationError(keras.metrics.Metric):
 class _Mean(keras.metrics.Metric):
     """The weighted mean of a number for every row, which a subclass gives."""
 
+    # Of those that take the parameters of a distribution: how the same is had of what `MonteCarlo` predicts.
+    of_prediction = None
+
     def __init__(self, name, dtype=None):
         super().__init__(name=name, dtype=dtype)
         self.total = self.add_variable((), initializer="zeros", name="total")
@@ -138,6 +141,8 @@ class NormalCRPS(_Mean):
         sample_weight: Optional, one for each number or each row.
     """
 
+    of_prediction = "Call `functional.regression.normal_crps(predicted.mean, predicted.stddev(), y)`."
+
     def __init__(self, name="crps", dtype=None):
         super().__init__(name, dtype)
         self._direction = "down"
@@ -160,6 +165,8 @@ class NormalCoverage(_Mean):
     Call arguments:
         y_true, y_pred, sample_weight: As for `NormalCRPS`.
     """
+
+    of_prediction = "Call `functional.regression.interval_coverage(*predicted.interval(level), y)`."
 
     def __init__(self, level=0.9, name="coverage", dtype=None):
         if not 0.0 < level < 1.0:
@@ -241,6 +248,8 @@ class RootMeanSquaredError(_OfParameters):
         1.4142
     """
 
+    of_prediction = "Give `keras.metrics.RootMeanSquaredError()`."
+
     def __init__(self, likelihood=None, name="rmse", dtype=None):
         super().__init__(likelihood, name, dtype)
 
@@ -262,6 +271,8 @@ class MeanAbsoluteError(_OfParameters):
         y_true, y_pred, sample_weight: As for `RootMeanSquaredError`.
     """
 
+    of_prediction = "Give `keras.metrics.MeanAbsoluteError()`."
+
     def __init__(self, likelihood=None, name="mae", dtype=None):
         super().__init__(likelihood, name, dtype)
 
@@ -281,6 +292,8 @@ class NegativeLogLikelihood(_OfParameters):
     Call arguments:
         y_true, y_pred, sample_weight: As for `RootMeanSquaredError`.
     """
+
+    of_prediction = "Leave it out: the loss that `evaluate` gives is the NLL, summed over what an example holds."
 
     def __init__(self, likelihood=None, name="negative_log_likelihood", dtype=None):
         super().__init__(likelihood, name, dtype)

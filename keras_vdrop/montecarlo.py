@@ -1,5 +1,6 @@
 """`MonteCarlo`: predictions from many draws of the weights, and what to do about them."""
 
+import contextlib
 import itertools
 import math
 import numbers
@@ -97,8 +98,9 @@ class MonteCarlo(keras.Model):
     Raises:
         ValueError: For a value that is out of range; a model in which nothing is drawn; probabilities where logits are
             expected, as far as the last layer's activation tells, or the other way round; a dict whose names are not
-            those of the outputs; in a call, for outputs of another size than the likelihood takes; and in `evaluate`,
-            for y or weights of another layout than the outputs'.
+            those of the outputs; in a call, for outputs of another size than the likelihood takes; in `compile`, for
+            metrics of a distribution's parameters or of logits; and in `evaluate`, for y or weights of another layout
+            than the outputs', or no rows.
 
     Warns:
         UserWarning: If a layer has learned with noise that no draw of its weights makes; for Keras's Dropout, which
@@ -312,11 +314,30 @@ class MonteCarlo(keras.Model):
 
     # What Keras's models do
 
-    def compile(self, optimizer=None, *args, jit_compile="auto", **kwargs):
-        """As in Keras; there is no optimizer, and in TensorFlow a `jit_compile` of "auto" is False."""
+    def compile(
+        self,
+        optimizer=None,
+        loss=None,
+        loss_weights=None,
+        metrics=None,
+        weighted_metrics=None,
+        *args,
+        jit_compile="auto",
+        **kwargs,
+    ):
+        """As in Keras; there is no optimizer, and in TensorFlow a `jit_compile` of "auto" is False.
+
+        Raises:
+            ValueError: For a metric that takes what a model puts out, and not what is predicted of it: the parameters
+                of a distribution, or logits.
+        """
         if jit_compile == "auto" and _in_tensorflow():
             jit_compile = False
-        super().compile(optimizer, *args, jit_compile=jit_compile, **kwargs)
+        for each in (metrics, weighted_metrics):
+            _check_metrics(each, self._readings)
+        super().compile(
+            optimizer, loss, loss_weights, metrics, weighted_metrics, *args, jit_compile=jit_compile, **kwargs
+        )
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -339,13 +360,10 @@ class MonteCarlo(keras.Model):
         """
         if _has_no_rows(x):
             return self.predict_on_batch(x)
-        # JAX takes the values out of the variables, and has none to put back where there is no batch.
-        values = [variable.value for variable in self.variables] if keras.backend.backend() == "jax" else []
         try:
-            result = super().predict(x, *args, **kwargs)
+            with self._restored():
+                result = super().predict(x, *args, **kwargs)
         except UnboundLocalError as error:  # of Keras's last batch
-            for variable, value in zip(self.variables, values):
-                variable.assign(value)
             raise ValueError(
                 f"There is nothing to predict: the data have no batch. Received: x={x!r}; give arrays of 0 rows for "
                 "predictions of 0 rows."
@@ -367,12 +385,49 @@ class MonteCarlo(keras.Model):
             return self._readings[None].told(result)
         return {name: reading.told(result[name]) for name, reading in self._readings.items()}
 
-    def evaluate(self, *args, **kwargs):
-        """As in Keras; the loss is the NLL of the prediction, unless `compile` was given one."""
-        result = super().evaluate(*args, **kwargs)
+    def evaluate(self, x=None, *args, **kwargs):
+        """As in Keras; the loss is the NLL of the prediction, unless `compile` was given one.
+
+        Raises:
+            ValueError: Where there are no rows.
+        """
+        if _has_no_rows(x) or _has_no_batch(x):
+            raise ValueError(_nothing_to_evaluate(x))
+        try:
+            with self._restored():
+                result = super().evaluate(x, *args, **kwargs)
+        except Exception as error:  # of another kind on every backend
+            if _gives_no_rows(x):
+                raise ValueError(_nothing_to_evaluate(x)) from error
+            raise
+        if not self._seen[0].count:
+            raise ValueError(_nothing_to_evaluate(x))
         for seen in self._seen:
             seen.report()
         return result
+
+    def test_on_batch(self, x, *args, **kwargs):
+        """The same, of one batch."""
+        if _has_no_rows(x):
+            raise ValueError(_nothing_to_evaluate(x))
+        return super().test_on_batch(x, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _restored(self):
+        """A scope that leaves the variables as they were where it fails before the first batch is through.
+
+        On JAX, Keras takes the values out of the variables for its steps, and puts none back then.
+        """
+        held = []
+        if keras.backend.backend() == "jax":
+            held = [(variable, variable.value) for variable in (*self.variables, *self.metrics_variables)]
+        try:
+            yield
+        except Exception:
+            for variable, value in held:
+                if not value.is_deleted():  # as it is once a step has run
+                    variable.assign(value)
+            raise
 
     def fit(self, *args, **kwargs):
         """Not for a `MonteCarlo`."""
@@ -585,6 +640,16 @@ def _check_outputs(model, readings):
             check_activation(model, name, stacklevel=3)
 
 
+def _check_metrics(metrics, readings):
+    """Refuse metrics that would take a prediction for parameters of a distribution, or for logits."""
+    for name, reading in readings.items():
+        own = metrics.get(name) if isinstance(metrics, dict) else metrics
+        if len(readings) > 1 and not isinstance(metrics, dict):
+            continue  # Keras knows whose they are
+        for metric in keras.tree.flatten(own):
+            reading.check_metric(metric)
+
+
 class _Reading:
     """What a likelihood makes of an output: samples of what, which statistics, and how y scores them.
 
@@ -656,6 +721,22 @@ class _Reading:
         return Predictions(arrays)
 
     # Scores
+
+    def check_metric(self, metric):
+        """Refuse a metric that takes what the model puts out."""
+        if self.likelihood is None:
+            return
+        point = "probability" if self.is_classes else "mean"
+        remedy = None
+        if (of_prediction := getattr(metric, "of_prediction", None)) is not None:
+            remedy = f"takes the parameters of a distribution. {of_prediction}"
+        elif self.is_classes and getattr(metric, "from_logits", False) is True:
+            remedy = "takes logits. Give it `from_logits=False`."
+        if remedy is not None:
+            raise ValueError(
+                f"`MonteCarlo` compares y{self.where} with the `{point}` that it predicts, and the metric "
+                f"{metric.name!r} {remedy} Received: metrics with a {type(metric).__name__}"
+            )
 
     def laid_out(self, y, found, weight):
         """y in the layout of its prediction, and weights that broadcast to one for each number or label."""
@@ -788,8 +869,13 @@ class _Finite(_Seen):
         self.rows.assign_add(ops.cast(ops.shape(arrays[0])[0], "float32"))
         self.wrong.assign_add(ops.sum(ops.cast(wrong, "float32")))
 
+    @property
+    def count(self):
+        """How many rows there are."""
+        return int(self._number(self.rows))
+
     def report(self):
-        _report_not_finite(int(self._number(self.wrong)), int(self._number(self.rows)))
+        _report_not_finite(int(self._number(self.wrong)), self.count)
 
 
 class _Probabilities(_Seen):
@@ -1008,6 +1094,32 @@ def _has_no_rows(inputs):
     """Whether inputs are arrays of 0 rows."""
     shapes = [tuple(getattr(each, "shape", ())) for each in keras.tree.flatten(inputs)]
     return bool(shapes) and all(shape[:1] == (0,) for shape in shapes)
+
+
+def _has_no_batch(data):
+    """Whether a data set says that it has none."""
+    if isinstance(data, keras.utils.PyDataset):
+        return data.num_batches == 0
+    cardinality = getattr(data, "cardinality", None)  # of TensorFlow's
+    return callable(cardinality) and int(cardinality()) == 0
+
+
+def _gives_no_rows(data):
+    """Whether a data set that can be read once more begins with no batch, or one of 0 rows."""
+    if any(hasattr(each, "shape") for each in keras.tree.flatten(data)):
+        return False
+    try:
+        batches = iter(data)
+    except TypeError:
+        return False
+    if batches is data:  # a generator, of which Keras says so itself
+        return False
+    first = next(batches, None)
+    return first is None or _has_no_rows(first)
+
+
+def _nothing_to_evaluate(x):
+    return f"There are no rows to evaluate. Received: x={x!r}; give data of one row at least."
 
 
 def _without_rows(found):

@@ -5,17 +5,19 @@ apart within the step. `LossTerms` is a metric that does so from `compute_loss`.
 """
 
 import contextlib
+import warnings
 
 import keras
 from keras import ops
 
 from keras_vdrop.functional import tracing
-from keras_vdrop.layers.base import kl_costs
+from keras_vdrop.layers.base import kl_costs, watched
 from keras_vdrop.objective import outputs_of
+from keras_vdrop.posterior import posteriors
 
 
 class LossTerms(keras.metrics.Metric):
-    """Means over the examples of an epoch: the loss without penalties, without the KL, and the KL, in nats.
+    """Means over the examples of an epoch: the loss without any penalties, without the KL, and the KL, in nats.
 
     It belongs to the model's first metric, the one that Keras has of the loss, whose result it adds its own to.
     """
@@ -67,6 +69,7 @@ class Observer:
         self.batch_size = None
         self._running = False
         self._shown = False
+        self._owners = set()
         self._steps = {}
         self._own = {}
         self._compute_loss = model.compute_loss
@@ -140,11 +143,28 @@ class Observer:
         def run(*args, **kwargs):
             self._running = self._shown = True
             try:
-                return function(*args, **kwargs)
+                with watched(self._watch):
+                    return function(*args, **kwargs)
             finally:
                 self._running = False
 
         return run
+
+    def _watch(self, layer):
+        """Say so where the model calls a layer that is none of its own: Keras trains only what it finds."""
+        if id(layer) in self._owners:
+            return
+        self._owners.update(id(posterior.owner) for posterior in posteriors(self.model))
+        if id(layer) in self._owners:
+            return
+        self._owners.add(id(layer))  # once
+        warnings.warn(
+            f"The layer {layer.name!r} is called within {self.model.name!r}, but is none of its layers, such as one "
+            "that a `Lambda` or another function calls: it does not learn, and its KL is not in the loss. Call it in "
+            "the model's graph, or make it an attribute of the model or of a layer of your own.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _observe(self, *args, **kwargs):
         if not self._running:
@@ -156,10 +176,11 @@ class Observer:
             self.on_outputs()
         with kl_costs() as costs:
             loss = self._compute_loss(*args, **kwargs)
-            penalty = sum(_penalties(self.model))
+            penalties = _penalties(self.model)
         if self.terms is None or loss is None:
             return loss
         total = loss * _replicas(self.model)
+        penalty = sum(ops.cast(ops.sum(each), total.dtype) for each in penalties)
         weighed = sum(ops.cast(p.owner.kl_weight, cost.dtype) * cost for p, cost in costs.items())
         kl = sum(costs.values())
         examples = next((ops.shape(one)[0] for one in keras.tree.flatten(list(named.values())) if _has_rows(one)), 1)
@@ -170,8 +191,15 @@ class Observer:
 
 
 def _penalties(model):
-    """What each weight's regularizer, the KL among them, adds to the loss."""
-    return [v.regularizer(v) for v in model.trainable_variables if getattr(v, "regularizer", None) is not None]
+    """What the loss of a step has besides the data's part.
+
+    That is all that layers add to the loss that `compile` was given: penalties of weights, the KL among them, those of
+    activities, `add_loss`. Where it was given none, it is what layers add that says how well the data are met; then
+    these are the penalties of weights alone.
+    """
+    # In any case: on JAX the losses of layers are those of the call before, and their KLs are not within `kl_costs`.
+    of_weights = [v.regularizer(v) for v in model.trainable_variables if getattr(v, "regularizer", None) is not None]
+    return of_weights if model.loss is None else model.losses
 
 
 def _has_rows(one):

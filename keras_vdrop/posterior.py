@@ -59,6 +59,7 @@ class VariationalWeight(VariableLike, Posterior):
     `apply`; that is all a layer needs to be variational.
 
     Where Keras and users take it for a variable, it is its mean: `assign`, `numpy`, `shape`, `dtype`, operations.
+    Setting `trainable` freezes or frees all of it.
 
     The KL reaches `layer.losses` as the regularizer of the variables, so it is counted once, however
     often and wherever the layer is called, and is gone when the layer is frozen.
@@ -139,6 +140,7 @@ class VariationalWeight(VariableLike, Posterior):
         self.mask = add_weight(name=f"{name}_mask", shape=shape, initializer="ones", dtype="bool", trainable=False)
         self.prior_parameters = prior.add_weights(add_weight, name, self.loc)
         prior.check(shape, self.prior_parameters)
+        self._learned = [variable for variable in self.variables if variable.trainable]
 
     @property
     def shape(self):
@@ -153,8 +155,25 @@ class VariationalWeight(VariableLike, Posterior):
         return self.mean()
 
     def assign(self, value):
-        """Set the mean; the variance stays."""
+        """Set the mean, and return it; the variance stays."""
+        value = ops.convert_to_tensor(value, self.dtype)
         self.loc.assign(value)
+        return value
+
+    @property
+    def trainable(self):
+        """Whether any of it learns. Setting it freezes or frees all that does: mean, log variance and prior."""
+        return any(variable.trainable for variable in self._learned)
+
+    @trainable.setter
+    def trainable(self, value):
+        for variable in self._learned:
+            variable.trainable = value
+
+    @property
+    def path(self):
+        """That of the weight of Keras's layer."""
+        return self.loc.path.removesuffix("_loc")
 
     def restart(self, relative_variance=None):
         """Set the variance and what the prior learns as they start for the mean that there is now.
@@ -170,9 +189,7 @@ class VariationalWeight(VariableLike, Posterior):
         self.prior.restart(self.prior_parameters, self.loc)
 
     def __repr__(self):
-        return (
-            f"<VariationalWeight {self.loc.path.removesuffix('_loc')}, shape={tuple(self.shape)}, prior={self.prior}>"
-        )
+        return f"<VariationalWeight {self.path}, shape={tuple(self.shape)}, prior={self.prior}>"
 
     @property
     def variables(self):

@@ -4,9 +4,9 @@ import keras
 from keras import ops
 
 _OPERATORS = (
-    *("add", "sub", "mul", "truediv", "pow", "matmul", "neg", "pos", "abs", "getitem"),
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "pos", "abs", "getitem"),
     *("eq", "ne", "lt", "le", "gt", "ge"),
-    *("radd", "rsub", "rmul", "rtruediv", "rpow", "rmatmul"),
+    *("radd", "rsub", "rmul", "rtruediv", "rfloordiv", "rmod", "rpow", "rmatmul"),
 )
 
 
@@ -20,6 +20,18 @@ class VariableLike:
     def value(self):
         """The tensor."""
         raise NotImplementedError
+
+    def assign(self, value):
+        """Give it that value, and return it."""
+        raise NotImplementedError
+
+    def assign_add(self, value):
+        """Add to its value, and return the sum."""
+        return self.assign(self + value)
+
+    def assign_sub(self, value):
+        """Subtract from its value, and return the difference."""
+        return self.assign(self - value)
 
     @property
     def shape(self):
@@ -97,8 +109,9 @@ class Scaled(VariableLike):
         return self.variable.dtype
 
     def assign(self, value):
-        """Give it that value."""
-        self.variable.assign(ops.divide(ops.convert_to_tensor(value, self.dtype), self.factor))
+        value = ops.convert_to_tensor(value, self.dtype)
+        self.variable.assign(ops.divide(value, self.factor))
+        return value
 
     @property
     def trainable(self):

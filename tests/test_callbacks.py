@@ -176,6 +176,60 @@ def test_nll_is_exact(model, arguments, steps_per_execution, jit):
     np.testing.assert_allclose(history["val_nll"], history["val_exact"], rtol=1e-4)
 
 
+class Added(keras.layers.Layer):
+    """What it adds to the loss is no likelihood."""
+
+    def call(self, inputs):
+        self.add_loss(0.3 * keras.ops.mean(keras.ops.square(inputs)))
+        return inputs
+
+
+def regularized(known):
+    """A model with a penalty of each kind that Keras has, built before the first batch or by it."""
+    l2 = keras.regularizers.L2(0.1)
+    return keras.Sequential(
+        [
+            *[keras.Input((4,))] * known,
+            keras.layers.Dense(8, "tanh", kernel_regularizer=l2, activity_regularizer=l2),
+            keras.layers.ActivityRegularization(l1=0.2),
+            Added(),
+            kv.VariationalDense(1, kernel_regularizer=l2, bias_regularizer=l2, activity_regularizer=l2),
+        ]
+    )
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["built", "built by the first batch"])
+@pytest.mark.parametrize("arguments", EXACT.values(), ids=EXACT)
+def test_nll_is_without_regularizers(arguments, known):
+    """In training and in validation, with weights of examples; and the loss, at full weight or not, has them."""
+    model = regularized(known)
+    exact = keras.metrics.MeanSquaredError(name="exact")
+    model.compile(keras.optimizers.Adam(0.05), "mse", weighted_metrics=[exact])
+    weights = RNG.choice([0.5, 1.5], size=64).astype("float32")
+    weights /= weights.mean()  # the loss is a mean over examples, the metric one over weights
+    fit = {"batch_size": 64, "validation_batch_size": 64, "validation_data": (X, Y, weights), "verbose": 0}
+    logs = model.fit(X, Y, epochs=3, sample_weight=weights, callbacks=[kv.ELBO(64, **arguments)], **fit).history
+    np.testing.assert_allclose(logs["nll"], logs["exact"], rtol=1e-4)
+    np.testing.assert_allclose(logs["val_nll"], logs["val_exact"], rtol=1e-4)
+    penalties = np.array(logs["val_loss"]) - logs["val_nll"] - np.array(logs["kl"]) / 64
+    np.testing.assert_allclose(penalties[-1], sum(array(each) for each in _regularizers(model)), rtol=1e-3)
+    np.testing.assert_allclose(logs["val_elbo_loss"], logs["val_loss"], rtol=1e-4)
+
+
+def _regularizers(model):
+    """All but the KL, on all the data."""
+    model(X)
+    kl = kv.kl_divergence(model) * model.layers[-1].kl_weight
+    return [*model.losses, -kl]
+
+
+def test_nll_of_a_model_without_another_loss_is_what_its_layers_add():
+    model = keras.Sequential([keras.Input((4,)), Added(), kv.VariationalDense(1, kernel_regularizer="l2")])
+    model.compile(keras.optimizers.SGD(0.0))
+    logs = model.fit(X, callbacks=[kv.ELBO(64, labels_per_example=1)], batch_size=64, verbose=0).history
+    np.testing.assert_allclose(logs["nll"], 0.3 * np.square(X).mean(), rtol=1e-5)
+
+
 def test_the_full_weight_is_in_the_logs_through_warmup(model):
     """`val_loss`, `val_elbo_loss` and `elbo_loss` do not depend on β: nothing moves, and β does."""
     model.compile(keras.optimizers.SGD(0.0), "mse")

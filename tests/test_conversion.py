@@ -112,3 +112,12 @@ def test_frozen_layers():
     randomize(model)
     x = np.ones((2, 3), "float32")
     np.testing.assert_allclose(array(kv.to_deterministic(model)(x)), array(model(x)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("convert", [kv.to_deterministic, kv.compact])
+def test_of_a_monte_carlo_its_model_is_asked_for(convert):
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2, kl_weight=0.1)], name="mine")
+    sampler = kv.MonteCarlo(model, 2)
+    with pytest.raises(ValueError, match=r"MonteCarlo.*pass that one, its `model` \('mine'\)"):
+        convert(sampler)
+    convert(sampler.model)

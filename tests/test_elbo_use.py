@@ -1,5 +1,6 @@
 """What `ELBO` does by itself, what it refuses and what it says, however the model is made and trained."""
 
+import re
 import warnings
 
 import keras
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_vdrop as kv
-from tests.cases import array
+from tests.cases import array, posteriors
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(64, 4)).astype("float32"), RNG.normal(size=(64, 1)).astype("float32")
@@ -156,6 +157,43 @@ def test_a_model_that_is_built_by_its_first_batch(make):
     assert model.layers[-1].get_config()["kl_weight"] is None
 
 
+def test_a_layer_that_keras_does_not_find_is_said():
+    """Once, and of that layer alone: within a `Lambda` it neither learns nor is its KL in the loss."""
+    hidden = kv.VariationalDense(8, name="hidden")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Lambda(lambda x: hidden(x)), kv.VariationalDense(1)])
+    model.compile("sgd", "mse")
+    with pytest.warns(RuntimeWarning, match=r"'hidden' is called within .*Lambda.*does not learn.*KL") as heard:
+        for _ in range(2):
+            model.fit(X, Y, epochs=2, callbacks=[kv.ELBO(64)], verbose=0)
+    assert len([each for each in heard if "is none of its layers" in str(each.message)]) == 1
+
+
+class Lists(keras.Model):
+    """Layers in a list, in a wrapper, in a cell and in a model, which Keras finds."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = [kv.VariationalDense(4), keras.Sequential([kv.VariationalDense(4)])]
+        self.by_name = {"wrapped": keras.layers.TimeDistributed(kv.VariationalDense(4))}
+        self.last = keras.layers.Bidirectional(keras.layers.RNN(kv.VariationalLSTMCell(2)))
+        self.head = kv.VariationalDense(1)
+
+    def call(self, inputs, training=False):
+        for part in self.parts:
+            inputs = part(inputs, training=training)
+        steps = keras.ops.reshape(inputs, (-1, 2, 2))
+        steps = self.by_name["wrapped"](steps, training=training)
+        return self.head(self.last(steps, training=training), training=training)
+
+
+def test_nothing_is_said_of_layers_that_keras_finds():
+    model = Lists()
+    model.compile("sgd", "mse")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*none of its layers")
+        model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)
+
+
 class OwnLoss(Subclassed):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return super().compute_loss(x, y, y_pred, sample_weight) + 1.0
@@ -237,30 +275,90 @@ def test_weight_decay_leaves_log_variances(make, scaled):
 # What is said at the end
 
 
-def line(prior, rate, epochs, scale=1.0):
+def line(prior="normal", start=-40.0, known=True):
     """A regression whose outputs are a distribution, with a posterior that begins certain."""
-    layers = [kv.VariationalDense(20, "relu", kernel_prior=prior), kv.VariationalDense(2, kernel_prior=prior)]
-    model = keras.Sequential([keras.Input((4,)), *layers])
-    model.compile(keras.optimizers.Adam(rate), kv.losses.NormalNLL())
-    for layer in layers:
-        layer.kernel.log_variance.assign(np.full(layer.kernel.shape, -10.0))
-    target = X @ np.float32([[1.0], [-1.0], [0.5], [0.0]]) + 0.1 * Y
-    elbo = kv.ELBO(64, start_epoch=0, warmup_epochs=0)
-    model.fit(X, target, epochs=epochs, callbacks=[elbo], verbose=0)
-    return model, target
+    arguments = {"kernel_prior": prior, "initial_log_variance": start}
+    parts = [kv.VariationalDense(20, "relu", **arguments), kv.VariationalDense(2, **arguments)]
+    return keras.Sequential([*[keras.Input((4,))] * known, *parts])
 
 
-def test_a_posterior_that_stays_is_said():
-    with pytest.warns(RuntimeWarning, match=r"hardly moved.*KL/num_examples is .* NLL of .*learning rate"):
-        line("normal", 1e-3, 8)
+TARGET = X @ np.float32([[1.0], [-1.0], [0.5], [0.0]]) + 0.1 * Y
 
 
-def test_nothing_is_said_of_one_that_has_arrived_or_of_few_epochs():
-    line("normal", 1e-3, 2)
+def learn(model, rate, fits=1, epochs=1, copies=1, batch_size=1, steps_per_execution=1, **arguments):
+    """Its end, `fits` times with one callback: what was said of the posterior, word for word."""
+    optimizer = keras.optimizers.Adam(rate, **arguments)
+    model.compile(optimizer, kv.losses.NormalNLL(), steps_per_execution=steps_per_execution)
+    elbo = kv.ELBO(64 * copies, start_epoch=0, warmup_epochs=0)
+    x, y = np.tile(X, (copies, 1)), np.tile(TARGET, (copies, 1))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for _ in range(fits):
+            model.fit(x, y, batch_size=batch_size, epochs=epochs, callbacks=[elbo], verbose=0)
+    return [str(each.message) for each in heard if "KL/num_examples" in str(each.message)]
+
+
+STAYS = r"hardly moved.*KL/num_examples is .* NLL of .*learning rate"
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["built", "built by the first batch"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"epochs": 1, "copies": 4},
+        {"epochs": 2},
+        {"epochs": 40, "batch_size": 32},
+        {"fits": 6},
+        {"fits": 110, "batch_size": 32},
+    ],
+    ids=["one epoch", "two", "forty of two steps", "a loop", "a loop of two steps"],
+)
+def test_a_posterior_that_stays_is_said(arguments, known):
+    """Once, however the steps are shared among epochs and `fit`s."""
+    (message,) = learn(line(known=known), 1e-4, **arguments)
+    assert re.search(STAYS, message)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"epochs": 20, "batch_size": 32},
+        {"fits": 3},
+        {"epochs": 4, "gradient_accumulation_steps": 8},
+        {"epochs": 20, "batch_size": 32, "steps_per_execution": 20},
+    ],
+    ids=["forty steps", "few of a loop", "gathered gradients", "fewer than a call could have"],
+)
+def test_nothing_is_said_of_few_steps(arguments):
+    assert learn(line(), 1e-4, **arguments) == []
+
+
+def test_nothing_is_said_of_a_posterior_that_has_arrived():
+    model = line("log_uniform", start=-10.0)
+    learn(model, 0.03, epochs=150, batch_size=32)
+    assert learn(model, 1e-3, epochs=5) == []
+
+
+def test_a_kl_that_dwarfs_the_data_is_said_without_a_trend():
+    """Where the posterior comes from somewhere, which it did not in this training."""
+    model = line()
+    for weight in posteriors(model):
+        weight.log_variance.assign(RNG.uniform(-80.0, -70.0, size=weight.shape))
+    (message,) = learn(model, 0.0, epochs=2)
+    assert "KL dwarfs the data" in message
+
+
+def test_another_training_between_begins_a_new_course():
+    """As the callback sees it: what others have moved was not moved by its steps."""
+    model, elbo = line(), kv.ELBO(64, start_epoch=0, warmup_epochs=0)
+    model.compile(keras.optimizers.Adam(1e-4), kv.losses.NormalNLL())
+    fit = {"batch_size": 2, "epochs": 1, "callbacks": [elbo], "verbose": 0}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, target = line("log_uniform", 0.03, 150)
-    model.fit(X, target, epochs=10, callbacks=[kv.ELBO(64, start_epoch=0, warmup_epochs=0)], verbose=0)
+        warnings.filterwarnings("error", message=".*KL/num_examples")
+        for _ in range(10):
+            model.fit(X, TARGET, **fit)
+            for weight in posteriors(model):
+                weight.log_variance.assign_add(0.01 * np.ones(weight.shape))
 
 
 def test_a_collapse_is_said():
@@ -269,4 +367,4 @@ def test_a_collapse_is_said():
     model.compile(keras.optimizers.Adam(0.3), "mse")
     elbo = kv.ELBO(64, start_epoch=10, warmup_epochs=5, temperature=1000.0)
     with pytest.warns(RuntimeWarning, match=r"collapsed.*'gone'.*temperature"):
-        model.fit(X, X @ np.float32([[1.0], [-1.0], [0.5], [0.0]]), epochs=40, callbacks=[elbo], verbose=0)
+        model.fit(X, X @ np.float32([[1.0], [-1.0], [0.5], [0.0]]), epochs=50, callbacks=[elbo], verbose=0)

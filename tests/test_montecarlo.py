@@ -931,3 +931,94 @@ def test_a_data_set_without_a_batch_is_refused_and_leaves_the_model_as_it_was():
         sampler.predict(NoBatches(), verbose=0)
     np.testing.assert_array_equal(array(model(X)), mean)
     assert sampler.predict(X, verbose=0)["mean"].shape == (3, 2)
+
+
+def _data_set(change):
+    """TensorFlow's, which models take on every backend."""
+    import tensorflow as tf
+
+    return (change(tf.data.Dataset.from_tensor_slices((X, TARGETS["categorical"]))),)
+
+
+NOTHING = {
+    "arrays": lambda: (X[:0], TARGETS["categorical"][:0]),
+    "a PyDataset": lambda: (NoBatches(),),
+    "known to be empty": lambda: _data_set(lambda rows: rows.take(0).batch(2)),
+    "found to be empty": lambda: _data_set(lambda rows: rows.filter(lambda x, y: y > 5).batch(2)),
+    "a batch of no rows": lambda: _data_set(lambda rows: rows.batch(3).map(lambda x, y: (x[:0], y[:0]))),
+    "a generator": lambda: ((batch for batch in ()),),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("before", [False, True], ids=["first", "after another"])
+@pytest.mark.parametrize("kind", NOTHING)
+def test_evaluating_no_rows_is_refused_and_leaves_the_model_as_it_was(kind, before):
+    model = network()
+    mean = array(model(X))
+    sampler = kv.MonteCarlo(model, 3, likelihood="categorical", seed=0)
+    sampler.compile(metrics=["accuracy"])
+    if before:
+        sampler.evaluate(X, TARGETS["categorical"], verbose=0)
+    # Of generators Keras says it in time, and no less clearly.
+    with pytest.raises(ValueError, match=r"no rows to evaluate.*Received: x=|empty generator"):
+        sampler.evaluate(*NOTHING[kind](), verbose=0)
+    np.testing.assert_array_equal(array(model(X)), mean)
+    loss, _ = sampler.evaluate(X, TARGETS["categorical"], verbose=0)
+    assert np.isfinite(loss)
+    assert sampler.predict(X, verbose=0).probability.shape == (3, 2)
+
+
+def test_testing_on_a_batch_of_no_rows_is_refused():
+    sampler = kv.MonteCarlo(network(), 3, likelihood="categorical")
+    sampler.compile()
+    with pytest.raises(ValueError, match="no rows to evaluate"):
+        sampler.test_on_batch(X[:0], TARGETS["categorical"][:0])
+
+
+def test_an_evaluation_that_fails_leaves_the_model_as_it_was():
+    """On JAX, Keras has taken its weights out by then."""
+    model = network()
+    mean = array(model(X))
+    sampler = kv.MonteCarlo(model, 3, likelihood="categorical")
+    sampler.compile()
+    sampler.evaluate(X, TARGETS["categorical"], verbose=0)
+    with pytest.raises(ValueError, match="of the shape of what is predicted"):
+        sampler.evaluate(X, np.zeros((3, 7)), verbose=0)
+    np.testing.assert_array_equal(array(model(X)), mean)
+
+
+OF_OUTPUTS = {
+    "crps": (kv.metrics.NormalCRPS(), r"takes the parameters.*regression\.normal_crps\(predicted\.mean"),
+    "coverage": (kv.metrics.NormalCoverage(), r"takes the parameters.*regression\.interval_coverage"),
+    "rmse": (kv.metrics.RootMeanSquaredError(), r"takes the parameters.*keras\.metrics\.RootMeanSquaredError"),
+    "mae": (kv.metrics.MeanAbsoluteError(), r"takes the parameters.*keras\.metrics\.MeanAbsoluteError"),
+    "negative_log_likelihood": (kv.metrics.NegativeLogLikelihood(), r"takes the parameters.*loss that `evaluate`"),
+}
+
+
+@pytest.mark.parametrize("argument", ["metrics", "weighted_metrics"])
+@pytest.mark.parametrize("name", OF_OUTPUTS)
+def test_metrics_of_parameters_are_refused_by_name_with_a_way_out(name, argument):
+    metric, remedy = OF_OUTPUTS[name]
+    sampler = kv.MonteCarlo(network(), 3, likelihood="normal")
+    with pytest.raises(ValueError, match=rf"`mean`.*{name!r} {remedy}.*Received: .*{type(metric).__name__}"):
+        sampler.compile(**{argument: ["mse", metric]})
+    kv.MonteCarlo(network(), 3).compile(metrics=[metric])  # of the mean of whatever the outputs are
+
+
+def test_metrics_of_logits_are_refused():
+    sampler = kv.MonteCarlo(network(), 3, likelihood="categorical")
+    for metric in (kv.metrics.BrierScore, keras.metrics.SparseCategoricalCrossentropy):
+        with pytest.raises(ValueError, match=r"`probability`.*takes logits.*from_logits=False"):
+            sampler.compile(metrics=[metric(from_logits=True)])
+        sampler.compile(metrics=[metric()])
+
+
+def test_metrics_of_several_outputs_are_refused_by_the_name_of_theirs():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, {"a": kv.VariationalDense(2)(inputs), "b": kv.VariationalDense(3)(inputs)})
+    sampler = kv.MonteCarlo(model, 3, likelihood={"a": "normal", "b": "categorical"})
+    sampler.compile(metrics={"a": ["mse"], "b": [kv.metrics.BrierScore()]})
+    with pytest.raises(ValueError, match=r"for 'a'.*'crps'"):
+        sampler.compile(metrics={"a": [kv.metrics.NormalCRPS()]})

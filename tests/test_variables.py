@@ -49,6 +49,8 @@ def test_operations_are_those_of_its_value(make):
         "cast": (ops.cast(variable, "float16"), MEAN),
         "operators": (2.0 * variable + 1.0 - variable / 4.0, 2.0 * MEAN + 1.0 - MEAN / 4.0),
         "two": (variable - variable, 0.0 * MEAN),
+        "floor": (variable // 1.7, MEAN // 1.7),
+        "remainder": (variable % 1.7, MEAN % 1.7),
         "index": (variable[1], MEAN[1]),
         "compare": (variable > 0.0, MEAN > 0),
         "equal": (variable == 0.0, MEAN == 0),
@@ -57,6 +59,52 @@ def test_operations_are_those_of_its_value(make):
     }
     for name, (found, expected) in results.items():
         np.testing.assert_allclose(array(found), expected, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@BOTH
+def test_numbers_are_divided_by_it(make):
+    variable = make()
+    variable.assign(MEAN + 3.0)
+    np.testing.assert_allclose(array(7.3 // variable), 7.3 // (MEAN + 3.0), rtol=1e-6)
+    np.testing.assert_allclose(array(7.3 % variable), 7.3 % (MEAN + 3.0), rtol=1e-5)
+
+
+@BOTH
+def test_assigning_adds_and_returns_the_value(make):
+    variable = make()
+    for change, expected in (
+        (variable.assign, MEAN),
+        (variable.assign_add, 2.0 * MEAN),
+        (variable.assign_sub, MEAN),
+    ):
+        np.testing.assert_allclose(array(change(MEAN)), expected, rtol=1e-6)
+        np.testing.assert_allclose(np.asarray(variable), expected, rtol=1e-6)
+
+
+def test_a_path_ends_in_the_name():
+    kernel = weight(name="mine")
+    assert kernel.name == "kernel" and kernel.path == "mine/kernel"
+    assert kernel.log_variance.path == "mine/kernel_log_variance"
+
+
+@pytest.mark.parametrize("prior", ["ard", kv.priors.Normal(trainable=True)], ids=["", "a prior that learns"])
+def test_a_frozen_weight_learns_nothing_and_costs_nothing(prior):
+    layer = kv.VariationalDense(2, kl_weight=0.1, kernel_prior=prior, use_bias=False)
+    layer.build((None, 3))
+    learned = len(layer.trainable_variables)
+    assert layer.kernel.trainable and len(layer.losses) == 2
+    layer.kernel.trainable = False
+    assert not layer.kernel.trainable and layer.trainable_variables == [] and layer.losses == []
+    layer.kernel.trainable = True
+    assert layer.kernel.trainable and len(layer.trainable_variables) == learned
+
+
+def test_what_never_learned_does_not_begin_to():
+    """The mean of a scale that is 1."""
+    layer = kv.VariationalGaussianDropout(0.2, kl_weight=0.1)
+    layer.build((None, 3))
+    layer.scale.trainable = True
+    assert not layer.scale.loc.trainable and layer.scale.trainable
 
 
 @BOTH

@@ -69,6 +69,11 @@ def stock_twin(model, value):
     """The model of Keras's own layers in which every `VariationalWeight` is `value(weight)`, a tensor."""
     inside = model.layer if isinstance(model, Variational) else model
     if not is_graph(inside) and inside is model:
+        if isinstance(getattr(model, "model", None), keras.Model):  # as `MonteCarlo` does
+            raise ValueError(
+                f"{model.name!r}, a {type(model).__name__}, wraps another model: pass that one, its `model` "
+                f"({model.model.name!r})."
+            )
         raise ValueError(
             "Expected a Functional or Sequential model: of any other, only its own code knows how the layers are put "
             "together. Write it as keras.Model(inputs, outputs), or convert the models within it. "

@@ -67,6 +67,9 @@ _HEAVY_MESSAGE = (
 # What the KLs cost that were computed within `kl_costs`, by posterior; None outside of it.
 _costs = contextvars.ContextVar("costs", default=None)
 
+# What is told of every layer with a KL that is called in training; None where nobody asks.
+_watcher = contextvars.ContextVar("watcher", default=None)
+
 # Whether a callback weighs the KL of what is built now.
 _weighed = contextvars.ContextVar("weighed", default=False)
 
@@ -79,6 +82,16 @@ def kl_costs():
         yield _costs.get()
     finally:
         _costs.reset(token)
+
+
+@contextlib.contextmanager
+def watched(watcher):
+    """A scope in which `watcher(layer)` is called for every layer with a KL that is called in training."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def weighed_by_callback(yes):
@@ -231,6 +244,8 @@ class StochasticLayer(keras.layers.Layer):
         if training and self in _heavy:
             _heavy.clear()
             warnings.warn(_HEAVY_MESSAGE.format(self._initial_kl_weight), RuntimeWarning, stacklevel=2)
+        if training and self._posterior_size and _watcher.get() is not None:
+            _watcher.get()(self)
         replay = self._replay.get()
         if replay is not None:
             return replay.noisy

@@ -8,6 +8,9 @@ import keras_vdrop as kv
 from tests.cases import array, posteriors, randomize
 from tests.statistics import assert_mean, assert_variance, sample
 
+# What is not about the weight of the KL does not set one.
+pytestmark = pytest.mark.filterwarnings("ignore:The KL weight of these")
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(3, 5)).astype("float32")
 LAYERS = {

@@ -47,6 +47,9 @@ class Gated(keras.Model):
         return {**super().get_config(), "units": self.units}
 
 
+# What is not about the weight of the KL does not set one.
+pytestmark = pytest.mark.filterwarnings("ignore:The KL weight of these")
+
 X = np.random.default_rng(0).normal(size=(16, 4, 6)).astype("float32")
 
 
