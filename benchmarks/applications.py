@@ -32,6 +32,7 @@ import keras
 import numpy as np
 
 import keras_vdrop as kv
+from keras_vdrop.conversion import take_over
 from keras_vdrop.posterior import posteriors
 
 # What networks take at least, if not 32: their own sums of strides and paddings.
@@ -101,6 +102,7 @@ def shake(model):
     for weight in model.weights:
         if len(weight.shape) == 1:
             weight.assign(weight + rng.uniform(0.0, 0.1, weight.shape))
+    take_over(model)
 
 
 def kernels(model):
