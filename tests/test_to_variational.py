@@ -12,7 +12,7 @@ from tests.cases import array, posteriors, randomize, stock
 from tests.statistics import assert_mean, assert_variance
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="tests_of_conversion")
 class Doubled(layers.Wrapper):
     """A wrapper as users write them."""
 
@@ -20,7 +20,7 @@ class Doubled(layers.Wrapper):
         return 2.0 * self.layer(x)
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="tests_of_conversion")
 class OwnCell(layers.Layer):
     """A cell as users write them."""
 
@@ -39,7 +39,7 @@ class OwnCell(layers.Layer):
         return {**super().get_config(), "units": self.units}
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="tests_of_conversion")
 class OwnDense(layers.Layer):
     """A layer as users write them, for which no name is registered but its own."""
 
@@ -78,7 +78,7 @@ class Block(layers.Layer):
         return {**super().get_config(), "units": self.units}
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="tests_of_conversion")
 class Subclassed(keras.Model):
     """A model whose own code puts its layers together."""
 
