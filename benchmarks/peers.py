@@ -202,3 +202,109 @@ def torch_lstm_steps(units, x, y):
         lstm = modules.BayesianLSTM(*sizes)
         steps["blitz"] = step(lstm, lambda lstm, more: losses.kl_divergence_from_nn(lstm))
     return steps
+
+
+# PyTorch's networks, and what bayesian-torch makes of them
+
+
+def torch_resnet(filters, blocks, classes):
+    """The network of finetune_vision.py."""
+    from torch import nn
+
+    def normalized(inputs, outputs, size, stride=1):
+        convolution = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+
+    class Block(nn.Module):
+        def __init__(self, inputs, outputs, stride):
+            super().__init__()
+            self.inner = nn.Sequential(
+                normalized(inputs, outputs, 3, stride), nn.ReLU(), normalized(outputs, outputs, 3)
+            )
+            self.shortcut = nn.Identity() if stride == 1 else normalized(inputs, outputs, 1, stride)
+
+        def forward(self, x):
+            return nn.functional.relu(self.inner(x) + self.shortcut(x))
+
+    parts = [normalized(1, filters[0], 3), nn.ReLU()]
+    for stage, count in enumerate(filters):
+        for block in range(blocks):
+            first = stage > 0 and block == 0
+            parts.append(Block(filters[stage - 1] if first else count, count, 2 if first else 1))
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters[-1], classes))
+
+
+def torch_encoder(words, depth, width, heads, classes, length=40):
+    """The encoder of conversion.py. Attention is of linear layers, which `dnn_to_bnn` knows."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+            self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+
+        def forward(self, x):
+            query, key, value = (
+                layer(x).unflatten(-1, (heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            )
+            found = nn.functional.scaled_dot_product_attention(query, key, value)
+            x = self.first(x + self.out(found.transpose(1, 2).flatten(-2)))
+            return self.second(x + self.down(nn.functional.gelu(self.up(x))))
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
+            self.norm = nn.LayerNorm(width)
+            self.blocks = nn.Sequential(*(Block() for _ in range(depth)))
+            self.logits = nn.Linear(width, classes)
+
+        def forward(self, tokens):
+            h = self.norm(self.words(tokens) + self.places(torch.arange(length)))
+            return self.logits(self.blocks(h).mean(1))
+
+    return Encoder()
+
+
+def torch_conversions():
+    """{name: function from a network of PyTorch's layers to what is fine-tuned}."""
+    ways = {"torch.nn": lambda network: network}
+    if installed("bayesian_torch"):
+        for estimator in ("Reparameterization", "Flipout"):
+            ways[f"bayesian-torch's dnn_to_bnn, {estimator}"] = functools.partial(_dnn_to_bnn, estimator)
+    return ways
+
+
+def _dnn_to_bnn(estimator, network):
+    from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn
+
+    moped = {"moped_enable": True, "moped_delta": 0.1}
+    prior = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -4.0}
+    dnn_to_bnn(network, {**prior, **moped, "type": estimator})
+    return network
+
+
+def torch_fine_tuning(network, x, y):
+    """A step, and how many parameters learn."""
+    import torch
+
+    kl = None
+    if installed("bayesian_torch"):
+        from bayesian_torch.models.dnn_to_bnn import get_kl_loss as kl
+    inputs = torch.from_numpy(np.moveaxis(x, -1, 1).copy() if x.ndim == 4 else x)
+    labels = torch.from_numpy(y).long()
+    optimizer = torch.optim.Adam(network.parameters(), 1e-4)
+
+    def step():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(network(inputs), labels)
+        penalty = None if kl is None else kl(network)
+        if penalty is not None:
+            loss = loss + KL_WEIGHT * penalty
+        loss.backward()
+        optimizer.step()
+
+    return step, sum(parameter.numel() for parameter in network.parameters())

@@ -214,7 +214,7 @@ def _predict(name, way, rows, samples, jit):
     model = predicted_model(name)
     x = predicted_rows(model, rows)
     model(x[:10])
-    return _grown(prediction_step(way, model, x, samples, jit))
+    return grown(prediction_step(way, model, x, samples, jit))
 
 
 # Growth
@@ -272,10 +272,10 @@ def apart(function, *arguments):
 def _train(name, title, jit):
     batch, shape, network = NETWORKS[title]
     (step,) = training_steps([name], batch, shape, network, jit).values()
-    return _grown(lambda: [step() for _ in range(5)])
+    return grown(lambda: [step() for _ in range(5)])
 
 
-def _grown(function):
+def grown(function):
     """By how many MB the process grows while the function runs, and how large it is at most."""
     before = _resident("VmRSS")
     _forget_peak()
@@ -312,8 +312,8 @@ def summary(seconds):
 def show(title, rows):
     print(f"\n{title:<60}{'ms a step':>10}{'ratio':>8}" + ("      MB" if "MB" in next(iter(rows.values())) else ""))
     for name, row in rows.items():
-        grown = f"{row['MB']:>8.0f}" if "MB" in row else ""
-        print(f"{name:<60}{row['ms']:>10.1f}{row['ratio']:>8.2f}{grown}", flush=True)
+        memory = f"{row['MB']:>8.0f}" if "MB" in row else ""
+        print(f"{name:<60}{row['ms']:>10.1f}{row['ratio']:>8.2f}{memory}", flush=True)
 
 
 def training(options):
@@ -380,8 +380,8 @@ def memory_of_training(options):
         }
         print(f"\n{'memory of training ' + mode:<84}{'MB':>8}{'ratio':>8}{'peak MB':>10}{'ratio':>8}")
         for name, row in result[mode].items():
-            grown, peak = (f"{row[f'{key}, ratio']:>8.2f}" for key in ("MB", "peak MB"))
-            print(f"{name:<84}{row['MB']:>8.0f}{grown}{row['peak MB']:>10.0f}{peak}", flush=True)
+            memory, peak = (f"{row[f'{key}, ratio']:>8.2f}" for key in ("MB", "peak MB"))
+            print(f"{name:<84}{row['MB']:>8.0f}{memory}{row['peak MB']:>10.0f}{peak}", flush=True)
     return result
 
 

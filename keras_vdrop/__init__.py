@@ -6,6 +6,7 @@ from keras_vdrop.compaction import compact
 from keras_vdrop.conversion import to_deterministic, to_variational
 from keras_vdrop.layers import *  # noqa: F403
 from keras_vdrop.montecarlo import MonteCarlo
+from keras_vdrop.normalization import update_batch_normalization
 from keras_vdrop.posterior import VariationalWeight, kl_divergence
 from keras_vdrop.pruning import prune, sparsity
 from keras_vdrop.sampling import sampling
@@ -33,4 +34,5 @@ __all__ = [
     "tfp",
     "to_deterministic",
     "to_variational",
+    "update_batch_normalization",
 ]

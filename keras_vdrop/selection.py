@@ -93,7 +93,7 @@ _MORE = ("acc", "auc", "precision", "recall", "f1", "score", "iou", "true_", "si
 
 
 def select_threshold(
-    model, x, y=None, tolerance=0.01, metric="accuracy", mode="auto", thresholds=None, batch_size=None
+    model, x, y=None, tolerance=0.01, metric="accuracy", mode="auto", thresholds=None, batch_size=None, prepare=None
 ):
     """Find the threshold of the highest ratio at which a metric is no worse than the model's by more than a tolerance.
 
@@ -109,6 +109,8 @@ def select_threshold(
             weights, and the 20 below it, each of which leaves four fifths of the weights that the one before leaves.
         batch_size: As for `model.evaluate`, which takes 32 rows at once: a small network is several times as fast with
             1,000.
+        prepare: None, or a function of the model that is called before every evaluation. With BatchNormalization,
+            `lambda model: update_batch_normalization(model, x_train)`.
 
     Returns:
         `ThresholdChoice`, with `.threshold`, `.chosen` and `.candidates`.
@@ -135,6 +137,8 @@ def select_threshold(
         mode = "min" if less else "max"
 
     def evaluate():
+        if prepare is not None:
+            prepare(model)
         values = model.evaluate(x, y, batch_size=batch_size, verbose=0, return_dict=True)
         if metric == "loss" or metric not in values:
             known = sorted(set(values) - {"loss"})
@@ -144,11 +148,14 @@ def select_threshold(
             )
         return float(values[metric])
 
-    reference = evaluate()
-    limit = reference - tolerance if mode == "max" else reference + tolerance
-    states = [(weight, *map(ops.convert_to_numpy, (weight.loc, weight.mask))) for weight in weights]
+    variables = [*(weight.loc for weight in weights), *(weight.mask for weight in weights)]
+    if prepare is not None:
+        variables += model.non_trainable_variables
+    states = [(variable, ops.convert_to_numpy(variable)) for variable in variables]
     candidates = []
     try:
+        reference = evaluate()
+        limit = reference - tolerance if mode == "max" else reference + tolerance
         for threshold in sorted(thresholds, reverse=True):
             _restore(states)
             for weight in weights:
@@ -176,6 +183,5 @@ def _candidates(weights, count=20, factor=0.8):
 
 
 def _restore(states):
-    for weight, loc, mask in states:
-        weight.loc.assign(loc)
-        weight.mask.assign(mask)
+    for variable, value in states:
+        variable.assign(value)

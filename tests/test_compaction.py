@@ -13,7 +13,7 @@ from keras import layers, ops
 import keras_vdrop as kv
 from keras_vdrop.compaction.rules import Rule
 from keras_vdrop.compaction.whole import _kind
-from tests.cases import array, stock
+from tests.cases import array, posteriors, stock
 
 
 def sparse(model, share=0.3, whole=0.5, seed=0):
@@ -108,6 +108,49 @@ def test_convolutional_network_with_branches():
     for seed in range(4):
         small = compacted(sparse(model, share=0.05, seed=seed))
         assert small.count_params() < model.count_params() / 2
+
+
+def residual_network():
+    """A ResNet of two stages, with BatchNormalization and a projection where the shape changes."""
+
+    def normalized(h, filters, size, strides=1):
+        h = layers.Conv2D(filters, size, strides=strides, padding="same", use_bias=False)(h)
+        return layers.BatchNormalization()(h)
+
+    x = keras.Input((8, 8, 1))
+    h = layers.ReLU()(normalized(x, 6, 3))
+    for filters, strides in ((6, 1), (10, 2), (10, 1)):
+        inner = normalized(layers.ReLU()(normalized(h, filters, 3, strides)), filters, 3)
+        h = layers.ReLU()(layers.Add()([h if strides == 1 else normalized(h, filters, 1, strides), inner]))
+    return keras.Model(x, layers.Dense(4)(layers.GlobalAveragePooling2D()(h)))
+
+
+@pytest.mark.parametrize("group_axis", [None, -1, -2])
+def test_a_trained_resnet_stays_the_same_from_conversion_to_compaction(group_axis):
+    rng = np.random.default_rng(0)
+    trained = residual_network()
+    for variable in trained.weights:
+        spread = rng.normal(size=variable.shape) * (0.3 if "kernel" in variable.name else 1.0)
+        variable.assign(np.abs(spread) + 0.5 if "variance" in variable.name else spread)
+    x = rng.normal(size=(16, 8, 8, 1)).astype("float32")
+    before = array(trained(x))
+    model = kv.to_variational(trained, prior=kv.priors.ARD(group_axis=group_axis), print_fn=lambda line: None)
+    np.testing.assert_allclose(array(model(x)), before, rtol=1e-6, atol=1e-6 * np.abs(before).max())
+
+    for weight in posteriors(model):
+        shape = [1] * len(weight.shape)
+        shape[group_axis or 0] = weight.shape[group_axis or 0]
+        noisy = rng.random(weight.shape if group_axis is None else shape) < (0.4 if weight.shape[-2] > 1 else 0.0)
+        weight.log_variance.assign(np.where(noisy, 9.0, -9.0) * np.ones(weight.shape))
+    report = kv.prune(model, 5.0)
+    assert report.left < report.weights
+    pruned = array(model(x))
+    small = kv.compact(model, 5.0, x=x)
+    np.testing.assert_allclose(array(small(x)), pruned, rtol=1e-5, atol=1e-5 * np.abs(pruned).max())
+    assert stock(small)
+    firsts = [layer.filters for layer in small.layers if isinstance(layer, layers.Conv2D)]
+    if group_axis == -2:  # filters that the next layer does not read, behind any normalization
+        assert small.count_params() < 0.6 * trained.count_params() and firsts[1] < 6
 
 
 def test_operations_are_as_good_as_layers():

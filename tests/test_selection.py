@@ -89,3 +89,32 @@ def test_a_failure_leaves_the_model_as_it_was(judged, monkeypatch):
 def test_bad_input_to_select_threshold(arguments, message, judged):
     with pytest.raises(ValueError, match=message):
         kv.select_threshold(*judged, **arguments)
+
+
+def test_what_prepares_the_model_runs_before_each_evaluation_and_is_put_back():
+    model = keras.Sequential(
+        [keras.Input((4,)), kv.VariationalDense(6, kl_weight=0.1), keras.layers.BatchNormalization()]
+    )
+    randomize(model)
+    model.compile("sgd", "mse", metrics=["mae"])
+    x = np.random.default_rng(0).normal(size=(100, 4)).astype("float32")
+    y = np.zeros((100, 6), "float32")
+    before = model.get_weights()
+    thresholds = [3.0, -1.0]
+
+    def prepare(model):
+        kv.update_batch_normalization(model, x, batch_size=100)
+
+    choice = kv.select_threshold(model, x, y, metric="mae", thresholds=thresholds, prepare=prepare)
+    for old, new in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+    values = []
+    for threshold in [None, *thresholds]:
+        model.set_weights(before)
+        if threshold is not None:
+            kv.prune(model, threshold)
+        prepare(model)
+        values.append(np.abs(array(model(x))).mean())
+    found = [choice.reference, *(row.value for row in choice.candidates)]
+    np.testing.assert_allclose(found, values, rtol=1e-5)
+    assert values[2] < values[1]  # a column of which nothing is left stays 0

@@ -1,0 +1,246 @@
+"""What it costs to make a trained network variational, and to fine-tune it: seconds and memory, beside other ways.
+
+    pip install torch && pip install --no-deps bayesian-torch
+    python benchmarks/conversion.py --out benchmarks/results/conversion.json
+
+Two networks of random weights are fine-tuned by Adam and the cross-entropy of ten classes. One is a ResNet-18 (11
+million weights, batches of 32 images of 28 × 28), the other an encoder of the shapes of MiniLM, a small BERT (6 layers,
+384 wide, 22 million weights, batches of 32 sentences of 40 tokens). Each is fine-tuned as
+
+- Keras's own layers;
+- what `to_variational` makes of convolutions, dense layers and attention, by each estimator;
+- what it makes of all layers, tables of the encoder included (the default);
+- one `Variational` around the whole network;
+- low rank, 8, of the encoder's dense layers and attention: `enable_lora` of Keras's own, and `to_variational(rank=8)`;
+- where it is installed, PyTorch's own layers, and what bayesian-torch's `dnn_to_bnn` makes of convolutions and dense
+  layers, by both of its estimators.
+
+Kept of each: the parameters that learn; milliseconds of a step, the median of interleaved repeats, over Keras's or
+PyTorch's own; seconds of the conversion and of the first step, with its compilation; and by how many MB the process
+grows in conversion and in five steps. These are taken in a process of its own. `dnn_to_bnn` changes the network that it
+is given, and `to_variational` makes a new one.
+"""
+
+import functools
+import time
+
+import common
+import finetune_vision
+import keras
+import numpy as np
+import peers
+import speed
+from keras import layers
+
+import keras_vdrop as kv
+
+RANK, CLASSES = 8, 10
+RESNET, ENCODER = "ResNet-18, 32 images", "MiniLM, 32 sentences of 40 tokens"
+# Filters and blocks, or vocabulary, layers, width and heads.
+FULL = {RESNET: ((64, 128, 256, 512), 2), ENCODER: (30_522, 6, 384, 12)}
+QUICK = {RESNET: ((4, 8), 1), ENCODER: (50, 1, 16, 2)}
+LENGTH = {RESNET: None, ENCODER: 40}
+BATCH = 32
+
+
+# Networks
+
+
+def keras_network(name, sizes):
+    if name == RESNET:
+        return finetune_vision.network(*sizes)
+    return _encoder(*sizes)
+
+
+def _encoder(words, depth, width, heads):
+    tokens = keras.Input((LENGTH[ENCODER],), dtype="int32")
+    h = layers.Embedding(words, width)(tokens)
+    numbers = keras.ops.zeros_like(tokens) + keras.ops.arange(LENGTH[ENCODER], dtype="int32")
+    h = layers.LayerNormalization()(h + layers.Embedding(LENGTH[ENCODER], width)(numbers))
+    for _ in range(depth):
+        h = layers.LayerNormalization()(h + layers.MultiHeadAttention(heads, width // heads)(h, h))
+        inner = layers.Dense(4 * width, activation="gelu")(h)
+        h = layers.LayerNormalization()(h + layers.Dense(width)(inner))
+    return keras.Model(tokens, layers.Dense(CLASSES)(layers.GlobalAveragePooling1D()(h)))
+
+
+def data(name, sizes):
+    """A batch, and its labels."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, CLASSES, BATCH)
+    if name == RESNET:
+        return rng.normal(size=(BATCH, 28, 28, 1)).astype("float32"), y
+    return rng.integers(0, sizes[0], (BATCH, LENGTH[ENCODER])).astype("int32"), y
+
+
+# Conversions
+
+KL = {"kl_weight": peers.KL_WEIGHT}
+KERNELS = (layers.Conv2D, layers.Dense, layers.MultiHeadAttention)
+ADAPTED = (layers.Dense, layers.MultiHeadAttention)
+
+
+def _converted(model, **arguments):
+    return kv.to_variational(model, print_fn=lambda line: None, **KL, **arguments)
+
+
+def _with_lora(model):
+    """The network with Keras's own low-rank updates."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, (layers.Dense, layers.EinsumDense)):
+            layer.enable_lora(RANK)
+    return model
+
+
+OURS = {
+    "keras.layers": lambda model: model,
+    **{
+        f"to_variational, {estimator}": functools.partial(_converted, layers=KERNELS, estimator=estimator)
+        for estimator in ("local_reparameterization", "flipout", "reparameterization")
+    },
+    "to_variational, all layers": _converted,
+    "Variational(network)": lambda model: kv.Variational(model, **KL),
+}
+LOW_RANK = {
+    "enable_lora(8)": _with_lora,
+    "to_variational(rank=8)": functools.partial(_converted, layers=ADAPTED, rank=RANK),
+}
+
+
+def conversions(name):
+    """{way: function from a network to what is fine-tuned}, of Keras's layers, in the order of the table."""
+    return {**OURS, **(LOW_RANK if name == ENCODER else {})}
+
+
+# Steps
+
+
+def keras_step(name, sizes, convert, jit):
+    """The step of what `convert` makes, and how many parameters learn."""
+    model = convert(keras_network(name, sizes))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    step = speed.keras_step(model, keras.optimizers.Adam(1e-4), loss, *data(name, sizes), jit)
+    return step, sum(int(np.prod(each.shape)) for each in model.trainable_weights)
+
+
+def torch_parts(name, sizes):
+    """{way: function from nothing to (network, conversion)} of PyTorch."""
+    if not peers.installed("torch"):
+        return {}
+    make = functools.partial(peers.torch_resnet if name == RESNET else peers.torch_encoder, *sizes, classes=CLASSES)
+    return {way: (make, convert) for way, convert in peers.torch_conversions().items()}
+
+
+def steps(name, sizes, jit):
+    """{way: (step, parameters that learn)} of Keras's, ours and, uncompiled, PyTorch's."""
+    made = {way: keras_step(name, sizes, convert, jit) for way, convert in conversions(name).items()}
+    if not jit:
+        x, y = data(name, sizes)
+        for way, (make, convert) in torch_parts(name, sizes).items():
+            made[way] = peers.torch_fine_tuning(convert(make()), x, y)
+    return made
+
+
+# In a process of its own
+
+
+def alone(name, sizes, way, jit):
+    """Seconds and MB of converting a network and of its first steps."""
+    if way in conversions(name):
+        convert = conversions(name)[way]
+        network = keras_network(name, sizes)
+
+        def compiled(model):
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            return speed.keras_step(model, keras.optimizers.Adam(1e-4), loss, *data(name, sizes), jit)
+    else:
+        make, convert = torch_parts(name, sizes)[way]
+        network = make()
+
+        def compiled(model):
+            return peers.torch_fine_tuning(model, *data(name, sizes))[0]
+
+    taken = {}
+
+    def conversion():
+        begin = time.perf_counter()
+        taken["model"] = convert(network)
+        taken["conversion"] = time.perf_counter() - begin
+
+    def training():
+        step = compiled(taken["model"])
+        begin = time.perf_counter()
+        step()
+        taken["first"] = time.perf_counter() - begin
+        for _ in range(4):
+            step()
+
+    converting, stepping = speed.grown(conversion), speed.grown(training)
+    return {
+        "conversion s": taken["conversion"],
+        "first step s": taken["first"],
+        "conversion MB": converting["MB"],
+        "steps MB": stepping["MB"],
+        "peak MB": stepping["peak MB"],
+    }
+
+
+# The whole
+
+
+def base(way):
+    """What a way is compared with: a network of the same framework, as it is."""
+    if way in LOW_RANK:
+        return "enable_lora(8)"
+    return "torch.nn" if way == "torch.nn" or "bayesian-torch" in way else "keras.layers"
+
+
+def rows(name, sizes, options, jit):
+    made = steps(name, sizes, jit)
+    seconds = common.measure({way: step for way, (step, _) in made.items()}, options.repeats, warm=True)
+    found = {}
+    for way, (_, parameters) in made.items():
+        found[way] = {
+            "parameters": parameters,
+            "ms": 1e3 * float(np.median(seconds[way])),
+            "ratio": float(np.median(seconds[way] / seconds[base(way)])),
+        }
+    del made
+    for way in [*found][:: 6 if options.quick else 1]:
+        found[way].update(speed.apart(alone, name, sizes, way, jit))
+    return found
+
+
+COLUMNS = {"parameters": ",.0f", "ms": ".1f", "ratio": ".2f", "conversion s": ".2f", "first step s": ".1f"}
+COLUMNS |= {"conversion MB": ".0f", "steps MB": ".0f", "peak MB": ".0f"}
+
+
+def show(title, found):
+    print(f"\n{title:<46}" + "".join(f"{column:>15}" for column in COLUMNS))
+    for way, row in found.items():
+        cells = [format(row[column], form) if column in row else "" for column, form in COLUMNS.items()]
+        print(f"{way:<46}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
+
+
+def main():
+    parser = common.parser(__doc__, learns=False)
+    common.add_places(parser)
+    parser.add_argument("--networks", nargs="+", choices=[*FULL], default=[*FULL])
+    parser.add_argument("--repeats", type=int, default=15, help="steps of each")
+    parser.add_argument("--jit", choices=["off", "on"], nargs="+", default=["off", "on"], help="compiled by XLA or not")
+    options = parser.parse_args()
+    common.start_anew(options.backend, options.device)
+    if options.quick:
+        options.repeats, options.jit, options.networks = 2, ["off"], [ENCODER]
+    print(*(f"{key}: {value}" for key, value in common.about().items()), sep="\n")
+    result = {}
+    for name in options.networks:
+        for jit in options.jit:
+            title = f"{name}, {keras.backend.backend()}, jit_compile={jit == 'on'}"
+            result[title] = rows(name, (QUICK if options.quick else FULL)[name], options, jit == "on")
+            show(title, result[title])
+            common.keep(options.out, {"repeats": options.repeats, "steps": result})
+
+
+if __name__ == "__main__":
+    main()

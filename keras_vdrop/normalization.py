@@ -1,0 +1,85 @@
+"""Statistics of BatchNormalization, for a network that predicts without the noise of its training."""
+
+import contextlib
+import functools
+import operator
+
+import keras
+
+from keras_vdrop.layers.base import check_positive_int
+
+
+def update_batch_normalization(model, x, batch_size=128):
+    """Give every BatchNormalization the mean and variance of these inputs without noise, and return the model.
+
+    In `fit`, the moving variance of an activation includes the variance of the noise. `predict` then divides by too
+    large a number, because it adds no noise. Call this after `fit`, or on what `compact` or `to_deterministic` made.
+    A model that `MonteCarlo` runs is better off with the statistics of `fit`: its draws have the noise.
+
+    Noise and dropout are off. A layer whose inputs come from another BatchNormalization sees them normalized by the
+    statistics of the batch. Over several batches, means and variances are averaged, each batch weighted by its rows.
+    A layer that is frozen (`trainable=False`) keeps its statistics.
+
+    Args:
+        model: A built Keras model, variational or not. It is changed in place.
+        x: Inputs as in training, augmented if they were: an array of shape (rows, ...), a dict, list or tuple of such
+            arrays, or an iterable of batches (a dataset), each of them inputs or a tuple (inputs, targets, ...). A few
+            thousand rows are enough.
+        batch_size: Int, for arrays.
+
+    Raises:
+        ValueError: If there are no rows, if arrays differ in their number, or if the model is a `MonteCarlo`.
+
+    Source: Li et al., 2018, https://arxiv.org/abs/1801.05134 (how noise shifts the variance); Izmailov et al., 2018,
+    https://arxiv.org/abs/1803.05407, section 3 (statistics in one pass after training).
+    """
+    check_positive_int("batch_size", batch_size)
+    if isinstance(getattr(model, "model", None), keras.Model):
+        raise ValueError(f"{type(model).__name__} draws weights: pass its `.model`, which predicts without noise.")
+    layers = [each for each in model._flatten_layers() if isinstance(each, keras.layers.BatchNormalization)]
+    seen = 0
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_collecting(layer))
+        for batch in _batches(x, batch_size):
+            rows = len(keras.tree.flatten(batch)[0])
+            for layer in layers:
+                layer.momentum = layer.renorm_momentum = seen / (seen + rows)
+            model(batch, training=False)
+            seen += rows
+    if not seen:
+        raise ValueError("`x` has no rows.")
+    return model
+
+
+@contextlib.contextmanager
+def _collecting(layer):
+    """Let the layer collect statistics although the model is not training."""
+    momenta = {name: getattr(layer, name) for name in ("momentum", "renorm_momentum") if hasattr(layer, name)}
+    call = layer.call
+
+    @functools.wraps(call)
+    def call_in_training(*args, **kwargs):
+        return call(*args, **{**kwargs, "training": True})
+
+    layer.call = call_in_training
+    try:
+        yield
+    finally:
+        del layer.call
+        for name, momentum in momenta.items():
+            setattr(layer, name, momentum)
+
+
+def _batches(x, batch_size):
+    """The batches of arrays, or of an iterable of batches."""
+    if not (isinstance(x, (dict, list, tuple)) or hasattr(x, "shape")):
+        yield from (batch[0] if isinstance(batch, tuple) else batch for batch in x)
+        return
+    x = keras.tree.map_structure(keras.ops.convert_to_numpy, x)
+    rows = {len(each) for each in keras.tree.flatten(x)}
+    if len(rows) > 1:
+        raise ValueError(f"The arrays in `x` must have as many rows as each other. Received: {sorted(rows)} rows")
+    for begin in range(0, max(rows, default=0), batch_size):
+        of_batch = slice(begin, begin + batch_size)
+        yield keras.tree.map_structure(operator.itemgetter(of_batch), x)
