@@ -1,7 +1,8 @@
 """What it costs to make a trained network variational, and to fine-tune it: seconds and memory, beside other ways.
 
     pip install torch && pip install --no-deps bayesian-torch
-    python benchmarks/conversion.py --out benchmarks/results/conversion.json
+    python benchmarks/conversion.py --networks resnet --out benchmarks/results/conversion_resnet.json
+    python benchmarks/conversion.py --networks encoder --out benchmarks/results/conversion_encoder.json
 
 Two networks of random weights are fine-tuned by Adam and the cross-entropy of ten classes. One is a ResNet-18 (11
 million weights, batches of 32 images of 28 × 28), the other an encoder of the shapes of MiniLM, a small BERT (6 layers,
@@ -35,12 +36,12 @@ from keras import layers
 import keras_vdrop as kv
 
 RANK, CLASSES = 8, 10
-RESNET, ENCODER = "ResNet-18, 32 images", "MiniLM, 32 sentences of 40 tokens"
+RESNET, ENCODER = "resnet", "encoder"
+TITLES = {RESNET: "ResNet-18, 32 images", ENCODER: "MiniLM, 32 sentences of 40 tokens"}
 # Filters and blocks, or vocabulary, layers, width and heads.
 FULL = {RESNET: ((64, 128, 256, 512), 2), ENCODER: (30_522, 6, 384, 12)}
 QUICK = {RESNET: ((4, 8), 1), ENCODER: (50, 1, 16, 2)}
-LENGTH = {RESNET: None, ENCODER: 40}
-BATCH = 32
+BATCH, LENGTH = 32, 40
 
 
 # Networks
@@ -53,10 +54,10 @@ def keras_network(name, sizes):
 
 
 def _encoder(words, depth, width, heads):
-    tokens = keras.Input((LENGTH[ENCODER],), dtype="int32")
+    tokens = keras.Input((LENGTH,), dtype="int32")
     h = layers.Embedding(words, width)(tokens)
-    numbers = keras.ops.zeros_like(tokens) + keras.ops.arange(LENGTH[ENCODER], dtype="int32")
-    h = layers.LayerNormalization()(h + layers.Embedding(LENGTH[ENCODER], width)(numbers))
+    numbers = keras.ops.zeros_like(tokens) + keras.ops.arange(LENGTH, dtype="int32")
+    h = layers.LayerNormalization()(h + layers.Embedding(LENGTH, width)(numbers))
     for _ in range(depth):
         h = layers.LayerNormalization()(h + layers.MultiHeadAttention(heads, width // heads)(h, h))
         inner = layers.Dense(4 * width, activation="gelu")(h)
@@ -70,7 +71,7 @@ def data(name, sizes):
     y = rng.integers(0, CLASSES, BATCH)
     if name == RESNET:
         return rng.normal(size=(BATCH, 28, 28, 1)).astype("float32"), y
-    return rng.integers(0, sizes[0], (BATCH, LENGTH[ENCODER])).astype("int32"), y
+    return rng.integers(0, sizes[0], (BATCH, LENGTH)).astype("int32"), y
 
 
 # Conversions
@@ -227,7 +228,7 @@ def main():
     common.add_places(parser)
     parser.add_argument("--networks", nargs="+", choices=[*FULL], default=[*FULL])
     parser.add_argument("--repeats", type=int, default=15, help="steps of each")
-    parser.add_argument("--jit", choices=["off", "on"], nargs="+", default=["off", "on"], help="compiled by XLA or not")
+    parser.add_argument("--jit", choices=["off", "on"], nargs="+", default=["off"], help="compiled by XLA or not")
     options = parser.parse_args()
     common.start_anew(options.backend, options.device)
     if options.quick:
@@ -236,7 +237,7 @@ def main():
     result = {}
     for name in options.networks:
         for jit in options.jit:
-            title = f"{name}, {keras.backend.backend()}, jit_compile={jit == 'on'}"
+            title = f"{TITLES[name]}, {keras.backend.backend()}, jit_compile={jit == 'on'}"
             result[title] = rows(name, (QUICK if options.quick else FULL)[name], options, jit == "on")
             show(title, result[title])
             common.keep(options.out, {"repeats": options.repeats, "steps": result})

@@ -79,6 +79,7 @@ LSTMS = {
     "keras.layers.LSTM, two dropout rates": lambda units: keras.layers.LSTM(units, **MASKS),
     "classic: masks only": lambda units: kv.VariationalLSTM(units, kernel_prior=None, **MASKS),
     "reparameterization": lambda units: kv.VariationalLSTM(units, **KL),
+    "Variational(keras.layers.LSTM)": lambda units: kv.Variational(keras.layers.LSTM(units), **KL),
     "flipout": lambda units: kv.VariationalLSTM(units, estimator="flipout", **KL),
 }
 
