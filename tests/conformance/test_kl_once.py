@@ -83,7 +83,9 @@ def test_kl_is_counted_once(subject, setting):
     np.testing.assert_allclose(total, expected_kl(model), rtol=1e-4)
 
     # With a data loss of nothing, the loss that Keras reports and descends is the KL.
-    model.compile(keras.optimizers.SGD(1.0), lambda y, prediction: 0.0 * keras.ops.sum(prediction))
+    # Compiled, a layer alone says it all; eager steps take a third of the time.
+    eager = setting is not alone
+    model.compile(keras.optimizers.SGD(1.0), lambda y, prediction: 0.0 * keras.ops.sum(prediction), run_eagerly=eager)
     x = subject.inputs(shape=(3, *model.input_shape[1:]))
     y = np.zeros((len(x), *model.output_shape[1:]), "float32")
     before = [(array(w.loc), array(w.log_variance)) for w in posteriors(model)]

@@ -21,8 +21,8 @@ def messages(action):
     return [str(w.message) for w in caught if "not the ELBO" in str(w.message)]
 
 
-def fit(model, case, **arguments):
-    model.compile("sgd", "mse")
+def fit(model, case, eager=False, **arguments):
+    model.compile("sgd", "mse", run_eagerly=eager)
     x = case.inputs()
     y = np.ones((len(x), *model.output_shape[1:]), "float32")
     return messages(lambda: model.fit(x, y, verbose=0, **arguments))
@@ -57,7 +57,7 @@ def test_unset_weight_averages_over_the_layers_weights(subject):
 def test_no_warning_where_it_is_set(subject):
     assert not call(subject.model(kl_weight=0.1), subject)
     assert not call(subject.model(kl_weight=0.0), subject)
-    assert not fit(subject.model(kl_weight=None), subject, callbacks=[kv.ELBO(10, labels_per_example=1.0)])
+    assert not fit(subject.model(kl_weight=None), subject, eager=True, callbacks=[kv.ELBO(10, labels_per_example=1.0)])
     layer = subject.make(kl_weight=None)
     model = subject.model(layer)
     getattr(layer, "cell", layer).kl_weight = 0.1
