@@ -116,30 +116,24 @@ def conversions(name):
 # Steps
 
 
-def keras_step(name, sizes, convert, jit):
-    """The step of what `convert` makes, and how many parameters learn."""
-    model = convert(keras_network(name, sizes))
+def keras_fine_tuning(model, x, y, jit=False):
+    """A step, and how many parameters learn."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    step = speed.keras_step(model, keras.optimizers.Adam(1e-4), loss, *data(name, sizes), jit)
+    step = speed.keras_step(model, keras.optimizers.Adam(1e-4), loss, x, y, jit)
     return step, sum(int(np.prod(each.shape)) for each in model.trainable_weights)
 
 
-def torch_parts(name, sizes):
-    """{way: function from nothing to (network, conversion)} of PyTorch."""
-    if not peers.installed("torch"):
-        return {}
-    make = functools.partial(peers.torch_resnet if name == RESNET else peers.torch_encoder, *sizes, classes=CLASSES)
-    return {way: (make, convert) for way, convert in peers.torch_conversions().items()}
-
-
-def steps(name, sizes, jit):
-    """{way: (step, parameters that learn)} of Keras's, ours and, uncompiled, PyTorch's."""
-    made = {way: keras_step(name, sizes, convert, jit) for way, convert in conversions(name).items()}
-    if not jit:
-        x, y = data(name, sizes)
-        for way, (make, convert) in torch_parts(name, sizes).items():
-            made[way] = peers.torch_fine_tuning(convert(make()), x, y)
-    return made
+def ways(name, sizes, jit):
+    """{way: (function that makes a network, its conversion, what `keras_fine_tuning` does)}; PyTorch's uncompiled."""
+    make = functools.partial(keras_network, name, sizes)
+    tune = functools.partial(keras_fine_tuning, jit=jit)
+    found = {way: (make, convert, tune) for way, convert in conversions(name).items()}
+    if not jit and peers.installed("torch"):
+        of_torch = peers.torch_resnet if name == RESNET else peers.torch_encoder
+        make = functools.partial(of_torch, *sizes, classes=CLASSES)
+        for way, convert in peers.torch_conversions().items():
+            found[way] = make, convert, peers.torch_fine_tuning
+    return found
 
 
 # In a process of its own
@@ -147,20 +141,8 @@ def steps(name, sizes, jit):
 
 def alone(name, sizes, way, jit):
     """Seconds and MB of converting a network and of its first steps."""
-    if way in conversions(name):
-        convert = conversions(name)[way]
-        network = keras_network(name, sizes)
-
-        def compiled(model):
-            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-            return speed.keras_step(model, keras.optimizers.Adam(1e-4), loss, *data(name, sizes), jit)
-    else:
-        make, convert = torch_parts(name, sizes)[way]
-        network = make()
-
-        def compiled(model):
-            return peers.torch_fine_tuning(model, *data(name, sizes))[0]
-
+    make, convert, tune = ways(name, sizes, jit)[way]
+    network = make()
     taken = {}
 
     def conversion():
@@ -169,7 +151,7 @@ def alone(name, sizes, way, jit):
         taken["conversion"] = time.perf_counter() - begin
 
     def training():
-        step = compiled(taken["model"])
+        step, _ = tune(taken["model"], *data(name, sizes))
         begin = time.perf_counter()
         step()
         taken["first"] = time.perf_counter() - begin
@@ -197,15 +179,14 @@ def base(way):
 
 
 def rows(name, sizes, options, jit):
-    made = steps(name, sizes, jit)
+    batch = data(name, sizes)
+    made = {way: tune(convert(make()), *batch) for way, (make, convert, tune) in ways(name, sizes, jit).items()}
     seconds = common.measure({way: step for way, (step, _) in made.items()}, options.repeats, warm=True)
     found = {}
+    for first in dict.fromkeys(map(base, made)):  # with which `summary` compares the others
+        found.update(speed.summary({way: seconds[way] for way in made if base(way) == first}))
     for way, (_, parameters) in made.items():
-        found[way] = {
-            "parameters": parameters,
-            "ms": 1e3 * float(np.median(seconds[way])),
-            "ratio": float(np.median(seconds[way] / seconds[base(way)])),
-        }
+        found[way]["parameters"] = parameters
     del made
     for way in [*found][:: 6 if options.quick else 1]:
         found[way].update(speed.apart(alone, name, sizes, way, jit))

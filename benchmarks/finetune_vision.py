@@ -423,10 +423,10 @@ class Networks:
                 recipe = dataclasses.replace(recipe, temperature=options.temperature)
             prior = kv.priors.ARD(group_axis=options.group_axis) if name == "filters" else options.prior
             return tune(self.small("filters") if name == "both" else self["plain"], prior, recipe, data, options)
-        ours, trained = self.small(name.removeprefix("magnitude, as ")), self["plain"]
-        masks = largest(kv.sparsity(self[name.removeprefix("magnitude, as ")]).left)
-        if name.endswith("filters"):
-            masks = strongest(share_of(trained, ours.count_params()))
+        ours, trained = name.removeprefix("magnitude, as "), self["plain"]
+        masks = largest(kv.sparsity(self[ours]).left)
+        if ours == "filters":
+            masks = strongest(share_of(trained, self.small(ours).count_params()))
         return prune_by_magnitude(trained, masks, data, options)
 
 

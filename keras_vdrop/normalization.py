@@ -14,7 +14,7 @@ def update_batch_normalization(model, x, batch_size=128):
 
     In `fit`, the moving variance of an activation includes the variance of the noise. `predict` then divides by too
     large a number, because it adds no noise. Call this after `fit`, or on what `compact` or `to_deterministic` made.
-    A model that `MonteCarlo` runs is better off with the statistics of `fit`: its draws have the noise.
+    `MonteCarlo` draws with the noise that the statistics of `fit` include: it needs no such call.
 
     Noise and dropout are off. A layer whose inputs come from another BatchNormalization sees them normalized by the
     statistics of the batch. Over several batches, means and variances are averaged, each batch weighted by its rows.
@@ -44,7 +44,8 @@ def update_batch_normalization(model, x, batch_size=128):
         for batch in _batches(x, batch_size):
             rows = len(keras.tree.flatten(batch)[0])
             for layer in layers:
-                layer.momentum = layer.renorm_momentum = seen / (seen + rows)
+                for name in _momenta(layer):
+                    setattr(layer, name, seen / (seen + rows))
             model(batch, training=False)
             seen += rows
     if not seen:
@@ -55,8 +56,7 @@ def update_batch_normalization(model, x, batch_size=128):
 @contextlib.contextmanager
 def _collecting(layer):
     """Let the layer collect statistics although the model is not training."""
-    momenta = {name: getattr(layer, name) for name in ("momentum", "renorm_momentum") if hasattr(layer, name)}
-    call = layer.call
+    momenta, call = _momenta(layer), layer.call
 
     @functools.wraps(call)
     def call_in_training(*args, **kwargs):
@@ -69,6 +69,11 @@ def _collecting(layer):
         del layer.call
         for name, momentum in momenta.items():
             setattr(layer, name, momentum)
+
+
+def _momenta(layer):
+    """The momenta by which the layer averages, by their names: renormalization, where Keras has it, has its own."""
+    return {name: getattr(layer, name) for name in ("momentum", "renorm_momentum") if hasattr(layer, name)}
 
 
 def _batches(x, batch_size):
