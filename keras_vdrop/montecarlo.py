@@ -171,10 +171,11 @@ class MonteCarlo(keras.Model):
         if _has_no_rows(inputs):
             return keras.tree.map_structure(lambda each: each[:, :0], self.samples(_one_row_of(inputs)))
         first, rest = self._seeds()
-        samples = self._draws(first, inputs)
+        draws = self._draws_of(inputs)
+        samples, _ = draws(first)
         if rest is None:
             return samples
-        more = ops.map(lambda seeds: self._draws(seeds, inputs), rest)
+        more = ops.map(lambda seeds: draws(seeds)[0], rest)
         count = rest.shape[0] * rest.shape[1]
         return keras.tree.map_structure(
             lambda one, others: ops.concatenate([one, ops.reshape(others, (count, *ops.shape(one)[1:]))]), samples, more
@@ -196,12 +197,11 @@ class MonteCarlo(keras.Model):
             return seeds, None
         return seeds[:first], ops.reshape(seeds[first:], (-1, together, shape[1]))
 
-    def _draws(self, seeds, inputs):
-        """The outputs (s, B, ...) under s draws, side by side."""
-        return self._masked_draws(seeds, inputs)[0]
+    def _draws_of(self, inputs):
+        """A function from s seeds to the outputs (s, B, ...) under as many draws, which go side by side.
 
-    def _masked_draws(self, seeds, inputs):
-        """The same, and the masks (B, ...) of the outputs by their places, as far as they have one."""
+        With them it gives the masks (B, ...) of the outputs by their places, as far as they have one.
+        """
         states = generator_states(self.model)
         ids = {id(state) for state in states}
         # How often a layer of the user's calls those within it, only its code tells: they keep their draws as well. Of
@@ -228,8 +228,11 @@ class MonteCarlo(keras.Model):
                 )
             return outputs, {place: mask for place, mask in masks.items() if mask is not None}
 
-        outputs, masks = _side_by_side(draw, seeds)
-        return outputs, {place: mask[0] for place, mask in masks.items()}
+        def draws(seeds):
+            outputs, masks = _side_by_side(draw, seeds)
+            return outputs, {place: mask[0] for place, mask in masks.items()}
+
+        return _traced_once(draws)
 
     # Statistics
 
@@ -240,7 +243,8 @@ class MonteCarlo(keras.Model):
             return keras.tree.map_structure(lambda each: ops.swapaxes(each, 0, 1), self.samples(inputs))
         summary = self._summary()
         first, rest = self._seeds()
-        outputs, masks = self._masked_draws(first, inputs)
+        draws = self._draws_of(inputs)
+        outputs, masks = draws(first)
         samples = self._interpreted(outputs)
         origin = keras.tree.map_structure(lambda each: each[0], samples)
 
@@ -251,7 +255,7 @@ class MonteCarlo(keras.Model):
         if rest is not None:
 
             def add(step, totals):
-                samples = self._interpreted(self._draws(ops.take(rest, step, axis=0), inputs))
+                samples = self._interpreted(draws(ops.take(rest, step, axis=0))[0])
                 return keras.tree.map_structure(ops.add, totals, total(samples))
 
             totals = ops.fori_loop(0, rest.shape[0], add, totals)
@@ -1155,6 +1159,15 @@ def _side_by_side(function, elements):
         return ops.vectorized_map(function, elements)
     results = [function(element) for element in ops.unstack(elements)]
     return keras.tree.map_structure(lambda *each: ops.stack(each), *results)
+
+
+def _traced_once(function):
+    """The function, of which a graph of TensorFlow has one copy for all calls with arguments of the same shapes."""
+    if not _in_tensorflow():
+        return function
+    import tensorflow as tf
+
+    return function if tf.executing_eagerly() else tf.function(function)
 
 
 def _at_least_float32(x):
