@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 from keras import ops
 
+from keras_vdrop.normalization import normalizations_of_noise
 from keras_vdrop.posterior import VariationalWeight, learning_posteriors
 from keras_vdrop.pruning import sparsity
 
@@ -132,6 +133,7 @@ class Record:
         enough = _STEPS_TO_GO if is_one_of_many or self._kl_has_fallen else _STEPS
         if self._steps >= enough:
             said.update(self._size_of_kl(num_examples, temperature * self._beta))
+            said.update(_statistics_of_noise(model))
         if self._epochs >= _EPOCHS:
             said.update(self._collapse(model))
         return said
@@ -194,6 +196,19 @@ class Record:
 
     def _log_variances(self):
         return np.concatenate([np.zeros(0), *(_values(*each) for each in self._followed)])
+
+
+def _statistics_of_noise(model):
+    """What there is to say of BatchNormalization that has seen noise, where `predict` adds none."""
+    names = normalizations_of_noise(model)
+    if not names:
+        return {}
+    what = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return {
+        "normalization": f"BatchNormalization has seen the noise of the weights, and its moving variances include it "
+        f"({what}). `predict` adds no noise: call `keras_vdrop.update_batch_normalization(model, x)` before it, and "
+        "before `select_threshold` and `compact`. `MonteCarlo` needs no such call."
+    }
 
 
 def learning_kl(model):

@@ -7,6 +7,7 @@ import operator
 import keras
 
 from keras_vdrop.layers.base import check_positive_int
+from keras_vdrop.posterior import posteriors
 
 
 def update_batch_normalization(model, x, batch_size=128):
@@ -36,7 +37,7 @@ def update_batch_normalization(model, x, batch_size=128):
     check_positive_int("batch_size", batch_size)
     if isinstance(getattr(model, "model", None), keras.Model):
         raise ValueError(f"{type(model).__name__} draws weights: pass its `.model`, which predicts without noise.")
-    layers = [each for each in model._flatten_layers() if isinstance(each, keras.layers.BatchNormalization)]
+    layers = [each for each in model._flatten_layers() if _is_normalization(each)]
     seen = 0
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -50,6 +51,21 @@ def update_batch_normalization(model, x, batch_size=128):
     if not seen:
         raise ValueError("`x` has no rows.")
     return model
+
+
+def normalizations_of_noise(model):
+    """Names of the BatchNormalizations that learn and come after drawn weights, in the order of the model's layers."""
+    owners = {id(posterior.owner) for posterior in posteriors(model)}
+    names, noisy = [], False
+    for layer in model._flatten_layers():
+        noisy |= id(layer) in owners
+        if noisy and _is_normalization(layer) and layer.trainable:
+            names.append(layer.name)
+    return names
+
+
+def _is_normalization(layer):
+    return isinstance(layer, keras.layers.BatchNormalization)
 
 
 @contextlib.contextmanager
