@@ -6,6 +6,7 @@ import math
 import keras
 from keras import ops
 
+from keras_vdrop import layouts
 from keras_vdrop.functional import estimators, sparsity
 from keras_vdrop.sampling import is_consistent
 from keras_vdrop.variables import LogScaleOf, Scaled, VariableLike
@@ -111,7 +112,7 @@ class VariationalWeight(VariableLike, Posterior):
         dtype = "float64" if owner.variable_dtype == "float64" else "float32"
         self.loc = loc
         if loc is None:
-            self.loc = add_weight(
+            self.loc = layouts.named_as_in_keras(add_weight, "_loc")(
                 name=f"{name}_loc",
                 shape=shape,
                 initializer=initializer,
@@ -126,6 +127,7 @@ class VariationalWeight(VariableLike, Posterior):
         self._start = LogScaleOf(self.loc, 2.0, prior.start, unit=log_variance_rate)
         if initial_log_variance is not None:
             self._start = keras.initializers.Constant(initial_log_variance / log_variance_rate)
+        add_weight = layouts.laid_out_like(add_weight, self.loc)
         stored = add_weight(
             name=f"{name}_log_variance",
             shape=shape if log_variance_shape is None else log_variance_shape,
