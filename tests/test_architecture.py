@@ -12,7 +12,7 @@ FLOORS = [
     ["posterior"],
     ["layers"],
     ["costs", "losses"],
-    ["pruning", "conversion", "objective"],
+    ["pruning", "conversion", "objective", "normalization"],
     ["compaction", "selection", "observation", "diagnosis"],
     ["montecarlo", "callbacks", "metrics"],
     ["plots", "tfp"],
