@@ -42,11 +42,11 @@ def _uncertainty(values):
 
 
 def _class_rows(probability, labels):
-    """Return the class probabilities (N, C) of `Predictions` and the labels (N,), with several in a row flattened."""
+    """Return the class probabilities (N, C) of `Predictions` and the labels (N,), flattened if a row holds several."""
     if not isinstance(probability, dict):
         return probability, labels
     values = _statistic(probability, "probability", '"categorical" or "bernoulli"')
-    if values.shape == np.shape(probability["predictive_entropy"]):  # of class 1 only
+    if values.shape == np.shape(probability["predictive_entropy"]):  # probabilities of class 1 only
         values = np.stack([1.0 - values, values], axis=-1)
     labels = np.asarray(labels)
     given, expected = (

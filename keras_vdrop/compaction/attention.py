@@ -85,7 +85,7 @@ class Attention(Rule):
         alive = [(parts.query.alive | parts.key.alive)[heads], parts.value.alive[heads]]
         sizes = [most(each) for each in alive]
         if self._is_fused and self.layer.key_dim == self.layer.value_dim:
-            sizes = [max(sizes), max(sizes)]  # JAX requires equal sizes
+            sizes = [max(sizes), max(sizes)]  # JAX requires both sizes to be equal
         scored, carried = map(first, alive, sizes)
         query, value, key = (
             part.cut(mask, heads, kept) for part, mask, kept in zip(parts.inputs, ins, (scored, carried, scored))

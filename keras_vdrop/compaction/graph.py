@@ -109,7 +109,7 @@ def _functional_graph(model):
                 if call.plain and isinstance(by_name.get(call.name), (layers.RNN, layers.Bidirectional)):
                     every = _flat(by_name[call.name].compute_output_shape(shapes[call.inputs[0]]))
                     shapes.update({(*place, index): shape for index, shape in enumerate(every)})
-                # Of any other layer, only the outputs that something reads have shapes here.
+                # For any other layer, only the outputs that something reads are known.
                 keys = sorted(key for key in shapes if key[:2] == place)
                 calls.append(dataclasses.replace(call, outputs=keys))
                 done.add(place)

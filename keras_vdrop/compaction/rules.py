@@ -376,7 +376,7 @@ class Table(Rule):
 
 _ELEMENTWISE = """celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear log_sigmoid
     mish relu relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus squareplus tanh tanh_shrink threshold"""
-_EXACT_INTEGERS = 2**24  # in float32
+_EXACT_INTEGERS = 2**24  # float32 holds all integers up to this
 
 
 def one_input(layer, inputs):

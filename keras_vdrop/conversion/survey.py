@@ -131,7 +131,7 @@ def kernels(layer):
 
 
 def layers_in_config(layer):
-    """Return the sublayers that a layer's config holds and that can therefore be replaced, as those of a wrapper."""
+    """Return the sublayers that a layer's config holds and that can therefore be replaced, such as those of a wrapper."""
     found = []
     if children(layer):
         try:

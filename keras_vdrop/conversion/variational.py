@@ -264,7 +264,7 @@ def _change_of_noise(place, dropout, arguments):
 
 
 def _twin(model, new_layers):
-    """Return a copy with the new layers, freshly initialized, and a dict from the ids of old layers to the new ones."""
+    """Return a copy with the new layers, freshly initialized, and a dict from the ids of old layers to new ones."""
     if id(model) in new_layers:
         with known_layers(model):
             return new_layers[id(model)](), {}
