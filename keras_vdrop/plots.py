@@ -72,7 +72,7 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     ax = _axes(ax)
     weights = prunable_weights(model)
     values = np.concatenate([np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights])
-    # The log alpha of a weight that is 0, such as a pruned one, is not finite: the label counts it, no bin shows it.
+    # The log alpha of a weight that is 0, such as a pruned one, is huge: it is counted, but does not set the axis.
     zero = np.concatenate([np.ravel(ops.convert_to_numpy(weight.mean())) for weight in weights]) == 0
     low, high = (values[~zero].min(), values[~zero].max()) if not zero.all() else (threshold, threshold)
     edges = np.linspace(min(low, threshold - 1), max(high, threshold + 1), bins + 1)
@@ -107,7 +107,7 @@ def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
     if ax is None:
         ax = plt.subplots(figsize=(6.4, 1.4 + 0.8 * len(weights)), layout="constrained")[1]
     values = [np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights]
-    # The log alpha of a weight that is 0 is not finite: the label counts it, no bin shows it.
+    # The log alpha of a weight that is 0 is huge: the weight is counted, but not plotted.
     alive = [np.ravel(ops.convert_to_numpy(weight.mean())) != 0 for weight in weights]
     limits = [weight.threshold if threshold is None else threshold for weight in weights]
     shown = np.concatenate([value[live] for value, live in zip(values, alive)] + [np.asarray(limits, "float64")])

@@ -131,7 +131,7 @@ def kernels(layer):
 
 
 def layers_in_config(layer):
-    """Return the sublayers that a layer's config holds and that can therefore be replaced, such as those of a wrapper."""
+    """Return the sublayers in a layer's config, such as those of a wrapper, which can therefore be replaced."""
     found = []
     if children(layer):
         try:
