@@ -683,3 +683,23 @@ def test_layers_that_cannot_be_made_again():
         model = keras.Sequential([keras.Input((3,), dtype="int64"), lookup, layers.Embedding(4, 2)])
         with pytest.raises(ValueError, match="'lookup' has its vocabulary"):
             kv.to_variational(model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.Bidirectional(layers.LSTM(3), name="outer"),
+        lambda: layers.RNN(layers.LSTMCell(3), name="outer"),
+        lambda: layers.RNN([layers.GRUCell(3), layers.LSTMCell(2)], name="outer"),
+        lambda: layers.TimeDistributed(layers.DepthwiseConv1D(2), name="outer"),
+    ],
+)
+def test_low_rank_of_layers_without_it_within_a_wrapper(make):
+    """Recurrent wrappers ask more of a layer than a `Variational` answers: they are wrapped as a whole."""
+    shape = (4, 6, 5) if "TimeDistributed" in type(make()).__name__ else (4, 5)
+    model = keras.Sequential([keras.Input(shape), make()])
+    shake(model)
+    twin, lines = converted(model, rank=2)
+    assert any("-> Variational(" in line for line in lines)
+    assert all(weight.update is not None for weight in posteriors(twin))
+    assert_same(model, twin, kv.to_deterministic(twin))

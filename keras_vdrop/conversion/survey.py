@@ -65,10 +65,15 @@ class Place:
         return f"{self.path} ({type(self.layer).__name__})"
 
 
-def survey(model):
-    """Return the places of a model, in its order. A layer that is at several places is listed at the first."""
+def survey(model, has_counterpart=lambda layer: True):
+    """Return the places of a model, in its order. A layer that is at several places is listed at the first.
+
+    Args:
+        model: A built model.
+        has_counterpart: Function from a layer of a class in `COUNTERPARTS` to whether the counterpart supports it.
+    """
     if is_plain_graph(model):
-        every = _in_graph(model, "", ())
+        every = _in_graph(model, "", (), has_counterpart)
     else:  # a subclassed model, where only its own code knows how its layers are used
         every = [Place(model, model.name, (), VARIATIONAL if posteriors(model) else OTHER)]
     found = {}
@@ -77,11 +82,11 @@ def survey(model):
     return list(found.values())
 
 
-def _in_graph(graph, path, around):
-    return [place for layer in graph.layers for place in _visit(layer, path + layer.name, around)]
+def _in_graph(graph, path, around, has_counterpart):
+    return [place for layer in graph.layers for place in _visit(layer, path + layer.name, around, has_counterpart)]
 
 
-def _visit(layer, path, around):
+def _visit(layer, path, around, has_counterpart):
     """Return the places within a layer, or the layer itself as one place."""
 
     def here(kind):
@@ -90,14 +95,18 @@ def _visit(layer, path, around):
     if isinstance(layer, (DropIn, StochasticLayer)):
         return here(VARIATIONAL) if posteriors(layer) else []
     if is_graph(layer):
-        return _in_graph(layer, f"{path}/", (*around, layer))
+        return _in_graph(layer, f"{path}/", (*around, layer), has_counterpart)
     if type(layer) in COUNTERPARTS:
         return here(ADAPTED if getattr(layer, "lora_enabled", False) else COUNTERPART)
     if type(layer) in NOISES:
         return here(NOISE)
     exchangeable = layers_in_config(layer)
-    inner = [place for each in exchangeable for place in _visit(each, f"{path}/{each.name}", (*around, layer))]
-    if inner and _hold_all_kernels(exchangeable, layer) and _can_hold(layer, inner):
+    inner = [
+        place
+        for each in exchangeable
+        for place in _visit(each, f"{path}/{each.name}", (*around, layer), has_counterpart)
+    ]
+    if inner and _hold_all_kernels(exchangeable, layer) and _can_hold(layer, inner, has_counterpart):
         return inner
     if posteriors(layer):
         return here(VARIATIONAL)
@@ -109,13 +118,15 @@ def _hold_all_kernels(some, layer):
     return all(id(kernel) in held for kernel in kernels(layer))
 
 
-def _can_hold(layer, inner):
+def _can_hold(layer, inner, has_counterpart):
     """Return whether the replacements of its sublayers work in a layer.
 
-    Only `TimeDistributed` can hold a `Variational`, which replaces a layer of the kind `OTHER`: other wrappers use more
-    of their layers than a call.
+    Only `TimeDistributed` can hold a `Variational`, which replaces a layer without a counterpart: other wrappers use
+    more of their layers than a call.
     """
-    return isinstance(layer, layers.TimeDistributed) or all(place.kind != OTHER for place in inner)
+    if isinstance(layer, layers.TimeDistributed):
+        return True
+    return all(place.kind != OTHER and (place.kind != COUNTERPART or has_counterpart(place.layer)) for place in inner)
 
 
 def kernels(layer):

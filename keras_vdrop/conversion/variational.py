@@ -200,7 +200,7 @@ class _Change:
 
 def _changes(model, wanted, arguments, dropout):
     """Return the changes, and the number of layers with kernels that `wanted` leaves out."""
-    places = survey(model)
+    places = survey(model, lambda layer: _reason_against(layer, arguments) is None)
     chosen = set(map(id, choose(places, wanted, model)))
     changes = []
     for place in places:
@@ -224,16 +224,23 @@ def _change(place, is_model, arguments):
     _check_groups(place, arguments.kernel_prior)
     why_not = "there is no class of ours for it"
     if place.kind == COUNTERPART:
-        try:
+        why_not = _reason_against(layer, arguments)
+        if why_not is None:
             new = counterpart(layer, arguments)
-        except (TypeError, ValueError) as error:
-            why_not = str(error)
-        else:
             notes = _notes(layer, arguments.estimator, new)
             line = f"{place.path}: {cls} -> {type(new).__name__}{notes}"
             return _Change(place, line, functools.partial(counterpart, layer, arguments))
     make = functools.partial(wrapped_model if is_model else wrapped, layer, arguments)
     return _Change(place, f"{place.path}: {cls} -> Variational({cls}), as {why_not}{_notes(layer)}", make)
+
+
+def _reason_against(layer, arguments):
+    """Return why the layer's counterpart cannot replace it, or None if it can."""
+    try:
+        counterpart(layer, arguments)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _check_groups(place, prior):
