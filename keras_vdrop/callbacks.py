@@ -75,7 +75,7 @@ class ELBO(keras.callbacks.Callback):
     Raises:
         ValueError: For a value out of range. In `fit`: for a model without variational weights; for an impossible
             `num_examples`; if c cannot be derived, or differs between the losses of several outputs; for a callable of
-            the batch if `fit` resumes at an epoch and the number of batches before it is unknown.
+            the batch if `fit` resumes at a later epoch and the number of batches before it is unknown.
 
     Warns:
         Each once: if it replaces a `kl_weight` that a layer was given; if a variational layer is called that does not
@@ -173,7 +173,7 @@ class ELBO(keras.callbacks.Callback):
         return SCHEDULES[self.schedule](min(1.0, max(0.0, elapsed / warmup)))
 
     def _warmup(self):
-        """(start_epoch, warmup_epochs)."""
+        """Return (start_epoch, warmup_epochs)."""
         if self.start_epoch is None and self.warmup_epochs is None:
             if self._epochs is None:
                 raise ValueError(
@@ -233,7 +233,7 @@ class ELBO(keras.callbacks.Callback):
         if not self._pending:
             return
         self._factor = self._find_factor(self._observer.outputs)
-        if keras.backend.backend() != "jax":  # there the step already holds its weights: set after the first batch
+        if keras.backend.backend() != "jax":  # on JAX, the step already holds its weights; they are set after the batch
             with _eagerly():
                 self._start()
 

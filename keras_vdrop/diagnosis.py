@@ -18,8 +18,8 @@ _STEPS_TO_GO = 200
 # The fewest epochs under one KL weight that show a trend of the NLL.
 _EPOCHS = 5
 # The posterior has hardly moved if the KL is more than `_SHARE` times the NLL and more than `_HALF` of its initial
-# value, the log variances are within `_LITTLE` nats of their start, and the path is straight: the ratio of distance to
-# length is above `_STRAIGHT`.
+# value, the log variances are within `_LITTLE` nats of their start, and the path is straight (distance / length above
+# `_STRAIGHT`) or, for a new posterior, shorter than `_LITTLE` nats.
 _SHARE, _HALF, _LITTLE, _STRAIGHT = 1.0, 0.5, 1.0, 0.8
 # A smaller |NLL| counts as this much: where y has a density, an NLL of 0 has no special meaning.
 _LEAST_NLL = 0.1

@@ -4,7 +4,7 @@ import keras
 
 
 class _Layouts:
-    """Wraps a distribution, with a function that gives the layout of a variable."""
+    """A distribution that takes the layout of each variable from a function."""
 
     def __init__(self, distribution, layout):
         self._distribution, self._layout = distribution, layout
@@ -23,7 +23,7 @@ def named_as_in_keras(add_weight, suffix):
 
     Args:
         add_weight: The method of a layer.
-        suffix: What the variable's name has in addition to the name in Keras's layer.
+        suffix: The end of the variable's name that the name in Keras's layer does not have.
     """
 
     def layout(distribution, variable):

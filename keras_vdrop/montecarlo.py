@@ -42,7 +42,7 @@ _KERAS_NOISE = (
     layers.AlphaDropout,
 )
 
-# The fewest values of y from which `evaluate` judges whether a model predicts worse than the mean and variance of y.
+# The fewest values of y for which `evaluate` may warn that predictions are worse than the mean and variance of y.
 _ENOUGH = 30
 
 
@@ -66,7 +66,7 @@ class MonteCarlo(keras.Model):
     given a loss, the loss is −log p(y), where p is the mean probability, or the normal distribution with that mean and
     the sum of both variances. Like the training losses, it is the mean over the class labels of an example (Keras's
     cross-entropies), or the sum over the numbers of an example (`losses`); several outputs are summed. Weights of
-    examples or of time steps, and the masks of the outputs, apply.
+    examples or of time steps, and the masks of the outputs, are taken into account.
 
     Args:
         model: A built `keras.Model` with at least one variational layer.
@@ -191,7 +191,7 @@ class MonteCarlo(keras.Model):
         shape = self.num_samples, len(generator_states(self.model))
         generator = FixedSeeds(self.seed_generator.state) if self.consistent else self.seed_generator
         seeds = keras.random.randint(shape, 0, 2**31 - 1, seed=generator)
-        # XLA cannot bound the loops, such as an RNN's, that TensorFlow has vectorised.
+        # XLA cannot tell where a loop ends, such as an RNN's, once TensorFlow has vectorised it.
         together = 1 if _in_tensorflow() and self.jit_compile else self.sample_batch_size
         first = self.num_samples % together or min(together, self.num_samples)
         if first == self.num_samples:
@@ -359,7 +359,7 @@ class MonteCarlo(keras.Model):
     def predict(self, x, *args, **kwargs):
         """Predict as in Keras; return `Predictions`, a dict of them by output name, or an array of samples.
 
-        Inputs without rows give arrays without rows. A data set without a batch does not tell the shapes for that.
+        Inputs without rows give arrays without rows. A data set without a batch does not tell their shapes.
 
         Raises:
             ValueError: For a data set or generator without a batch.
@@ -480,7 +480,7 @@ class MonteCarlo(keras.Model):
         return super().compute_metrics(x, y, point, weight)
 
     def _rows(self, y, found, weight):
-        """Return (y, statistics, weight) of every output that has a y, by name; the name None stands for one output."""
+        """Return (y, statistics, weight) of every output that has a y, by name; None is the name of a single output."""
         if self.output_kind == "samples":
             raise ValueError('`evaluate` compares y with a statistic. Received: output="samples"')
         if not self._is_named:
@@ -551,7 +551,8 @@ def _serialized(likelihood):
 def _readings(likelihood, from_logits):
     """Return a `_Reading` for each output, by name.
 
-    A `likelihood` that is not a dict has the name None: it is that of the only output, or None for any structure.
+    Without a dict there is one `_Reading`, named None: for the only output, or with `likelihood=None` for outputs of
+    any structure.
     """
     if not isinstance(likelihood, dict):
         if isinstance(from_logits, dict):
@@ -660,7 +661,7 @@ def _check_metrics(metrics, readings):
 
 
 class _Reading:
-    """How a likelihood reads one output: as which samples, with which statistics, and scored how against y.
+    """How a likelihood reads one output: what its samples are, which statistics it has, and how it is scored against y.
 
     Args:
         likelihood, from_logits: As for `MonteCarlo`.
@@ -847,7 +848,7 @@ class _MomentsNLL(NegativeLogLikelihood):
 
 
 class _Seen(keras.metrics.Metric):
-    """Collects facts about predictions and y in `evaluate`, and reports them at its end; it does not appear in logs."""
+    """Base of metrics that collect facts in `evaluate` and report them at its end; they do not appear in the logs."""
 
     def result(self):
         return {}
@@ -863,7 +864,7 @@ class _Seen(keras.metrics.Metric):
 
 
 class _Finite(_Seen):
-    """Counts all rows, and the rows with NaN or infinity."""
+    """The number of rows, and the number of rows with NaN or infinity."""
 
     def __init__(self):
         super().__init__(name="finite", dtype="float32")
@@ -888,7 +889,7 @@ class _Finite(_Seen):
 
 
 class _Probabilities(_Seen):
-    """Tracks the range of outputs that should be probabilities, and the range of their sums."""
+    """The range of outputs that should be probabilities, and the range of their sums."""
 
     def __init__(self, name, likelihood):
         super().__init__(name="probabilities", dtype="float32")
@@ -909,7 +910,7 @@ class _Probabilities(_Seen):
 
 
 class _Fit(_Seen):
-    """Compares the NLL of predicted numbers with that of a normal distribution with the mean and variance of y."""
+    """The NLL of predicted numbers, compared with that of a normal distribution with the mean and variance of y."""
 
     def __init__(self, name, reading):
         super().__init__(name="fit", dtype="float32")

@@ -46,10 +46,10 @@ class LossTerms(keras.metrics.Metric):
 
 
 class Observer:
-    """Observes every loss that a model computes in a step of `fit` or of its validation.
+    """Observer of every loss that a model computes in a step of `fit` or of its validation.
 
-    It replaces `model.compute_loss` by a function that calls the original. Steps that are compiled elsewhere do not
-    contain the observer, so `evaluate` outside `fit` returns what it always did.
+    It replaces `model.compute_loss` by a function that calls the original. Steps that are compiled outside
+    a `fit` with the callback do not contain the observer, so `evaluate` returns what it always did.
 
     Args:
         model: A compiled `keras.Model`.

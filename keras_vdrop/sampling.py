@@ -255,7 +255,7 @@ def is_repeated(generator):
 
 
 def advance(generator):
-    """Advance a layer's generator now, or when the scope ends if draws are consistent; not if it is repeated."""
+    """Advance a layer's generator: when the scope ends if draws are consistent, otherwise now unless it is repeated."""
     if is_consistent():
         _current().held[id(generator.state)] = generator.state
     elif not is_repeated(generator):

@@ -95,7 +95,7 @@ _MORE = ("acc", "auc", "precision", "recall", "f1", "score", "iou", "true_", "si
 def select_threshold(
     model, x, y=None, tolerance=0.01, metric="accuracy", mode="auto", thresholds=None, batch_size=None, prepare=None
 ):
-    """Find the threshold that prunes most weights while a metric gets worse by at most a tolerance.
+    """Find the threshold that prunes the most weights while a metric gets worse by at most a tolerance.
 
     The function prunes the model at each threshold, evaluates it and restores it: the model does not change.
 
