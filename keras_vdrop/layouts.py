@@ -1,10 +1,10 @@
-"""Where the variables of a weight are, among several devices: `keras.distribution.ModelParallel` in JAX."""
+"""How the variables of a posterior are split over devices under `keras.distribution.ModelParallel` (JAX)."""
 
 import keras
 
 
 class _Layouts:
-    """A distribution that asks a function first for the layout of a variable."""
+    """A distribution that takes the layout of each variable from a function."""
 
     def __init__(self, distribution, layout):
         self._distribution, self._layout = distribution, layout
@@ -17,13 +17,13 @@ class _Layouts:
 
 
 def named_as_in_keras(add_weight, suffix):
-    """`add_weight` for the mean of a weight: a layout map made for Keras's layers finds it.
+    """Return an `add_weight` for the mean of a posterior, which follows a layout map made for Keras's layers.
 
-    A key that fits the variable's own path goes first.
+    A key that matches the variable's own path takes precedence over one that matches the path in Keras's layer.
 
     Args:
-        add_weight: Of a layer.
-        suffix: What the name of the variable has more than that of Keras's.
+        add_weight: The method of a layer.
+        suffix: The end of the variable's name that the name in Keras's layer does not have.
     """
 
     def layout(distribution, variable):
@@ -38,7 +38,7 @@ def named_as_in_keras(add_weight, suffix):
 
 
 def laid_out_like(add_weight, reference):
-    """`add_weight` for what belongs to a variable: each axis of the same size is split as that one's is."""
+    """Return an `add_weight` whose variables are split like `reference` along each axis of the same size."""
 
     def layout(distribution, variable):
         axes = getattr(getattr(reference, "_layout", None), "axes", None)
@@ -53,7 +53,7 @@ def laid_out_like(add_weight, reference):
 
 
 def _asking(add_weight, layout):
-    """`add_weight` under a distribution by models, with layouts of our own."""
+    """Return an `add_weight` that takes layouts from `layout` under `ModelParallel`."""
 
     def add(**arguments):
         distribution = keras.distribution.distribution()

@@ -1,4 +1,4 @@
-"""Statistics of BatchNormalization, for a network that predicts without the noise of its training."""
+"""Statistics of BatchNormalization for a network that predicts without the noise of its training."""
 
 import contextlib
 import functools
@@ -11,11 +11,11 @@ from keras_vdrop.posterior import posteriors
 
 
 def update_batch_normalization(model, x, batch_size=128):
-    """Give every BatchNormalization the mean and variance of these inputs without noise, and return the model.
+    """Set the statistics of every BatchNormalization to those of the given inputs without noise, and return the model.
 
-    In `fit`, the moving variance of an activation includes the variance of the noise. `predict` then divides by too
-    large a number, because it adds no noise. Call this after `fit`, or on what `compact` or `to_deterministic` made.
-    A model that `MonteCarlo` runs is better off with the statistics of `fit`: its draws have the noise.
+    In `fit`, the moving variance of an activation includes the variance of the noise. `predict` adds no noise, so it
+    divides by too large a number. Call this function after `fit`, or on the result of `compact` or `to_deterministic`.
+    Do not call it on a model for `MonteCarlo`, whose draws contain the noise: the statistics of `fit` fit it better.
 
     Noise and dropout are off. A layer whose inputs come from another BatchNormalization sees them normalized by the
     statistics of the batch. Over several batches, means and variances are averaged, each batch weighted by its rows.
@@ -29,7 +29,7 @@ def update_batch_normalization(model, x, batch_size=128):
         batch_size: Int, for arrays.
 
     Raises:
-        ValueError: If there are no rows, if arrays differ in their number, or if the model is a `MonteCarlo`.
+        ValueError: If there are no rows, if arrays differ in their number of rows, or if the model is a `MonteCarlo`.
 
     Source: Li et al., 2018, https://arxiv.org/abs/1801.05134 (how noise shifts the variance); Izmailov et al., 2018,
     https://arxiv.org/abs/1803.05407, section 3 (statistics in one pass after training).
@@ -54,7 +54,7 @@ def update_batch_normalization(model, x, batch_size=128):
 
 
 def normalizations_of_noise(model):
-    """Names of the BatchNormalizations that learn and come after drawn weights, in the order of the model's layers."""
+    """Return the names of BatchNormalizations that are not frozen and come after a posterior in the model's layers."""
     owners = {id(posterior.owner) for posterior in posteriors(model)}
     names, noisy = [], False
     for layer in model._flatten_layers():
@@ -70,7 +70,7 @@ def _is_normalization(layer):
 
 @contextlib.contextmanager
 def _collecting(layer):
-    """Let the layer collect statistics although the model is not training."""
+    """Let the layer update its statistics although the model is not training."""
     momenta = {name: getattr(layer, name) for name in ("momentum", "renorm_momentum") if hasattr(layer, name)}
     call = layer.call
 
@@ -88,7 +88,7 @@ def _collecting(layer):
 
 
 def _batches(x, batch_size):
-    """The batches of arrays, or of an iterable of batches."""
+    """Yield the batches of arrays, or the inputs of an iterable of batches."""
     if not (isinstance(x, (dict, list, tuple)) or hasattr(x, "shape")):
         yield from (batch[0] if isinstance(batch, tuple) else batch for batch in x)
         return
