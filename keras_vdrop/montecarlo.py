@@ -39,6 +39,7 @@ _KERAS_NOISE = (
     layers.SpatialDropout2D,
     layers.SpatialDropout3D,
     layers.GaussianDropout,
+    layers.GaussianNoise,
     layers.AlphaDropout,
 )
 
@@ -599,12 +600,12 @@ def _check_draws(model):
 
 
 def _keras_noise(model):
-    """Return the names of the layers with Keras's own dropout at a rate above 0."""
+    """Return the names of the layers with Keras's own dropout or noise, at a rate or scale above 0."""
     found = []
     for layer in model._flatten_layers():
         if isinstance(layer, (StochasticLayer, DropIn)):
             continue
-        names = ("rate",) if isinstance(layer, _KERAS_NOISE) else ("dropout", "recurrent_dropout")
+        names = ("rate", "stddev") if isinstance(layer, _KERAS_NOISE) else ("dropout", "recurrent_dropout")
         rates = [getattr(layer, name, 0.0) for name in names]
         if any(isinstance(rate, numbers.Real) and rate > 0 for rate in rates) and layer.name not in found:
             found.append(layer.name)

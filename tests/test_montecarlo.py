@@ -765,6 +765,7 @@ def keras_dropout(**arguments):
         "dropout": lambda: layers.Dropout(0.2)(x),
         "spatial": lambda: layers.SpatialDropout1D(0.2)(x),
         "gaussian": lambda: layers.GaussianDropout(0.2)(x),
+        "gaussian_noise": lambda: layers.GaussianNoise(0.2)(x),
         "rnn": lambda: layers.LSTM(4, dropout=0.2, return_sequences=True)(x),
         "state": lambda: layers.GRU(4, recurrent_dropout=0.2, return_sequences=True)(x),
         "attention": lambda: layers.MultiHeadAttention(2, 2, dropout=0.2)(x, x),
