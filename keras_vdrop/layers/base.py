@@ -52,7 +52,7 @@ _RETIRED_ESTIMATORS = {"fast_local_reparameterization": "local_reparameterizatio
 
 _SEED_STATE = "seed_generator_state"
 
-# The values of arguments that a config lacks. Such a config, and the optimizer state saved with it, is older than the
+# The values for arguments that a config lacks. Such a config, and the optimizer state saved with it, is older than the
 # argument.
 _BEFORE_RATES = {"log_variance_rate": 1.0}
 
@@ -286,7 +286,7 @@ class StochasticLayer(keras.layers.Layer):
     def _replaying(self, state, noisy, scope):
         token = self._replay.set(_Replay(state, noisy))
         try:
-            with drawing(*scope):  # `noisy` decides whether the call draws, and the scope only how
+            with drawing(*scope):  # as in the first pass; `noisy` decides whether to draw
                 yield
         finally:
             self._replay.reset(token)
@@ -407,7 +407,7 @@ class StochasticLayer(keras.layers.Layer):
         return np.ones(variable.shape, bool) if variable.dtype == "bool" else None
 
     def load_own_variables(self, store):
-        found = {key: store[key] for key in set(store.keys())}  # a store lacks methods of a dict
+        found = {key: store[key] for key in set(store.keys())}  # a store lacks some methods of a dict
         state = found.pop(_SEED_STATE, None)
         scaled = self._scaled()
         for key, variable in self._keys().items() if found else ():
@@ -521,7 +521,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         return product(size for axis, size in enumerate(input_shape) if axis not in shared)
 
     def stock_variables(self):
-        """Leave out the KL's scalars, the low-rank update and, of each posterior, all but its mean."""
+        """Exclude the KL's scalars, the low-rank update and, of each posterior, everything but its mean."""
         own = {id(self._kl_weight), id(self._free_bits)}
         for posterior in posteriors(self):
             stands = posterior.loc if posterior is not self.lora_a else None
@@ -688,7 +688,7 @@ class VariationalLayer(DropIn, StochasticLayer):
 class AffineLayer(VariationalLayer):
     """Mixin for activation(linear(x, kernel) + bias); the subclass defines `linear`."""
 
-    # The name of the outputs, and the axes of the kernel whose indices stand for them.
+    # The name of the outputs, and the axes of the kernel that index them.
     _outputs = "units", (-1,)
 
     def linear(self, x, kernel):

@@ -86,7 +86,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
         return {"words": left_along(kept["embeddings"], (0,)), "columns": left_along(kept["embeddings"], (1,))}
 
     def places(self, input_shape):
-        return 0  # a lookup
+        return 0  # a lookup multiplies nothing
 
     def uses(self, input_shape):
         """Count the indices of an example, since all of them may be equal."""

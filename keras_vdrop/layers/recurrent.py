@@ -166,7 +166,7 @@ class RecurrentCell(VariationalLayer):
         return FixedSeeds(self._held.state, noise.hash_seed(purpose))
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
-        """Do not rematerialize single steps: they are cheap to keep, and must not draw."""
+        """Do not recompute a single step: that is not worth its cost, and a step must not draw."""
         return layer_call
 
     def _both_products(self, operand, like):
@@ -248,7 +248,7 @@ class RecurrentCell(VariationalLayer):
     # For `sparsity`
 
     def places(self, input_shape):
-        return 1  # of a single step
+        return 1  # per step
 
     _gate_names = ()
 
