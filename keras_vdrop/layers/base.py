@@ -583,7 +583,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         given = keras.backend.standardize_dtype(x.dtype)
         if given == weight or not is_float(x):
             return weight
-        # Keras's `result_type` does not take float64.
+        # Except with TensorFlow, Keras's `result_type` turns float64 into float32.
         return "float64" if "float64" in (weight, given) else keras.backend.result_type(weight, given)
 
     def _apply(self, weight, linear, x, noisy, estimator=None, sign_axes=None):
