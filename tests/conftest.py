@@ -29,6 +29,7 @@ def _fresh():
     keras.utils.clear_session(free_memory=next(_TESTS) % 20 == 0)
     keras.utils.set_random_seed(0)
     base._unset.clear()
+    base._told.clear()
 
 
 def pytest_report_header():

@@ -703,3 +703,12 @@ def test_low_rank_of_layers_without_it_within_a_wrapper(make):
     assert any("-> Variational(" in line for line in lines)
     assert all(weight.update is not None for weight in posteriors(twin))
     assert_same(model, twin, kv.to_deterministic(twin))
+
+
+def test_a_kl_weight_that_was_never_set_is_not_set_by_training_and_conversion():
+    model = keras.Sequential([keras.Input((3,)), kv.VariationalDense(4, name="ours"), layers.Dense(2)])
+    with pytest.warns(UserWarning, match="was never set"):
+        model(np.ones((2, 3), "float32"), training=True)
+    twin, _ = converted(model)
+    with pytest.warns(UserWarning, match="was never set"):
+        twin(np.ones((2, 3), "float32"), training=True)

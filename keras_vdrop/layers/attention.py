@@ -136,6 +136,10 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
 
     @free_bits.setter
     def free_bits(self, value):
+        if not self.built:
+            raise ValueError(
+                f"The layer {self.name!r} has not been built: it has no KL yet. Received: free_bits={value!r}"
+            )
         for layer in self._projections:
             layer.free_bits = value
 

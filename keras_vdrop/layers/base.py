@@ -35,8 +35,10 @@ from keras_vdrop.sampling import (
     use_scope,
 )
 
-# Built layers whose `kl_weight` was never set, and about which no warning has been given yet.
+# Built layers whose `kl_weight` was never set.
 _unset = weakref.WeakSet()
+# Those about which a warning has been given.
+_told = weakref.WeakSet()
 
 _UNSET_MESSAGE = (
     "The KL weight of these variational layers was never set, so each layer's KL is averaged over its weights. That "
@@ -100,7 +102,7 @@ def weighed_by_callback(yes):
 
 
 def is_unset(layer):
-    """Return whether the `kl_weight` of a built layer was never set and no warning about it has been given yet."""
+    """Return whether the `kl_weight` of a built layer was never set."""
     return layer in _unset
 
 
@@ -238,8 +240,8 @@ class StochasticLayer(keras.layers.Layer):
 
     def _noisy(self, training):
         """Return whether this call draws; in training, also give pending warnings and call the watcher."""
-        if training and self in _unset:
-            _unset.clear()  # one warning covers all layers built so far
+        if training and self in _unset and self not in _told:
+            _told.update(_unset)  # one warning covers all layers built so far
             warnings.warn(_UNSET_MESSAGE, stacklevel=2)
         if training and self in _heavy:
             _heavy.clear()

@@ -78,7 +78,9 @@ class VariationalGaussianDropout(StochasticLayer):
         check_finite("threshold", threshold)
         prior = priors.get(prior)
         if prior is None:
-            raise ValueError('`prior` is needed for the noise to grow; for noise that does not, write alpha="fixed".')
+            raise ValueError(
+                '`prior` must not be None. For noise that stays as it is, pass alpha="fixed" and no prior.'
+            )
         super().__init__(kl_weight=kl_weight, seed=seed, **kwargs)
         self.rate = float(rate)
         self.alpha = alpha

@@ -430,9 +430,10 @@ class RecurrentLayer(DropIn):
         of_cell = {name: arguments.pop(name) for name in names & set(arguments)}
         of_both = {name: arguments[name] for name in ("dtype", "trainable") if name in arguments}
         has_cudnn = "use_cudnn" in self._keras_arguments()
-        if has_cudnn and arguments.pop("use_cudnn", "auto") not in ("auto", False):
+        use_cudnn = arguments.pop("use_cudnn", "auto") if has_cudnn else "auto"
+        if use_cudnn not in ("auto", False):
             raise ValueError(
-                f'{type(self).__name__} has no cuDNN kernel. Received: use_cudnn=True; pass "auto" or False.'
+                f'{type(self).__name__} has no cuDNN kernel: pass "auto" or False. Received: use_cudnn={use_cudnn!r}'
             )
         cell = self._cell_class(**of_cell, **of_both, name="cell")
         keras.layers.RNN.__init__(self, cell, **arguments)

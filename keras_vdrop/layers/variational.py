@@ -54,8 +54,8 @@ class Variational(StochasticLayer, keras.Model):
         That of the layer.
 
     Raises:
-        ValueError: For a value that is out of range, for a quantized layer, or if `include` and `exclude` leave no
-            weight of the layer to draw.
+        ValueError: For a value that is out of range, for a quantized layer, for an expression that matches no path, or
+            if `include` and `exclude` leave no weight of the layer to draw.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -154,6 +154,13 @@ class Variational(StochasticLayer, keras.Model):
         pairs = [(path, each) for path, each in trained_variables(self.layer) if id(each) not in taken]
         # Sublayers may have the same name.
         found = dict(zip(_distinct(path for path, _ in pairs), (each for _, each in pairs)))
+        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns or ():
+                if not any(_matches([pattern], path) for path in found):
+                    raise ValueError(
+                        f"`{name}` matches no weight of {self.layer.name!r}, whose paths are {list(found)}. "
+                        f"Received: {name}={pattern!r}"
+                    )
         paths = list(filter(_is_kernel(found), found))
         if self.include is not None:
             paths = [path for path in found if _matches(self.include, path)]
