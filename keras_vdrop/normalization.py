@@ -35,7 +35,7 @@ def update_batch_normalization(model, x, batch_size=128):
     https://arxiv.org/abs/1803.05407, section 3 (statistics in one pass after training).
     """
     check_positive_int("batch_size", batch_size)
-    if isinstance(getattr(model, "model", None), keras.Model):
+    if hasattr(model, "consistent") and isinstance(getattr(model, "model", None), keras.Model):  # a `MonteCarlo`
         raise ValueError(f"{type(model).__name__} draws weights: pass its `.model`, which predicts without noise.")
     layers = [each for each in model._flatten_layers() if _is_normalization(each)]
     seen = 0
