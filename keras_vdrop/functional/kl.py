@@ -243,8 +243,8 @@ def scale_mixture(loc, log_variance, probability, scale, narrow_scale):
     k = 0.5 * (narrow_scale**-2 - scale**-2)
     loc, log_variance = tensors(loc, log_variance, least="float32")
     deviation = ops.exp(0.5 * log_variance)
-    # Beyond `reach`, softplus is below e^−16 of its greatest value; beyond 6 standard deviations, q is. The limits are
-    # in standard deviations from `loc`, which stay distinct in float32 even if the weights themselves round to `loc`.
+    # Beyond `reach`, softplus is below about e^−16 of its maximum; beyond 6 standard deviations, q is. The limits are
+    # in standard deviations from `loc`, which stay distinct in float32 even if the weights round to `loc`.
     reach = math.sqrt((max(c, 0.0) + 16.0) / k)
     inverse = ops.exp(-0.5 * log_variance)
     low, high = (ops.clip((end - loc) * inverse, -6.0, 6.0) for end in (-reach, reach))
