@@ -61,7 +61,7 @@ def aligned(y, shape, sizes=None):
 
 
 def _has_rank(tensor):
-    """Return whether the number of axes is known. In a graph that TensorFlow traced for several numbers, it is not."""
+    """Return whether the number of axes is known. It is not in a graph that TensorFlow traced for several ranks."""
     return getattr(tensor.shape, "rank", 0) is not None
 
 
