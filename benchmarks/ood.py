@@ -8,8 +8,8 @@ The benchmark compares seven kinds of one small convolutional network, trained f
 - dropout: `MonteCarloDropout` before the dense layers, also active at prediction;
 - bayesian: our layers with each prior, and an ensemble of five with the normal prior.
 
-Dropout and the Bayesian networks predict by 40 draws, an ensemble by 40 draws of all members together. The prediction
-is the mean probability over the draws, or over the plain networks.
+Dropout and the Bayesian networks predict by 40 draws; in the Bayesian ensemble, each member contributes eight of them.
+The prediction is the mean probability over the draws, or over the members of the plain ensemble.
 
 The scores on the test images of MNIST or Fashion-MNIST (`--images`) are accuracy, NLL and ECE. Two AUROCs tell how well
 images of the other data set, or of the file `--ood`, are separated from these: by the predictive entropy, which is the
