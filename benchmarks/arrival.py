@@ -113,7 +113,7 @@ def sine_network(dense):
 
 
 def fit_log_variances(model, x, y, epochs):
-    """Freeze the means and train the rest, above all the log variances, at the full KL weight."""
+    """Freeze the means and train the log variances alone, at the full KL weight after the first epoch."""
     for weight in kv.posterior.posteriors(model):
         weight.loc.trainable = False
     steps = epochs * -(-len(x) // 32)
