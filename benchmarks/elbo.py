@@ -9,8 +9,8 @@ Three networks train for the same number of steps, at the same learning rate and
 - defaults: our layers with their default arguments.
 
 All are scored in the same way, regardless of how they trained: the negative ELBO of all 60,000 training images in nats
-per image, with 20 draws by the default estimator and the exact KL; the error on the 10,000 test images; and the number
-of weights kept at the default threshold. DIR holds mnist.npz.
+per image, with 20 draws of the exact Gaussian noise and the exact KL; the error on the 10,000 test images; and the
+number of weights kept at the default threshold. DIR holds mnist.npz.
 """
 
 import functools
