@@ -14,7 +14,7 @@ lower weight of the KL (tuned in the same way). Tensors then shrink, and the net
 against the dense one. This mode leaves out "magnitude".
 
 DIR holds mnist.npz and fashion_mnist.npz with x_train, y_train, x_test, y_test: images of 28×28 bytes, and labels.
-Without --data, the files are read from the cache folder of `keras.datasets`.
+Without a data folder, mnist.npz is read from the cache folder of `keras.datasets`.
 """
 
 import dataclasses
