@@ -604,7 +604,8 @@ def test_a_likelihood_for_each_output(structure, tmp_path):
 
 
 def test_likelihoods_by_name_of_any_kind(tmp_path):
-    """A likelihood may be a loss, None or a name, with logits or probabilities."""
+    """The likelihood per output may be a loss, None or a name, with logits or probabilities. It survives saving, and a
+    model with a single output takes a dict too."""
     inputs = keras.Input((4,))
     h = kv.VariationalDense(3, kl_weight=0.1)(inputs)
     heads = {
