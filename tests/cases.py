@@ -294,7 +294,7 @@ def rates(layer_or_model):
 
 
 def randomize(layer_or_model, log_variance=(-4.0, 1.0)):
-    """Set standard normal means and uniform log variances, so that every term of the KL and the noise matters."""
+    """Set standard normal means and uniform log variances, so that every term matters."""
     rng = np.random.default_rng(0)
     for weight in posteriors(layer_or_model):
         if weight.loc.trainable:
