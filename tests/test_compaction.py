@@ -149,7 +149,7 @@ def test_a_trained_resnet_stays_the_same_from_conversion_to_compaction(group_axi
     np.testing.assert_allclose(array(small(x)), pruned, rtol=1e-5, atol=1e-5 * np.abs(pruned).max())
     assert stock(small)
     firsts = [layer.filters for layer in small.layers if isinstance(layer, layers.Conv2D)]
-    if group_axis == -2:  # the next layer ignores some filters, even after normalization
+    if group_axis == -2:  # filters that the next layer does not read go, even before a normalization
         assert small.count_params() < 0.6 * trained.count_params() and firsts[1] < 6
 
 
@@ -405,7 +405,7 @@ def test_places_that_move():
             4,
             8,
             12,
-        )  # 3 channels at 4 positions each, so a multiple of 4
+        )  # up to 3 channels, at 4 positions each
         assert small.count_params() < model.count_params() / 2
 
 
