@@ -695,7 +695,7 @@ def test_layers_that_cannot_be_made_again():
     ],
 )
 def test_low_rank_of_layers_without_it_within_a_wrapper(make):
-    """Recurrent wrappers need more attributes of their layer than `Variational` has, so `Variational` wraps them whole."""
+    """Recurrent wrappers need attributes that `Variational` lacks, so `Variational` wraps the whole wrapper."""
     shape = (4, 6, 5) if "TimeDistributed" in type(make()).__name__ else (4, 5)
     model = keras.Sequential([keras.Input(shape), make()])
     shake(model)
