@@ -110,7 +110,7 @@ def own_layers(layer):
 def test_weights_from_before_a_key_existed(case):
     """Weights load without the optional keys, and fail to load without any other key.
 
-    Optional are the generator's state, the masks, the KL weight and the free bits.
+    Optional are the generator's state, the masks, the KL weight, the free bits and the log scale of a prior.
     """
     layer, other = case.built(), case.built()
     if case.is_wrapper:
