@@ -41,7 +41,7 @@ class OwnCell(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="tests_of_conversion")
 class OwnDense(layers.Layer):
-    """A user-defined layer, which has no counterpart."""
+    """A user-defined layer without a counterpart, whose weight `w` has none of the names that Keras uses."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
