@@ -1,4 +1,4 @@
-"""A row's predictive distribution is one, whether draws are each row's own or one function for all of them."""
+"""The predictive distribution of an example is the same with per-example and with consistent draws."""
 
 import numpy as np
 
@@ -10,13 +10,13 @@ DRAWS = 250
 
 
 def draws(model, x, consistent):
-    """Of the rows in one batch, and of the same rows in a second one: two arrays (B, S, ...)."""
+    """Return the draws for `x` in one batch and for the same `x` in a second batch: two arrays (B, S, ...)."""
     sampler = kv.MonteCarlo(model, DRAWS, output="samples", seed=3, consistent=consistent, sample_batch_size=125)
     return np.split(sampler.predict(np.concatenate([x, x]), batch_size=len(x), verbose=0), 2)
 
 
 def flat(values):
-    """The draws (B, S, ...) as (S, ·)."""
+    """Reshape draws (B, S, ...) to (S, B·...)."""
     return np.swapaxes(values, 0, 1).reshape(DRAWS, -1).astype("float64")
 
 
@@ -25,9 +25,9 @@ def means_and_errors(values):
 
 
 def test_draws_of_rows_and_of_functions_agree(case):
-    """In the mean and in the variance of every number, by an estimator whose noise is a draw of the weight.
+    """Mean and variance of every output agree, under an estimator whose noise is a draw of the weights.
 
-    Draws that are functions are the same ones for the rows of every batch; others are not.
+    Consistent draws are the same for every batch; per-example draws differ.
     """
     model = case.model(**{"estimator": case.ours.get("estimator", "flipout")} if case.is_kernel else {})
     randomize(model, log_variance=(-3.0, -1.0))
