@@ -24,9 +24,9 @@ It compares these variants of each network:
 The result holds for each variant: the number of trainable parameters; the time of a step in ms (median of interleaved
 repeats) and its ratio to the baseline: the original Keras layers, `enable_lora` for the rank-8 variants, or the network
 in PyTorch; the seconds of the conversion and of the first step, which includes compilation; the growth of the process
-in MB during conversion and during five steps; and its peak memory in the steps. Each variant runs in a process of its
-own for the measurements from the conversion on. `dnn_to_bnn` changes the given network in place; `to_variational`
-returns a new one.
+in MB during conversion and during five steps; and its peak memory in the steps. The times of conversion and first step
+and the memory are measured in a separate process for each variant. `dnn_to_bnn` changes the given network in place;
+`to_variational` returns a new one.
 """
 
 import functools
