@@ -146,7 +146,7 @@ def learn_rows(networks, options, learn, rows=None):
 
 
 def _learn_side_by_side(options, rows, settings):
-    """Run this command in `options.jobs` processes, each of which saves its share of the rows in its own file; merge them.
+    """Run this command in `options.jobs` processes, each with its own share of the rows and file; merge the files.
 
     After an interruption, `--resume` reads those files.
     """
@@ -215,7 +215,7 @@ def about():
 
 
 def _processor():
-    """Its name, where Linux or Python knows it."""
+    """Return the name of the processor, from Linux or else from Python."""
     path = pathlib.Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
