@@ -5,12 +5,12 @@
 Times are medians of repeats after compilation; ratios are taken within one run. The compared functions run in turn, so
 that other load on the machine affects all of them alike. Each topic is measured with and without XLA:
 
-- training: the time of a step of two networks of dense layers, of LeNet-5 and of an LSTM, with Keras's layers, ours, and
-  those of TensorFlow Probability and of packages for PyTorch, if they are installed (peers.py says how).
+- training: the time of a step of two networks of dense layers, of LeNet-5 and of an LSTM, with Keras's layers, ours,
+  and those of TensorFlow Probability and of packages for PyTorch, if they are installed (peers.py says how).
 - prediction: the time to get the mean probability of 100 draws for 1,000 examples. `MonteCarlo` with per-example draws
-  and with consistent ones is compared with its alternatives: a Python loop over `model(x, training=True)`, the same loop
-  over a compiled function, and one call of that function on every example repeated 100 times. The topic also measures,
-  in a separate process, how far memory rises above that of the process with the built model.
+  and with consistent ones is compared with its alternatives: a Python loop over `model(x, training=True)`, the same
+  loop over a compiled function, and one call of that function on every example repeated 100 times. The topic also
+  measures, in a separate process, how far memory rises above that of the process with the built model.
 - growth: the time of a training step against the width, depth and batch size, and that of `MonteCarlo` against the
   number of draws, with the exponent of the growth between the last two sizes; `--plot FILE.png` plots it.
 - memory: growth and peak of the memory of a process that trains the network 1024-1024-1024-10.
@@ -293,7 +293,7 @@ def _forget_peak():
 
 
 def _resident(kind):
-    """Return the memory of this process in MB, current ("VmRSS") or peak ("VmHWM"); NaN if it is not Linux."""
+    """Return the memory of this process in MB, current ("VmRSS") or peak ("VmHWM"); NaN without Linux's /proc."""
     status = pathlib.Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(kind)), math.nan)
