@@ -1,8 +1,8 @@
 """Compare word-level LSTM language models: plain, with Keras's dropout, with ours, and Bayesian, after equal steps.
 
-A network consists of an embedding, LSTM layers, and a dense layer to the logits of the next word. The text is cut into as
-many streams as a batch has rows, and each row continues where it ended in the batch before (`stateful`). Every token is
-an example, so the KL weight is 1 / tokens. The defaults suit two cores: the beginning of WikiText-2 with its most
+A network consists of an embedding, LSTM layers, and a dense layer to the logits of the next word. The text is cut into
+as many streams as a batch has rows, and each row continues where it ended in the batch before (`stateful`). Every token
+is an example, so the KL weight is 1 / tokens. The defaults suit two cores: the beginning of WikiText-2 with its most
 frequent words; one index stands for all others. This shows which networks overfit. Perplexities are comparable with
 published ones only with the whole text and vocabulary (second command):
 

@@ -21,8 +21,8 @@ PADDING, UNKNOWN = 0, 1
 def load(options):
     """Return {part: (indices (N, LENGTH), labels (N, 1))} and the size of the vocabulary.
 
-    The parts are "train" (80 %), "validation" (10 %) and "test" (10 %), the same for all seeds. The vocabulary is that of
-    the training sentences.
+    The parts are "train" (80 %), "validation" (10 %) and "test" (10 %), the same for all seeds. The vocabulary consists
+    of words of the training sentences, and of two indices for padding and unknown words.
     """
     sentences, labels = made_up() if options.quick else rt_polarity(options.data)
     parts = split(len(labels))
