@@ -223,7 +223,7 @@ def _processor():
 
 
 def _accelerator():
-    """Its name, or None where the backend has none or has not been imported."""
+    """Return the name of the backend's GPU, or None without one, or if no backend has been imported."""
     backend = sys.modules["keras"].backend.backend() if "keras" in sys.modules else None
     if backend == "jax":
         device = sys.modules["jax"].devices()[0]

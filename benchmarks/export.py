@@ -79,7 +79,7 @@ FORMATS = {
 }
 
 
-# Settings of the networks in the published table.
+# Settings of the networks in the result table.
 SLOW = {"initial_log_variance": -10.0, "log_variance_rate": 1.0, "estimator": "local_reparameterization"}
 PRIORS = {"weights": "log_uniform", "groups": kv.priors.ARD(group_axis=-1)}
 

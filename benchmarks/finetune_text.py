@@ -124,7 +124,7 @@ def _wikipedia(folder):
 
 
 def _of_lengths(sentences, lengths):
-    """Cut a sentence to each length, so that lengths do not distinguish the two sets; each sentence serves once."""
+    """Cut the next unused, long enough sentence to each length, so that lengths do not distinguish the sets."""
     left, found = list(sentences), []
     for length in lengths:
         length = min(length, LENGTH - 2)

@@ -11,8 +11,9 @@ that other load on the machine affects all of them alike. Each topic is measured
   and with consistent ones is compared with its alternatives: a Python loop over `model(x, training=True)`, the same
   loop over a compiled function, and one call of that function on every example repeated 100 times. The topic also
   measures, in a separate process, how far memory rises above that of the process with the built model.
-- growth: the time of a training step against the width, depth and batch size, and that of `MonteCarlo` against the
-  number of draws, with the exponent of the growth between the last two sizes; `--plot FILE.png` plots it.
+- growth: the time of a training step against the width, depth and batch size, and that of `MonteCarlo` and the compiled
+  loop against the number of draws, with the exponent of the growth between the last two sizes; `--plot FILE.png` plots
+  it.
 - memory: growth and peak of the memory of a process that trains the network 1024-1024-1024-10.
 
 `--backend` and `--device` select the backend and the device; the defaults are KERAS_BACKEND and the device that the

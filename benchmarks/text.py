@@ -11,7 +11,7 @@ from keras_vdrop.functional import calibration
 
 LENGTH, BATCH = 48, 64
 
-# Settings of the published tables. Noise starts high, since a network memorises these sentences before noise can grow,
+# Settings behind the result tables. Noise starts high, since a network memorises these sentences before noise can grow,
 # and log variances change slowly. SPARSIFIER also draws separate noise for every word, which prunes most.
 SLOW = {"initial_log_variance": -7.0, "log_variance_rate": 1.0}
 SPARSIFIER = {**SLOW, "estimator": "local_reparameterization"}
