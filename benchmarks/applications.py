@@ -1,23 +1,21 @@
-"""Does every network of `keras.applications` come through conversion as it was? Each there and back, and by a file.
+"""Check that converting the networks of `keras.applications`, there and back and through a file, keeps their outputs.
 
     python benchmarks/applications.py --out benchmarks/results/applications.json
 
-Beside them are two backbones of KerasHub, where it is installed (`pip install keras-hub`), small ones built from their
-arguments: BERT and a ResNet.
+If KerasHub is installed (`pip install keras-hub`), two small backbones of it, BERT and a ResNet, are checked too.
 
-Each is made with random weights, biases and moments, for images of the smallest size that it takes, without the
-activation at its end, and then
+Each network has random weights, biases and moments. Those of `keras.applications` take images of the smallest size that
+they accept, and have no final activation. `to_variational` converts the network; the variational model is saved and
+loaded; `to_deterministic` converts the loaded model back. The outputs of the converted, the loaded and the
+reconverted model for two examples are compared with those of the original: the largest absolute difference, divided by
+the largest absolute output.
 
-- converted by `to_variational`, saved, loaded, and converted back by `to_deterministic`;
-- each of these is compared with the network: the largest difference of its outputs for two rows, over the largest
-  output.
+The result holds for each network: these differences; how many of its weights have a posterior, and how many weights its
+kernels and tables have in all; the seconds of building the network, of both conversions, of saving and of loading; and
+the size of the file relative to that of the original network.
 
-Kept of each: the differences; how many of its weights have become distributions, and of the kernels and tables among
-them how many there are; seconds of making the network by Keras, of both conversions, of saving and of loading; and how
-large the file is beside Keras's own.
-
-`--only NAME ...` makes some of them, beside those that `--out` holds with `--resume`; `--jobs` shares them among
-processes.
+`--only NAME ...` checks only these networks; with `--resume`, the rows that `--out` already holds are kept. `--jobs`
+distributes the networks over several processes.
 """
 
 import importlib.util
@@ -35,7 +33,7 @@ import keras_vdrop as kv
 from keras_vdrop.conversion import take_over
 from keras_vdrop.posterior import posteriors
 
-# What networks take at least, if not 32: their own sums of strides and paddings.
+# Image sizes to try, in this order: some networks do not accept 32.
 SIZES = (32, 64, 71, 75, 96, 128, 160, 224, 331)
 CLASSES, ROWS = 10, 2
 HUB = ("keras_hub.BertBackbone", "keras_hub.ResNetBackbone")
@@ -43,7 +41,7 @@ QUICK = ("MobileNetV2",)
 
 
 def networks():
-    """{name: function} of all of them, the alias of another left out."""
+    """Return {name: function} of all networks, without aliases."""
     found = {}
     for name, function in sorted(vars(keras.applications).items()):
         if isinstance(function, types.FunctionType) and name[0].isupper() and function not in found.values():
@@ -52,7 +50,7 @@ def networks():
 
 
 def made(name):
-    """The network, and inputs to it: of `keras.applications`, images of the smallest size that it takes."""
+    """Build the network and random inputs; for `keras.applications`, images of the smallest accepted size."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     if name in HUB:
@@ -97,7 +95,7 @@ def _from_hub(name, rng):
 
 
 def shake(model):
-    """Move biases, scales and moments from 0 or 1, where a copy with fresh ones could not be told from this one."""
+    """Change biases, scales and moments from 0 or 1, so that a copy which lost them gives other outputs."""
     rng = np.random.default_rng(0)
     for weight in model.weights:
         if len(weight.shape) == 1:
@@ -106,19 +104,19 @@ def shake(model):
 
 
 def kernels(model):
-    """How many numbers are in weights of at least two axes."""
+    """Count the elements of all trainable weights with two axes or more."""
     return sum(int(np.prod(each.shape)) for each in model.trainable_weights if len(each.shape) > 1)
 
 
 def timed(function, *arguments):
-    """What it returns, and the seconds that it took."""
+    """Return the result of the function, and the seconds that it took."""
     begin = time.perf_counter()
     result = function(*arguments)
     return result, time.perf_counter() - begin
 
 
 def convert(name):
-    """The row of a network."""
+    """Convert one network there and back, and return its row of results."""
     (model, x), seconds = timed(made, name)
     shake(model)
 
@@ -157,10 +155,10 @@ def main():
     names = [*networks(), *(HUB if importlib.util.find_spec("keras_hub") else ())]
     parser.add_argument("--only", nargs="+", choices=names, help="some of them")
     options = parser.parse_args()
-    options.seeds = 1  # a difference of rounding has no spread
+    options.seeds = 1  # rounding differences do not depend on the seed
     warnings.simplefilter("ignore")
     names = options.only or (QUICK if options.quick else names)
-    del options.only  # rows of some are those of all
+    del options.only  # it does not affect a row, so `--resume` may use another one
     rows = common.learn_rows(names, options, lambda name, seed: convert(name))
     print(f"\n{'':<20}{'parameters':>13}{'drawn':>8}{'converted':>11}{'loaded':>9}{'back':>9}  seconds")
     for name, (row,) in sorted(rows.items()):

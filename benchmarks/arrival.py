@@ -1,20 +1,22 @@
-"""Does a posterior arrive in a run of usual length, at Keras's default rate? The defaults, beside those before them.
+"""Does the posterior converge in a training run of usual length? The current default arguments against earlier ones.
 
     python benchmarks/arrival.py --topics regression digits --seeds 5 --out benchmarks/results/arrival_small.json
     python benchmarks/arrival.py --topics mnist pruning --data DIR --out benchmarks/results/arrival_images.json
 
-"fixed" are the arguments that were the defaults: log variances start at −10, a step moves them by one learning rate,
-and "normal" is N(0, 1). "default" names nothing but the prior.
+"fixed" passes the earlier defaults: log variances start at −10, one Adam step moves them by about the learning rate
+(`log_variance_rate=1`), and the "normal" prior is N(0, 1). "default" passes only the prior. The topics are:
 
-- regression: 300 rows on two stretches, 1-50-50-2, 600 steps at 1e-3 and 2,000 at 1e-2. The KL a row, and the epistemic
-  standard deviation at the data (the greater of two), between them and beyond them. After the 600 steps, the log
-  variances alone learn for another 4,000, which shows what the means leave them to find.
-- digits: the first 1,400 of scikit-learn's, a small convolutional network, 25 epochs at 3e-3. The accuracy on the rest.
-- mnist: 784-300-100-10, 8 epochs, batches of 128, Adam from 1e-3 linearly to 0, the KL from the second epoch on and
-  whole three epochs later. The negative ELBO of all 60,000 images in nats an image, by 20 draws of the noise and the
-  exact KL, and its two parts; the test error of the mean, and the NLL of the mean of 20 draws; the ratio and the error
-  of what `prune` leaves.
-- pruning: the same for 20 epochs at 3e-3.
+- regression: 300 rows of a noisy sine on two separate intervals; a 1-50-50-2 network; 600 steps at a learning rate of
+  1e-3, and 2,000 steps at 1e-2. Reported are the KL per row and the epistemic standard deviation at the data (the
+  greater of two points), between the intervals and beyond them. In a third run, after 600 steps at 1e-3, the log
+  variances train alone for another 4,000 steps, which shows their optimum for the means found by then.
+- digits: the first 1,400 of scikit-learn's digits, a small convolutional network, 25 epochs at 3e-3. Reported is the
+  accuracy on the remaining digits.
+- mnist: a 784-300-100-10 network, 8 epochs, batches of 128, Adam's rate falling linearly from 1e-3 to 0. The KL sets in
+  with the second epoch and has its full weight three epochs later. Reported are the negative ELBO of all 60,000 images
+  in nats per image (20 draws, exact KL) and its two parts; the test error of the posterior mean, and the test NLL of
+  the mean of 20 draws; the pruning ratio and the test error after `prune`.
+- pruning: the same with 20 epochs at 3e-3.
 
 DIR holds mnist.npz.
 """
@@ -30,7 +32,7 @@ from keras import layers, ops
 import keras_vdrop as kv
 from keras_vdrop.functional import kl
 
-# The learning rate, and how many epochs of ten steps.
+# Learning rate and number of epochs; an epoch has ten steps.
 REGRESSION = {
     "600 steps": (1e-3, 60),
     "600 steps and the log variances' optimum": (1e-3, 60),
@@ -46,21 +48,21 @@ FIXED = {"initial_log_variance": -10.0, "log_variance_rate": 1.0}
 
 
 def arguments_of(prior, defaults):
-    """Of a layer with that prior: as they are, or as they were."""
+    """Return the arguments of a variational layer with that prior: the current defaults, or the earlier ones."""
     if defaults == "default":
         return {"kernel_prior": prior}
     return {"kernel_prior": kv.priors.Normal(1.0) if prior == "normal" else prior, "bias_prior": None, **FIXED}
 
 
 def draws(model, x, options, seed=0):
-    """Log probabilities of the classes, (draws, rows, classes)."""
+    """Return log probabilities of the classes under each draw, (rows, draws, classes)."""
     count = 2 if options.quick else 20
     logits = kv.MonteCarlo(model, count, output="samples", seed=seed).predict(x, batch_size=1000, verbose=0)
     return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
 
 def exact_kl(model):
-    """In nats; to the log-uniform prior, without the error of its approximation in training."""
+    """Return the KL in nats; to the log-uniform prior it is exact, without the approximation used in training."""
     total = 0.0
     for weight in kv.posterior.posteriors(model):
         if isinstance(weight.prior, kv.priors.LogUniform):
@@ -100,7 +102,7 @@ def learn_images(prior, defaults, data, options, rate=1e-3, epochs=8):
 
 
 def sine(rng, rows=300):
-    """Two stretches of a sine with noise: x and y, each (rows, 1)."""
+    """Draw a noisy sine on two separate intervals: x and y, each (rows, 1)."""
     half = rows // 2
     x = np.concatenate([rng.uniform(-4, -1, half), rng.uniform(1, 4, half)])[:, None].astype("float32")
     return x, (np.sin(x) + 0.1 * rng.normal(size=x.shape)).astype("float32")
@@ -111,7 +113,7 @@ def sine_network(dense):
 
 
 def fit_log_variances(model, x, y, epochs):
-    """Learn the log variances alone, at the whole KL."""
+    """Freeze the means and train the log variances alone, at the full KL weight after the first epoch."""
     for weight in kv.posterior.posteriors(model):
         weight.loc.trainable = False
     steps = epochs * -(-len(x) // 32)
@@ -142,7 +144,7 @@ def learn_regression(length, defaults, seed, options):
 
 
 def digits():
-    """The images of scikit-learn, (1797, 8, 8, 1) in [0, 1], and their labels."""
+    """Return scikit-learn's digits: images (1797, 8, 8, 1) in [0, 1], and labels."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -180,7 +182,7 @@ def learn_digits(prior, defaults, options):
 
 
 def learn(name, seed, data, options):
-    """One network with one seed."""
+    """Train and score one network with one seed; `name` is "topic, prior or run, defaults"."""
     keras.utils.set_random_seed(seed)
     topic, what, defaults = name.split(", ")
     if topic == "digits":

@@ -1,37 +1,41 @@
-"""Is a network as sure as it should be, for every kind of layer, by nothing but defaults? Five small problems.
+"""How good is the uncertainty of every kind of layer with nothing but default arguments? Five small problems.
 
     KERAS_BACKEND=jax python benchmarks/certainty.py --out benchmarks/results/certainty.json
 
-- CNN: scikit-learn's digits, the network of arrival.py. Unfamiliar: the same digits with their pixels shuffled, or
-  bright where they were dark.
-- RNN: noisy sines of 20 steps, each of a frequency and phase of its own; at every step an LSTM predicts the next
-  number, as a normal distribution. Unfamiliar: sines of three times the frequency, and noise.
-- tokens: sentences of 12 words; each word has a value, "not" reverses the sum, and the label is drawn with the
-  probability that comes of it, so that it can't be known for certain. An embedding and attention. Unfamiliar: words
-  that no sentence for training has, and sentences of one word.
-- segmentation: discs of 16×16 noisy pixels; whether a pixel is labelled as disc is drawn, with a probability that falls
-  from 1 to 0 across its border. Convolutions. Unfamiliar: noise, and two discs.
-- 300 rows: the sine of arrival.py, on two stretches. Unfamiliar: beyond them, and between them.
+Each problem has held-out data, and two kinds of unfamiliar (out-of-distribution) inputs:
 
-Of each, three networks learn for as many steps: "plain" is of Keras's own layers, "default" of ours with no argument
-but Keras's own and with `kv.ELBO(num_examples=len(x))`, and "normal" has `kernel_prior="normal"` besides. All learn by
-Adam from 3e-3 linearly to 0, in batches of 32. Nothing else was chosen: the number of epochs is up to three times that
-of a trial by `--validation`, which shows other data of the same kind in place of the test's, and whose posteriors were
-still on their way. Data and networks are others with every seed; the digits have one split.
+- CNN: scikit-learn's digits and the network of arrival.py. Unfamiliar: the same digits with shuffled pixels, or with
+  inverted brightness.
+- RNN: noisy sines of 20 steps with random frequency and phase. At every step, an LSTM predicts a normal distribution of
+  the next value. Unfamiliar: sines of three times the frequency, and noise.
+- tokens: sentences of 12 words. Each word has a value, "not" reverses the sign of the sum, and the binary label is
+  drawn with the sum as its logit, so that it is inherently uncertain. The network has an embedding and attention.
+  Unfamiliar: words absent from the training data, and sentences that repeat one word.
+- segmentation: noisy 16×16 images of a disc. The label of a pixel (disc or background) is drawn with a probability that
+  falls from 1 to 0 across the disc's border. The network is convolutional. Unfamiliar: noise, and two discs.
+- 300 rows: regression on the sine of arrival.py, on two intervals. Unfamiliar: inputs beyond them, and between them.
 
-Kept of each network:
+Three networks per problem train for the same number of steps: "plain" has Keras's own layers; "default" has ours with
+no arguments but those of Keras, and trains with `kv.ELBO(num_examples=len(x))`; "normal" adds `kernel_prior="normal"`.
+All use Adam with a rate that falls linearly from 3e-3 to 0, and batches of 32. Only the number of epochs was tuned, by
+trials with `--validation`, which replaces the test data by other data of the same kind. It is up to three times that of
+a trial whose posteriors had not yet converged. Each seed has its own data and networks; the split of the digits is
+fixed.
 
-- error, or RMSE; NLL; ECE, or how many of the numbers a 90 % interval covers: of held-out data, by 64 draws. Pixels and
-  steps are rows here.
-- `spread`: the variance between draws, of the probabilities (their sum over the classes) or of the mean, averaged over
-  held-out examples and their places; `of_posterior`: that of `MonteCarlo(model)` as a ratio to that of whole weights,
-  `MonteCarlo(model, consistent=True)`, which is what the posterior says. `of_posterior_pooled`: the same, of averages
-  over the places of an example. With standard errors, of 1,000 draws of 16 examples.
-- how well unfamiliar examples are told from held-out ones (AUROC), by the mutual information or the epistemic standard
-  deviation, averaged over the places, and by the predictive entropy or the whole standard deviation, which is all that
-  the plain network has; and the averages of both, held out and unfamiliar.
-- the KL in nats an example, the NLL of an example for training, expected over draws, how many weights are left at the
-  default threshold, and what `ELBO` warned of.
+The result of each network holds:
+
+- error or RMSE, NLL, and ECE or the coverage of a 90 % interval, on held-out data, by 64 draws. Every pixel and time
+  step counts as a row.
+- `spread`: the variance between draws of the probabilities (summed over the classes) or of the mean, averaged over
+  16 held-out examples and their positions, by 1,000 draws. `of_posterior`: the ratio of this variance under
+  `MonteCarlo(model)` to that under `MonteCarlo(model, consistent=True)`, which draws whole weights from the posterior
+  and so is the reference. `of_posterior_pooled`: the same for averages over the positions of an example. Both ratios
+  have standard errors.
+- the AUROC for telling unfamiliar from held-out examples, by two measures, each averaged over positions: `epistemic`,
+  the mutual information or the epistemic standard deviation; and `total`, the predictive entropy or the total standard
+  deviation. Only `total` is meaningful for the plain network. Also the mean of each measure on both kinds of data.
+- the KL in nats per example, the NLL per training example expected over draws, the number of weights kept at the
+  default threshold (`left`), and the warnings of `ELBO`.
 """
 
 import argparse
@@ -50,7 +54,7 @@ from keras_vdrop.functional import detection, uncertainty
 
 KINDS = {"plain": None, "default": {}, "normal": {"kernel_prior": "normal"}}
 RATE, BATCH = 3e-3, 32
-# How many made-up examples no network learns from, and of how many the spread is compared.
+# The numbers of synthetic held-out (or unfamiliar) examples, and of examples whose spread is measured.
 JUDGED, ROWS = 400, 16
 
 
@@ -81,7 +85,7 @@ def series(rng, options, steps=20):
         x = np.sin(frequency * np.arange(steps + 1) + phase) + 0.3 * rng.normal(size=(count, steps + 1))
         return x[:, :-1, None].astype("float32"), x[:, 1:].astype("float32")
 
-    noise = (0.77 * rng.normal(size=(JUDGED, steps, 1))).astype("float32")  # as much as a sine and its noise
+    noise = (0.77 * rng.normal(size=(JUDGED, steps, 1))).astype("float32")  # the deviation of a noisy sine
     data = {
         "train": sines(500, 0.4, 0.8),
         "test": sines(JUDGED, 0.4, 0.8),
@@ -96,7 +100,7 @@ def series(rng, options, steps=20):
 
 
 def sentences(rng, options, length=12, known=40, unknown=10):
-    """Word 0 is "not"; of the others, the last ones are in no sentence for training."""
+    """Make sentences: word 0 is "not", and the last `unknown` words occur in no training sentence."""
     values = np.concatenate([[0.0], rng.normal(size=known - 1)])
 
     def drawn(count):
@@ -131,7 +135,7 @@ def sentences(rng, options, length=12, known=40, unknown=10):
 
 def discs(rng, options, side=16, noise=0.5, images=100):
     def within(count):
-        """How far every pixel is within the border of a disc."""
+        """Return the depth of every pixel inside the border of a random disc; negative outside."""
         centre, radius = rng.uniform(4, side - 4, (2, count, 1, 1)), rng.uniform(2.5, 5, (count, 1, 1))
         rows, columns = np.mgrid[:side, :side]
         return radius - np.hypot(rows - centre[0], columns - centre[1])
@@ -183,7 +187,7 @@ PROBLEMS = {"CNN": digits, "RNN": series, "tokens": sentences, "segmentation": d
 
 
 def problem_of(title, seed, options):
-    # Not the test's numbers: what is judged by `--validation` is drawn from another stream.
+    # `--validation` draws its data from another random stream than the test data.
     rng = np.random.default_rng([seed, options.validation])
     data, network, likelihood, epochs = PROBLEMS[title](rng, options)
     if options.quick:
@@ -196,24 +200,24 @@ def problem_of(title, seed, options):
     return estimators.Problem(network, data, likelihood, epochs, BATCH, RATE)
 
 
-# What draws say: samples (N, S, ..., K) of the outputs, places between the draws and the last axis
+# Statistics of samples (N, S, ..., K): N examples, S draws, the axes of the positions, K outputs
 
 
 def by_place(samples):
-    """Every place a row, (N·places, S, K)."""
+    """Reshape samples so that every position is a row, (N·positions, S, K)."""
     moved = np.moveaxis(samples, 1, -2)
     return moved.reshape(-1, *moved.shape[-2:])
 
 
 def points(problem, samples):
-    """What an answer is under each draw, (N, S, ..., K): the probabilities of the classes, or the mean."""
+    """Return the prediction under each draw, (N, S, ..., K): the class probabilities, or the mean with K = 1."""
     if isinstance(problem.likelihood, estimators.Numbers):
         return samples[..., :1].astype("float64")
     return np.exp(problem.likelihood.log_probability(samples).astype("float64"))
 
 
 def doubts(problem, samples):
-    """Of each example, (N,), on average over its places: what the draws disagree about, and all that is uncertain."""
+    """Return the epistemic and the total uncertainty of each example, each (N,), averaged over its positions."""
     places = tuple(range(1, samples.ndim - 2))
     if isinstance(problem.likelihood, estimators.Numbers):
         moments = kv.losses.NormalNLL().moments(np.moveaxis(samples, 1, 0))
@@ -227,7 +231,10 @@ def doubts(problem, samples):
 
 
 def variance(of_draws):
-    """Between draws of what is (N, S, ..., K), the sum over K and the mean over the rest, and its standard error."""
+    """Return the variance between draws of (N, S, ..., K), and its standard error.
+
+    The variance is summed over K and averaged over examples and positions.
+    """
     count = of_draws.shape[1]
     squares = ((of_draws - of_draws.mean(1, keepdims=True)) ** 2).sum(-1)
     of_draw = squares.mean(tuple(axis for axis in range(squares.ndim) if axis != 1)) * count / (count - 1)
@@ -235,18 +242,18 @@ def variance(of_draws):
 
 
 def ratio(a, b):
-    """Of two numbers with standard errors."""
+    """Return a / b with its standard error; each of a and b is a pair (number, standard error)."""
     quotient = a[0] / b[0]
     return {"ratio": float(quotient), "error": float(quotient * np.hypot(a[1] / a[0], b[1] / b[0]))}
 
 
 def pooled(of_draws):
-    """(N, S, ..., K) on average over the places, which stay as axes of size 1."""
+    """Average (N, S, ..., K) over the positions, whose axes keep the size 1."""
     return of_draws.mean(tuple(range(2, of_draws.ndim - 1)), keepdims=True)
 
 
 def spreads(problem, drawn, options):
-    """How far the draws of `MonteCarlo` spread, and as a ratio to those of whole weights."""
+    """Return the spread of the draws of `MonteCarlo`, and its ratio to the spread under draws of whole weights."""
     x = problem.data["test"][0][:ROWS]
     ours, whole = (points(problem, drawn(options.spread_draws, consistent)(x)) for consistent in (False, True))
     found = {"spread": float(variance(ours)[0]), "of_posterior": ratio(variance(ours), variance(whole))}
@@ -255,11 +262,11 @@ def spreads(problem, drawn, options):
     return found
 
 
-# Learning and judging
+# Training and scoring
 
 
 def judged(problem, predict):
-    """Scores of held-out data, and how they differ from unfamiliar ones, by a function from inputs to samples."""
+    """Score `predict`, a function from inputs to samples, on held-out data and against unfamiliar data."""
     x, y = problem.data["test"]
     inside = predict(x)
     scores = problem.likelihood.scores(by_place(inside), y.ravel())
@@ -279,7 +286,7 @@ def judged(problem, predict):
 
 
 def learn(name, seed, options):
-    """One network with one seed."""
+    """Train and score one network with one seed; `name` is "problem; kind"."""
     title, kind = name.split("; ")
     problem = problem_of(title, seed, options)
     keras.utils.set_random_seed(seed)
@@ -307,7 +314,7 @@ def learn(name, seed, options):
 
 
 def mean(rows, *keys):
-    """Over the seeds, of what lies under those keys."""
+    """Average the value under the nested `keys` over the rows, one for each seed."""
     return float(np.mean([functools.reduce(lambda found, key: found[key], keys, row) for row in rows]))
 
 
@@ -317,7 +324,7 @@ def show(rows):
         cells = {key: mean(each, key) for key in (wrong, "nll", cover, "kl", "train_nll", "left") if key in each[0]}
         for key in ("of_posterior", "of_posterior_pooled"):
             if key in each[0]:
-                # Not less for several seeds: they draw by the same random numbers.
+                # The errors are not divided by the root of the number of seeds: all use the same random numbers.
                 cells[key] = f"{mean(each, key, 'ratio'):.3f} ± {mean(each, key, 'error'):.3f}"
         for unfamiliar in each[0]["unfamiliar"]:
             kinds = ("epistemic", "total") if "kl" in each[0] else ("total",)
@@ -339,7 +346,7 @@ def main():
     if options.quick:
         options.seeds, options.draws, options.spread_draws, options.kinds = 1, 8, 8, ["plain", "default"]
     names = [f"{title}; {kind}" for title in options.problems for kind in options.kinds]
-    # What a row depends on, whichever rows are asked for.
+    # A row depends only on these options, and not on which rows are selected.
     recipe = {key: value for key, value in vars(options).items() if key not in ("problems", "kinds")}
     show(common.learn_rows(names, argparse.Namespace(**recipe), functools.partial(learn, options=options)))
 

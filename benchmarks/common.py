@@ -1,4 +1,4 @@
-"""What all benchmarks share: their arguments, where data are, and how results are kept."""
+"""Code that all benchmarks share: command-line arguments, data files, and saving of results."""
 
 import argparse
 import datetime
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def parser(description, learns=True):
-    """Arguments that every benchmark takes, or every one that learns from data."""
+    """Return a parser of the shared arguments; `learns` adds those of benchmarks that train on data."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="made-up data and few steps, to see that it runs")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the result; nothing is kept without it")
@@ -31,13 +31,16 @@ def parser(description, learns=True):
 
 
 def add_places(parser):
-    """Arguments that say where a benchmark runs, for `start_anew`."""
+    """Add the arguments that select the backend and device, for `start_anew`."""
     parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="in place of KERAS_BACKEND")
     parser.add_argument("--device", choices=["cpu", "gpu"], help="in place of what the backend chooses")
 
 
 def start_anew(backend, device):
-    """Run this command again where the environment asks for another backend or device: both are read on import."""
+    """Restart this command if the environment names another backend or device, since both are read on import.
+
+    Exits with an error if `device` is "gpu" and the backend sees none.
+    """
     import keras
 
     wanted = {} if backend is None else {"KERAS_BACKEND": backend}
@@ -59,12 +62,12 @@ def _sees_gpu():
         return torch.cuda.is_available()
     try:
         return bool(keras.distribution.list_devices("gpu"))
-    except RuntimeError:  # what JAX says
+    except RuntimeError:  # JAX raises it if it has no GPU
         return False
 
 
 def data_file(folder, *parts):
-    """A file below the data folder, or an exit that says what is missing and where to put it."""
+    """Return the path of a data file, or exit with a message that says what is missing and where to put it."""
     if folder is None:
         sys.exit(
             f"Where are the data? Pass --data DIR with DIR/{'/'.join(parts)}, set KERAS_VDROP_DATA, or use --quick."
@@ -76,15 +79,15 @@ def data_file(folder, *parts):
 
 
 def spread(values):
-    """Mean ± standard deviation over the seeds, as text."""
+    """Format the mean ± standard deviation of the values of all seeds."""
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:.2f}"
 
 
 def measure(steps, repeats, warm=False):
-    """Seconds of every repeat of every step, taken in turn after a warm-up: {name: array}.
+    """Time the steps in turn, after a warm-up, and return {name: seconds of every repeat}.
 
-    With `warm`, each goes once before every time it is timed, so that what the one before it left in the caches, or its
-    threads, do not count.
+    With `warm`, each step also runs once, untimed, before each timed run, so that the caches and threads of the step
+    before it do not affect the time.
     """
     for step in steps.values():
         step(), step()
@@ -100,13 +103,16 @@ def measure(steps, repeats, warm=False):
 
 
 def learn_rows(networks, options, learn, rows=None):
-    """`learn(name, seed)`, a dict, of every network and seed, each kept as soon as it is there.
+    """Call `learn(name, seed)` for every network and seed, and save each row as soon as it is made.
+
+    With `options.jobs` > 1, several processes share the rows. With `options.resume`, saved rows are not made again.
 
     Args:
-        networks: Names, in the order in which they learn.
-        options: Of the command line.
-        learn: That function.
-        rows: A dict that is to hold the rows as they come, for a network that goes by another's with the same seed.
+        networks: Names of the networks, in the order of training.
+        options: The command-line options.
+        learn: Function from a name and a seed to a row, a dict.
+        rows: Dict to fill with the rows, or None for a new one. Pass one if a row uses other networks of the same seed:
+            then one process makes all rows of a seed.
 
     Returns:
         Dict from the network's name to the list of its rows, in the order of the seeds.
@@ -135,14 +141,14 @@ def learn_rows(networks, options, learn, rows=None):
         print(f"{name}, seed {seed}: {time.perf_counter() - begin:.0f} s {rows[name][-1]}", flush=True)
         keep(path, {"options": settings, "rows": rows})
     if options.part is not None:
-        sys.exit()  # the process that asked for them puts them together
+        sys.exit()  # the parent process merges the rows
     return rows
 
 
 def _learn_side_by_side(options, rows, settings):
-    """The same command in `options.jobs` processes. Each makes some of the rows, and keeps them in a file of its own.
+    """Run this command in `options.jobs` processes, each with its own share of the rows and file; merge the files.
 
-    Whatever stops them, `--resume` finds those files.
+    After an interruption, `--resume` reads those files.
     """
     if options.out is None:
         sys.exit("--jobs needs --out, beside which every process keeps its rows.")
@@ -166,14 +172,14 @@ def _part(options, part):
 
 
 def _parts(options):
-    """The files of processes that have not been put together."""
+    """Return the files of processes whose rows are not merged yet."""
     if options.out is None or options.part is not None:
         return []
     return sorted(options.out.parent.glob(f"{options.out.stem}.part*.json"))
 
 
 def _add_rows(rows, path, settings):
-    """Add a file's rows to `rows`, each network's in the order of the seeds."""
+    """Add the rows of a file to `rows`, sorted by seed. Exits if the file holds rows of other options."""
     if path is None or not path.is_file():
         return
     kept = json.loads(path.read_text())
@@ -186,7 +192,7 @@ def _add_rows(rows, path, settings):
 
 
 def keep(path, result):
-    """Write a result with the command, the versions, the machine and the date."""
+    """Write a result to a JSON file, together with `about()`. Does nothing if `path` is None."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +200,7 @@ def keep(path, result):
 
 
 def about():
-    """The command, the versions, the machine, its accelerator and the date."""
+    """Return the backend, command, package versions, machine, accelerator and date."""
     packages = ("keras", "tensorflow", "jax", "torch", "numpy")
     return {
         "backend": sys.modules["keras"].backend.backend() if "keras" in sys.modules else None,
@@ -209,7 +215,7 @@ def about():
 
 
 def _processor():
-    """Its name, where Linux or Python knows it."""
+    """Return the name of the processor, from Linux or else from Python."""
     path = pathlib.Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -217,7 +223,7 @@ def _processor():
 
 
 def _accelerator():
-    """Its name, or None where the backend has none or has not been imported."""
+    """Return the name of the backend's GPU, or None without one, or if no backend has been imported."""
     backend = sys.modules["keras"].backend.backend() if "keras" in sys.modules else None
     if backend == "jax":
         device = sys.modules["jax"].devices()[0]
@@ -232,7 +238,7 @@ def _accelerator():
 
 
 def _without_places(arguments):
-    """The command without the places that are those of one machine."""
+    """Return the command line with the paths of this machine replaced by placeholders."""
     places = {"--data": "DIR", "--ood": "FILE", "--plot": "FILE", "--models": "DIR"}
     return [places.get(before, after) for before, after in zip([None, *arguments], arguments)]
 

@@ -1,25 +1,32 @@
-"""What it costs to make a trained network variational, and to fine-tune it: seconds and memory, beside other ways.
+"""Measure what converting a network to variational layers and fine-tuning it costs: time and memory, several methods.
 
     pip install torch && pip install --no-deps bayesian-torch
     python benchmarks/conversion.py --networks resnet --out benchmarks/results/conversion_resnet.json
     python benchmarks/conversion.py --networks encoder --out benchmarks/results/conversion_encoder.json
 
-Two networks of random weights are fine-tuned by Adam and the cross-entropy of ten classes. One is a ResNet-18 (11
-million weights, batches of 32 images of 28 × 28), the other an encoder of the shapes of MiniLM, a small BERT (6 layers,
-384 wide, 22 million weights, batches of 32 sentences of 40 tokens). Each is fine-tuned as
+The benchmark fine-tunes two randomly initialised networks with Adam and a ten-class cross-entropy:
 
-- Keras's own layers;
-- what `to_variational` makes of convolutions, dense layers and attention, by each estimator;
-- what it makes of all layers, tables of the encoder included (the default);
+- a ResNet-18 (11 million weights, batches of 32 images of 28 × 28);
+- an encoder with the shapes of MiniLM, a small BERT (6 layers, width 384, 22 million weights, batches of 32 sentences
+  of 40 tokens).
+
+It compares these variants of each network:
+
+- the original Keras layers;
+- `to_variational` on convolutions, dense layers and attention, once with each estimator;
+- `to_variational` on all layers (the default), which includes the embedding tables of the encoder;
 - one `Variational` around the whole network;
-- low rank, 8, of the encoder's dense layers and attention: `enable_lora` of Keras's own, and `to_variational(rank=8)`;
-- where it is installed, PyTorch's own layers, and what bayesian-torch's `dnn_to_bnn` makes of convolutions and dense
-  layers, by both of its estimators.
+- encoder only: updates of rank 8 in the dense and attention layers, by Keras's `enable_lora` and by
+  `to_variational(rank=8)`;
+- if they are installed: the network in PyTorch, and bayesian-torch's `dnn_to_bnn` on its convolutions and dense layers,
+  with both of its estimators.
 
-Kept of each: the parameters that learn; milliseconds of a step, the median of interleaved repeats, over Keras's or
-PyTorch's own; seconds of the conversion and of the first step, with its compilation; and by how many MB the process
-grows in conversion and in five steps. These are taken in a process of its own. `dnn_to_bnn` changes the network that it
-is given, and `to_variational` makes a new one.
+The result holds for each variant: the number of trainable parameters; the time of a step in ms (median of interleaved
+repeats) and its ratio to the baseline: the original Keras layers, `enable_lora` for the rank-8 variants, or the network
+in PyTorch; the seconds of the conversion and of the first step, which includes compilation; the growth of the process
+in MB during conversion and during five steps; and its peak memory in the steps. The times of conversion and first step
+and the memory are measured in a separate process for each variant. `dnn_to_bnn` changes the given network in place;
+`to_variational` returns a new one.
 """
 
 import functools
@@ -38,7 +45,7 @@ import keras_vdrop as kv
 RANK, CLASSES = 8, 10
 RESNET, ENCODER = "resnet", "encoder"
 TITLES = {RESNET: "ResNet-18, 32 images", ENCODER: "MiniLM, 32 sentences of 40 tokens"}
-# Filters and blocks, or vocabulary, layers, width and heads.
+# ResNet: filters of the stages, blocks per stage. Encoder: vocabulary, layers, width, heads.
 FULL = {RESNET: ((64, 128, 256, 512), 2), ENCODER: (30_522, 6, 384, 12)}
 QUICK = {RESNET: ((4, 8), 1), ENCODER: (50, 1, 16, 2)}
 BATCH, LENGTH = 32, 40
@@ -66,7 +73,7 @@ def _encoder(words, depth, width, heads):
 
 
 def data(name, sizes):
-    """A batch, and its labels."""
+    """Return one random batch and its labels."""
     rng = np.random.default_rng(0)
     y = rng.integers(0, CLASSES, BATCH)
     if name == RESNET:
@@ -86,7 +93,7 @@ def _converted(model, **arguments):
 
 
 def _with_lora(model):
-    """The network with Keras's own low-rank updates."""
+    """Enable Keras's low-rank updates in the dense layers of `model`, and return it."""
     for layer in model._flatten_layers():
         if isinstance(layer, (layers.Dense, layers.EinsumDense)):
             layer.enable_lora(RANK)
@@ -109,7 +116,7 @@ LOW_RANK = {
 
 
 def conversions(name):
-    """{way: function from a network to what is fine-tuned}, of Keras's layers, in the order of the table."""
+    """Return {way: function from a Keras network to the model to fine-tune}, in the order of the table."""
     return {**OURS, **(LOW_RANK if name == ENCODER else {})}
 
 
@@ -117,14 +124,17 @@ def conversions(name):
 
 
 def keras_fine_tuning(model, x, y, jit=False):
-    """A step, and how many parameters learn."""
+    """Return the training step of the model and its number of trainable parameters."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     step = speed.keras_step(model, keras.optimizers.Adam(1e-4), loss, x, y, jit)
     return step, sum(int(np.prod(each.shape)) for each in model.trainable_weights)
 
 
 def ways(name, sizes, jit):
-    """{way: (function that makes a network, its conversion, what `keras_fine_tuning` does)}; PyTorch's uncompiled."""
+    """Return {way: (function that builds a network, its conversion, function from model and data to its step)}.
+
+    The rows of PyTorch are not compiled, so `jit` leaves them out.
+    """
     make = functools.partial(keras_network, name, sizes)
     tune = functools.partial(keras_fine_tuning, jit=jit)
     found = {way: (make, convert, tune) for way, convert in conversions(name).items()}
@@ -136,11 +146,11 @@ def ways(name, sizes, jit):
     return found
 
 
-# In a process of its own
+# Measurements in a separate process
 
 
 def alone(name, sizes, way, jit):
-    """Seconds and MB of converting a network and of its first steps."""
+    """Measure the seconds and MB of the conversion of a network and of its first five steps."""
     make, convert, tune = ways(name, sizes, jit)[way]
     network = make()
     taken = {}
@@ -168,11 +178,11 @@ def alone(name, sizes, way, jit):
     }
 
 
-# The whole
+# Tables and command line
 
 
 def base(way):
-    """What a way is compared with: a network of the same framework, as it is."""
+    """Return the baseline of a way: the unconverted network of its framework, or `enable_lora` for low rank."""
     if way in LOW_RANK:
         return "enable_lora(8)"
     return "torch.nn" if way == "torch.nn" or "bayesian-torch" in way else "keras.layers"

@@ -1,16 +1,16 @@
-"""Is our ELBO that of the plain equations? LeNet-300-100 on MNIST.
+"""Does our ELBO match a direct implementation of the published equations? LeNet-300-100 on MNIST.
 
     python benchmarks/elbo.py --data DIR --out benchmarks/results/elbo.json
 
-Every network learns for as many steps, at the same rate and KL weight:
+Three networks train for the same number of steps, at the same learning rate and KL weight:
 
-- plain: local reparameterisation as one would write it down, in twenty lines of Keras;
-- local_reparameterization: ours, from the same start, in the same units;
-- defaults: ours as it comes.
+- plain: a straightforward implementation of local reparameterization in about twenty lines of Keras (`PlainDense`);
+- local_reparameterization: our layers with the same initial log variance, log variance rate and estimator;
+- defaults: our layers with their default arguments.
 
-All are judged by one measure, whatever they learned by: the negative ELBO of all 60,000 images in nats an image, with
-exact Gaussian noise in 20 draws and the exact KL; the error on the 10,000 test images; and the weights left at the
-default threshold. DIR holds mnist.npz.
+All are scored in the same way, regardless of how they trained: the negative ELBO of all 60,000 training images in nats
+per image, with 20 draws of the exact Gaussian noise and the exact KL; the error on the 10,000 test images; and the
+number of weights kept at the default threshold. DIR holds mnist.npz.
 """
 
 import functools
@@ -31,7 +31,7 @@ COLUMNS = {"negative_elbo": "−ELBO", "nll": "NLL", "kl": "KL / N", "error": "t
 
 @keras.saving.register_keras_serializable(package="benchmarks")
 class PlainDense(layers.Layer):
-    """A dense layer by local reparameterisation, with the KL to the log-uniform prior as it was published."""
+    """Dense layer with local reparameterization and the published approximation of the KL to the log-uniform prior."""
 
     def __init__(self, units, activation=None, kl_weight=None, **kwargs):
         super().__init__(**kwargs)
@@ -58,7 +58,7 @@ class PlainDense(layers.Layer):
 
 
 class Ramp(keras.callbacks.Callback):
-    """The weight of the KL of plain layers, by the schedule of an `ELBO` callback."""
+    """Set the KL weight of the plain layers by the schedule of an `ELBO` callback."""
 
     def __init__(self, elbo):
         super().__init__()
@@ -71,7 +71,7 @@ class Ramp(keras.callbacks.Callback):
 
 
 def learn(name, seed, data, options):
-    """One network with one seed."""
+    """Train and score one network with one seed."""
     keras.utils.set_random_seed(seed)
     dense = PlainDense
     if name != "plain":
@@ -83,7 +83,7 @@ def learn(name, seed, data, options):
 
 
 def judged(model):
-    """The network with the same posterior, by the default estimator."""
+    """Copy the posterior into a network with the default estimator."""
     same = mnist_lenet.network("300-100", functools.partial(kv.VariationalDense, kl_weight=0.0), None)
     for ours, learned in zip(same.layers, model.layers):
         if isinstance(ours, kv.VariationalDense):

@@ -1,26 +1,29 @@
-"""Which noise to learn by, and which to predict by: every estimator, judged by one measure.
+"""Compare the estimators of the noise, in training and in prediction, by a common measure.
 
     python benchmarks/estimators.py --data DIR --out benchmarks/results/estimators.json
     python benchmarks/estimators.py --topics time --repeats 15 --data DIR --out benchmarks/results/estimators.json
 
-Four problems: LeNet-5 on MNIST and on Fashion-MNIST, the Transformer of text_transformer.py, and, made up, a
-convolutional network that pools over all places before it predicts one number. Each learns by each estimator; what was
-learned then predicts
+There are four problems: LeNet-5 on MNIST and on Fashion-MNIST; the Transformer of text_transformer.py; and, on
+synthetic data, a convolutional network that averages over all positions before it predicts one number. Each network
+trains with each estimator, under each prior. Each trained network then predicts in four ways:
 
-- as it learned;
-- by flipout;
-- by whole weights, each of them drawn once for all rows (`MonteCarlo(consistent=True)`), which is what the posterior
-  says;
-- by the means of its weights, without noise.
+- as learned: by the estimator of its training;
+- flipout;
+- whole weights: every weight is drawn once for all rows (`MonteCarlo(consistent=True)`). This samples the posterior
+  itself and is the reference;
+- means: the posterior mean, without noise.
 
-The −ELBO is the same for all, and exact but for the number of draws: the NLL of the training data expected over whole
-weights, plus KL / N. Judged by are the first of the last 10,000 training images, and sentences for validation: this
-table is for choosing. The other images are those of the other set. At the end the network is pruned at the default
-threshold. Where it learned by "auto", the variance that the noise gives the gradient of one batch is measured at that
-point by each estimator, as a ratio to that of local reparameterisation.
+The negative ELBO is computed in the same way for all: the NLL of the training data expected over draws of whole
+weights, plus KL / N. Its only error is that of the number of draws. The table serves to choose an estimator, so its
+scores use no test data: they come from the first `--judged` of the last 10,000 training images, and from validation
+sentences. For the AUROC, the out-of-distribution images are those of the other image data set.
 
-The time of a training step, in turn with that of Keras's own layers, goes to a file beside that of --out. Measure it
-while nothing else runs.
+Networks with the log-uniform prior are finally pruned at the default threshold. For networks trained with "auto", the
+benchmark also measures how much each estimator's noise makes the gradient of one batch vary, as a ratio of variances to
+that of local reparameterization.
+
+`--topics time` measures the time of a training step, alternating with that of Keras's own layers, and writes it to a
+second file beside that of --out (`..._time.json`). Run it while the machine is otherwise idle.
 
 DIR holds mnist.npz, fashion_mnist.npz and rt-polarity/, as for ood.py and text_transformer.py.
 """
@@ -46,8 +49,8 @@ from keras_vdrop.posterior import posteriors
 ESTIMATORS = (*estimators.ESTIMATORS, "auto")
 PRIORS = ("log_uniform", "normal")
 
-# What a problem's scores are called, and how many digits of them are shown. The spread is that of the draws: the mean
-# mutual information in nats, or for numbers the standard deviation of the means.
+# The title of each score, and the number of digits shown. `spread` measures how much the draws differ: the mean mutual
+# information in nats, or in regression the epistemic standard deviation (root mean square over the examples).
 SCORES = {
     "error": ("error %", 2),
     "rmse": ("RMSE", 3),
@@ -57,27 +60,27 @@ SCORES = {
     "spread": ("spread", 4),
     "auroc": ("AUROC", 4),
 }
-# How wrong predictions are, of classes and of numbers.
+# The error measures of classification and of regression.
 WRONG = ("error", "rmse")
 
 
-# Likelihoods: from what the network says under each draw, (N, S, ...), to scores
+# Likelihoods: from the network's outputs under each draw, (N, S, ...), to scores
 
 
 class Classes:
-    """Ten logits, or one, which is that of the second of two classes."""
+    """Classification: one logit per class, or a single logit for the second of two classes."""
 
     def __init__(self, loss):
         self.loss = loss
 
     def log_probability(self, samples):
-        """(N, S, C)."""
+        """Return the log probabilities of the C classes, (N, S, C)."""
         if samples.shape[-1] == 1:
             samples = np.concatenate([np.zeros_like(samples), samples], axis=-1)
         return samples - np.logaddexp.reduce(samples, axis=-1, keepdims=True)
 
     def nll(self, samples, y):
-        """Expected over the draws: what the ELBO has."""
+        """Return the NLL averaged over the draws, as in the ELBO."""
         labels = y.reshape(-1, 1, 1).astype("int64")
         return -float(np.take_along_axis(self.log_probability(samples), labels, axis=-1).mean())
 
@@ -102,13 +105,13 @@ class Classes:
 
 
 class Numbers:
-    """The mean of a normal distribution, and its raw scale."""
+    """Regression: the outputs are the mean of a normal distribution and its raw scale."""
 
     def __init__(self):
         self.loss = kv.losses.NormalNLL
 
     def _parameters(self, samples):
-        """The mean and the standard deviation, each (N, S)."""
+        """Return the mean and the standard deviation under each draw, each (N, S)."""
         samples = samples.astype("float64")
         return samples[..., 0], np.logaddexp(0.0, samples[..., 1]) + 1e-3
 
@@ -132,14 +135,14 @@ class Numbers:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is learned, from what and how.
+    """A network, its data and its training settings.
 
     Attributes:
-        network: From a function of the class of a variational layer, which gives what makes the layer, to a model.
-        data: {"train": (x, y), "test": (x, y)}, and {"other": x} where other data than those are to be told apart.
+        network: Function `make -> model`, where `make` maps a variational layer class to a layer factory.
+        data: {"train": (x, y), "test": (x, y)}, and optionally "other": x for out-of-distribution detection.
         likelihood: `Classes` or `Numbers`.
-        epochs, batch, rate: How long, by how many rows a step, and Adam's first rate, which falls linearly to 0.
-        start_epoch, warmup_epochs: Of the KL.
+        epochs, batch, rate: Number of epochs, rows per step, and Adam's initial rate, which falls linearly to 0.
+        start_epoch, warmup_epochs: The schedule of the KL, as in `kv.ELBO`.
     """
 
     network: Callable
@@ -188,7 +191,7 @@ def transformer(options):
 
 
 def pooled(options, examples=400, side=20):
-    """How far pixels differ from their negative neighbours, on average: a number of an image of noise, and noise."""
+    """Make images of noise, and y: the mean |sum| of vertically adjacent pixels, standardised, plus noise."""
     rng = np.random.default_rng(0)
     size = 60 if options.quick else examples
     x = rng.normal(size=(size + 1000, side, side, 1)).astype("float32")
@@ -221,12 +224,12 @@ PROBLEMS = {
 
 
 def keras_layer(cls):
-    """What makes the layer of Keras for which a variational one stands."""
+    """Return the Keras class that a variational class derives from."""
     return next(base for base in cls.__mro__ if base.__module__.split(".")[0] == "keras")
 
 
 def variational(**arguments):
-    """A function from a variational class to what makes its layers."""
+    """Return a function from a variational class to a factory of its layers with these arguments."""
     return lambda cls: functools.partial(cls, **arguments)
 
 
@@ -235,37 +238,37 @@ def made(problem, estimator, prior, **arguments):
 
 
 def redrawn(problem, model, estimator, prior):
-    """The same posterior, of which another estimator draws."""
+    """Copy the posterior into a network with another estimator."""
     same = made(problem, estimator, prior, kl_weight=1.0)
     same.set_weights(model.get_weights())
     return same
 
 
-# Learning and judging
+# Training and scoring
 
 
 def fit(model, problem, callbacks=()):
     x, y = problem.train
     steps = problem.epochs * -(-len(x) // problem.batch)
     rate = keras.optimizers.schedules.PolynomialDecay(problem.rate, steps, 0.0)
-    # Twenty steps at a call: on few cores TensorFlow's steps wait for its input pipeline.
+    # Run 20 steps per call: on few cores, TensorFlow's steps otherwise wait for its input pipeline.
     model.compile(keras.optimizers.Adam(rate), problem.likelihood.loss(), steps_per_execution=20)
     model.fit(x, y, batch_size=problem.batch, epochs=problem.epochs, callbacks=list(callbacks), verbose=0)
 
 
 def drawing(model, draws, consistent=False):
-    """A function from inputs to the outputs under each draw, (N, S, ...)."""
+    """Return a function from inputs to the outputs under each draw, (N, S, ...)."""
     sampler = kv.MonteCarlo(model, draws, output="samples", seed=0, consistent=consistent)
     return functools.partial(sampler.predict, batch_size=500, verbose=0)
 
 
 def without_noise(model):
-    """The same, of one draw: the means."""
+    """Return a function from inputs to the outputs at the posterior mean, (N, 1, ...)."""
     return lambda x: model.predict(x, batch_size=500, verbose=0)[:, None]
 
 
 def predictors(problem, model, estimator, prior, draws):
-    """{way: function from inputs to samples}."""
+    """Return {way of prediction: function from inputs to samples}."""
     as_learned = drawing(model, draws)
     by_flipout = redrawn(problem, model, "flipout", prior)
     return {
@@ -277,7 +280,7 @@ def predictors(problem, model, estimator, prior, draws):
 
 
 def scores(problem, predict):
-    """Of what a function predicts of the data to judge by."""
+    """Score `predict`, a function from inputs to samples, on the test part of the problem's data."""
     x, y = problem.data["test"]
     other = predict(problem.data["other"]) if "other" in problem.data else None
     return problem.likelihood.scores(predict(x), y, other)
@@ -291,14 +294,14 @@ def negative_elbo(problem, model, predict):
 
 
 def pruned(problem, model):
-    """The ratio of all weights to those left, and what the means of those left predict."""
+    """Prune; return the ratio of all weights to the kept ones, and the error of the pruned network's mean."""
     report = kv.prune(model)
     left = scores(problem, without_noise(model))
     return {"ratio": report.weights / max(report.left, 1), **{key: left[key] for key in WRONG if key in left}}
 
 
 def learn(name, seed, problems, options):
-    """One network with one seed."""
+    """Train and score one network with one seed; `name` is "problem; prior; estimator"."""
     title, prior, estimator = name.split("; ")
     problem = problems(title)
     keras.utils.set_random_seed(seed)
@@ -322,12 +325,12 @@ def learn(name, seed, problems, options):
 
 # The variance of the gradient
 
-# A step of so high a rate that rounding counts for nothing beside it.
+# The gradient is read from the change of the weights in one step. With a rate this high, rounding is negligible.
 _RATE = 1e3
 
 
 def gradient_variances(problem, model, prior, draws):
-    """{estimator: {weight: [of loc, of log_variance]}}, in units of those of local reparameterisation."""
+    """Return {estimator: {weight: [of loc, of log_variance]}}, as ratios to those of local reparameterization."""
     variances = {}
     for estimator in ESTIMATORS:
         same = redrawn(problem, model, estimator, prior)
@@ -341,9 +344,10 @@ def gradient_variances(problem, model, prior, draws):
 
 
 def _gradient_variances(model, x, y, draws):
-    """{weight: [of loc, of log_variance]}, summed over the weight: between draws, for one batch.
+    """Return {weight: (of loc, of log_variance)}: the gradient's variance between draws for one batch.
 
-    A step of stochastic gradient descent tells the gradient on every backend.
+    The variance is summed over the elements of the weight. It is that of the weights after one SGD step from the same
+    start, which works on every backend; the constant factor cancels in the ratios.
     """
     weights = {
         weight.loc.path.removeprefix(f"{model.name}/").removesuffix("_loc"): (weight.loc, weight.log_variance.variable)
@@ -364,18 +368,18 @@ def _gradient_variances(model, x, y, draws):
 
 
 def step(problem, model, jit):
-    """One training step as a function without arguments."""
+    """Compile the model; return a function without arguments that runs one training step."""
     model.compile(keras.optimizers.Adam(1e-3), problem.likelihood.loss(), jit_compile=jit)
     x, y = (ops.convert_to_tensor(each[: problem.batch]) for each in problem.train)
     return lambda: model.train_on_batch(x, y)
 
 
 def times(problems, options):
-    """{title: {name: ms and ratio to Keras's own layers}}."""
+    """Return {title: {name: {"ms", "ratio"}}}: medians, the ratio relative to Keras's own layers."""
     result = {}
     for title in options.problems:
         if title == "LeNet-5, Fashion-MNIST":
-            continue  # the network of the digits
+            continue  # same network as for MNIST
         problem = problems(title)
         for jit in (False, True) if keras.backend.backend() == "tensorflow" else (True,):
             models = {"keras.layers": problem.network(keras_layer)}
@@ -394,11 +398,11 @@ def times(problems, options):
     return result
 
 
-# The whole
+# Results
 
 
 def names(options):
-    """Of the networks, those with the first prior first."""
+    """Return the names of the networks, grouped by prior."""
     result = {}  # an ordered set
     for prior in options.priors:
         for title in options.problems:
@@ -464,7 +468,7 @@ def main():
         options.priors, options.estimators = ["log_uniform"], ["auto"]
     problems = functools.cache(lambda title: PROBLEMS[title](options))
     if "quality" in options.topics:
-        # What a row depends on, whichever rows are asked for.
+        # A row depends only on these options, and not on which rows are selected.
         chosen = ("topics", "problems", "priors", "estimators", "repeats")
         recipe = argparse.Namespace(**{key: value for key, value in vars(options).items() if key not in chosen})
         show(common.learn_rows(names(options), recipe, functools.partial(learn, problems=problems, options=options)))

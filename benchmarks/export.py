@@ -1,9 +1,10 @@
-"""What a network takes on disk in each format that Keras exports, before and after `prune` and `compact`.
+"""Compare the file sizes of a network in Keras's export formats, before and after `prune` and `compact`.
 
-The demo's convolutional network on scikit-learn's 8×8 digits, twice: single weights live and die by themselves, or with
-their filter or unit. Before is the first of them in Keras's own layers, not pruned. Sizes are of the file, or of all
-files of the folder, as they are and after gzip. The deviation is the largest, over the test digits and all three, of
-what is read back from what the variational model predicts; multiply-adds are of the weights that are left.
+The benchmark trains the demo's convolutional network on scikit-learn's 8×8 digits twice: "weights" prunes single
+weights, "groups" prunes whole filters and units. "before" is the network "weights", not pruned, converted to Keras
+layers. A size is that of the file, or of all files of the folder, in bytes and after gzip. "deviation" is the largest
+difference between the logits of the exported and of the variational model, over the test digits and all three networks.
+Multiply-adds count only kept weights.
 
     pip install -e ".[demo,export]"
     python benchmarks/export.py --out benchmarks/results/export.json
@@ -26,13 +27,13 @@ from keras_vdrop.costs import file_sizes
 
 
 def save_keras(model, folder, x, quantized=False):
-    """Keras's own file, with int8 where Keras has it: in Dense and Embedding layers, not in convolutions."""
+    """Save in Keras's format; `quantized` uses int8 where Keras supports it: Dense and Embedding, not convolutions."""
     path = folder / "model.keras"
     model.save(path)
     if quantized:
         model = keras.saving.load_model(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the layers that have none
+            warnings.simplefilter("ignore")  # Keras warns of layers without int8 support
             model.quantize("int8")
         model.save(path)
     return path, keras.saving.load_model(path).predict(x, verbose=0)
@@ -78,13 +79,13 @@ FORMATS = {
 }
 
 
-# What the networks of the table learned by.
+# Settings of the networks in the result table.
 SLOW = {"initial_log_variance": -10.0, "log_variance_rate": 1.0, "estimator": "local_reparameterization"}
 PRIORS = {"weights": "log_uniform", "groups": kv.priors.ARD(group_axis=-1)}
 
 
 def learn(prior, data, options):
-    """The trained network."""
+    """Train the demo network with the given prior, and return it."""
     keras.utils.set_random_seed(options.seed)
     x, y = data
     elbo = kv.ELBO(len(x), schedule=lambda epoch: options.temperature * min(1.0, 2 * epoch / options.epochs))
@@ -93,7 +94,7 @@ def learn(prior, data, options):
 
 
 def measure(model, expected, x, save):
-    """The sizes of one format, and how far its predictions are from those expected."""
+    """Return the sizes of one format, and the largest difference of its predictions from `expected`."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         path, found = save(model, pathlib.Path(folder), x)
         plain, gzipped = file_sizes(path)
@@ -101,7 +102,7 @@ def measure(model, expected, x, save):
 
 
 def show(networks, formats):
-    """The two tables."""
+    """Print the tables of the networks and of the formats."""
     print(f"\n{'':<14}{'weights':>10}{'parameters':>12}{'multiply-adds':>15}{'accuracy %':>12}{'largest logit':>15}")
     for name, row in networks.items():
         sizes = f"{row['weights']:>10,}{row['parameters']:>12,}{row['multiply_adds']:>15,}"

@@ -1,36 +1,37 @@
-"""Fine-tune a pretrained text encoder on a few thousand sentences, and know how sure it is.
+"""Fine-tune a pretrained text encoder on a few thousand sentences, and compare methods of uncertainty estimation.
 
     pip install -e ".[benchmarks]"
     python benchmarks/finetune_text.py --data DIR --out benchmarks/results/finetune_text.json
 
-The encoder is all-MiniLM-L6-v2 in KerasHub's BertBackbone (minilm.py): 22.7 million weights. The mean of its outputs
-goes through a dense layer to two logits. All of it learns on the 80 % of the film-review sentences that text.py has for
-it, cut to 40 tokens, in batches of 32, by Adam whose rate falls linearly to 0. Of the sentences left, one half is for
-choices (`--validation`), and the other is judged once:
+The encoder is all-MiniLM-L6-v2 in KerasHub's BertBackbone (minilm.py) with 22.7 million weights. A dense layer maps the
+mean of its outputs to two logits. Training uses 80 % of the film-review sentences (the split of text.py), cut to 40
+tokens, in batches of 32, with Adam and a learning rate that falls linearly to 0. One half of the remaining sentences is
+the validation set (`--validation`), on which choices are made; the other half is the test set, used once. The methods:
 
-- plain: with no noise.
-- MC dropout: Keras's own dropout, of the rate BERT learned with, also at prediction.
-- ensemble: five of the plain ones; the seeds of the others are their own.
-- Laplace: laplace-torch's, of the last layer of the plain one, its prior by the marginal likelihood.
-- all layers: `Variational` around the whole encoder. Each weight has a normal prior about its pretrained value, and its
-  posterior begins there. The last layer is a `VariationalDense`.
-- last layer: that last layer behind the encoder as it is.
-- low rank: all kernels and tables of the encoder stay as they are, but for an update A·B of rank 8 of each, of whose A
-  there is a posterior (`lora_rank`).
-- pruned: as "all layers" with the prior "log_uniform", several times as many epochs; after three fifths of them a tenth
-  of the weights stays, and these learn on.
+- plain: no noise.
+- MC dropout: Keras's dropout at the rate of BERT's pretraining, active in prediction too.
+- ensemble: five plain networks with different seeds.
+- Laplace: laplace-torch on the last layer of the plain network, its prior precision set by the marginal likelihood.
+- all layers: `Variational` around the whole encoder. Each weight has a normal prior centered at its pretrained value,
+  where its posterior starts. The last layer is a `VariationalDense`.
+- last layer: only the last layer is a `VariationalDense`; the encoder is fine-tuned without noise.
+- low rank: the kernels and tables of the encoder are frozen. Each has an update A·B of rank 8 with a posterior over A
+  (`lora_rank`).
+- pruned: like "all layers", but with the prior "log_uniform" and more epochs (`--pruned-epochs`). After three fifths of
+  them a tenth of the weights is kept, and training continues with these.
 
-Kept of each: accuracy, NLL and ECE; how well sentences of WikiText-2, cut to the lengths of those judged, are told from
-them (AUROC) by the predictive entropy and by the mutual information, which is what draws or members disagree about; the
-seconds of learning and of the prediction of as many sentences (compiled before); the weights, and those left.
+The result holds for each method: accuracy, NLL and ECE; the AUROC of detecting sentences of WikiText-2, cut to the
+lengths of the test sentences, by the predictive entropy and by the mutual information (the disagreement among draws or
+members); the seconds of training, and of predicting these sentences with compiled functions; the number of weights, and
+of weights kept.
 
-The prior's width and the KL's temperature of "all layers" go by single trials of 100 steps, judged by 400 of the
-sentences for choices: of 0.01 and 0.1, 0.003 and 0.01, and 0.003 and 1e-4, the last did best. The rates and epochs of
-"low rank" and "pruned", and the temperature of the latter, have not been tried yet.
+The prior scale and the KL temperature of "all layers" were chosen by single trials of 100 steps on 400 validation
+sentences. Of (0.01, 0.1), (0.003, 0.01) and (0.003, 1e-4), the last was best. The learning rates and epochs of "low
+rank" and "pruned", and the temperature of "pruned", are untuned.
 
-`--quick` takes made-up sentences and a small encoder of Keras's layers, and needs none of the packages.
+`--quick` uses made-up sentences and a small encoder of Keras layers, and needs none of the optional packages.
 
-DIR holds rt-polarity/rt-polarity.{pos,neg}.gz and wikitext-2/test.txt.gz, as text.py and language_model.py say.
+DIR holds rt-polarity/rt-polarity.{pos,neg}.gz and wikitext-2/test.txt.gz; text.py and language_model.py describe them.
 """
 
 import argparse
@@ -72,7 +73,7 @@ SCORES = {
 
 
 class Data(typing.NamedTuple):
-    """Tokens (N, LENGTH) and labels (N,): to learn from, and to judge by; and the tokens of other sentences."""
+    """Tokens (N, LENGTH) and labels (N,) for training and for evaluation, and tokens of out-of-domain sentences."""
 
     x: np.ndarray
     y: np.ndarray
@@ -112,7 +113,7 @@ def _real(folder):
 
 
 def _wikipedia(folder):
-    """The sentences of WikiText-2's test part as lists of words, without headings, in an order of their own."""
+    """Return the sentences of WikiText-2's test part as lists of words, without headings, in a fixed random order."""
     lines = (line for line in language_model.wikitext(folder, "test") if line[0] != "=")
     text_of = {"<unk>": "[UNK]", "@-@": "-", "@,@": ",", "@.@": "."}
     sentences = []
@@ -123,7 +124,7 @@ def _wikipedia(folder):
 
 
 def _of_lengths(sentences, lengths):
-    """For each length the next sentence that is not shorter, cut to it: that lengths tell nothing."""
+    """Cut the next unused, long enough sentence to each length, so that lengths do not distinguish the sets."""
     left, found = list(sentences), []
     for length in lengths:
         length = min(length, LENGTH - 2)
@@ -145,7 +146,7 @@ def _padded(sentences):
 
 
 def encoder(options, dropout=0.0):
-    """From tokens (B, LENGTH) to the mean of the encoder's outputs, (B, D)."""
+    """Return a model from tokens (B, LENGTH) to the mean of the encoder's outputs, (B, D), without the padding."""
     tokens = keras.Input((LENGTH,), dtype="int32")
     known = ops.not_equal(tokens, minilm.PADDING)
     outputs = _tiny(tokens, dropout) if options.quick else _outputs(minilm.backbone(dropout), tokens, known)
@@ -156,7 +157,7 @@ def encoder(options, dropout=0.0):
 
 def _outputs(backbone, tokens, known):
     inputs = {"token_ids": tokens, "padding_mask": ops.cast(known, "int32"), "segment_ids": ops.zeros_like(tokens)}
-    # Without the layer behind the first token, which is for other uses.
+    # Use the output of every token; BERT's pooled output of the first token is not needed.
     return keras.Model(backbone.input, backbone.output["sequence_output"])(inputs)
 
 
@@ -167,12 +168,12 @@ def _tiny(tokens, dropout, size=400, width=16):
 
 
 def network(name, options):
-    """The network of that name, and how many weights it has."""
+    """Return the network of that name, and the number of weights of its encoder's kernels and tables."""
     inside = encoder(options, options.dropout if name == "MC dropout" else 0.0)
     size = text.dense_sizes(inside)["weights"]
     head = functools.partial(kv.VariationalDense, 2, name="head", kernel_prior="normal")
     if name == "all layers":
-        # It begins as the prior: no KL, and noise of the prior's width.
+        # The posterior starts as the prior: its KL is 0, and its noise has the prior's standard deviation.
         start = {"initial_log_variance": 2 * math.log(options.scale), "log_variance_rate": options.log_variance_rate}
         inside = kv.Variational(inside, prior=kv.priors.Normal(options.scale, centered=True), **start)
     elif name == "low rank":
@@ -190,7 +191,7 @@ def network(name, options):
 
 
 def fit(model, data, options, name="plain"):
-    """Learn; the seconds it took."""
+    """Train the model and return the seconds that it took."""
     pruned, ours = name == "pruned", name in ("all layers", "last layer", "low rank", "pruned")
     epochs = options.pruned_epochs if pruned else options.epochs
     rate = options.low_rank_rate if name == "low rank" else options.pruned_rate if pruned else options.rate
@@ -222,28 +223,28 @@ def _temperature(name, options):
 
 
 def gone(model):
-    """How many weights are pruned."""
+    """Return the number of pruned weights."""
     return sum(int((~ops.convert_to_numpy(weight.mask)).sum()) for weight in prunable_weights(model))
 
 
 def threshold_of(model, left):
-    """The log alpha above which all but that part of the weights lie."""
+    """Return the threshold on log alpha that keeps the share `left` of the weights."""
     every = [ops.convert_to_numpy(weight.log_alpha()).ravel() for weight in prunable_weights(model)]
     return float(np.quantile(np.concatenate(every), left))
 
 
 def learned_plain(seed, data, options):
-    """The plain network with that seed, how many weights it has, and the seconds it took."""
+    """Train the plain network with that seed; return it, its number of weights and the seconds."""
     keras.utils.set_random_seed(seed)
     model, size = network("plain", options)
     return model, size, fit(model, data, options)
 
 
-# Prediction: functions from tokens to the probabilities under each draw of each member, (S, B, 2)
+# Prediction: functions from tokens to the probabilities of each draw or member, (S, B, 2)
 
 
 class InTraining(keras.Model):
-    """A model with the noise that it has in training."""
+    """Call a model with `training=True`, so that predictions are noisy too."""
 
     def __init__(self, model):
         super().__init__()
@@ -271,7 +272,7 @@ def of_dropout(model, options):
 
 
 def of_posterior(name, model, options):
-    # Side by side, draws would be as many encoders in memory; but what comes before all noise is computed once.
+    # Draws of the whole encoder side by side take too much memory. "last layer" computes the encoder only once.
     together = options.draws if options.quick or name == "last layer" else 1
     sampler = kv.MonteCarlo(model, options.draws, output="samples", consistent=True, sample_batch_size=together)
     sampler.compile(jit_compile=options.jit)
@@ -279,7 +280,7 @@ def of_posterior(name, model, options):
 
 
 def of_laplace(model, data, seed, options):
-    """Of laplace-torch's posterior of the last layer, by the features before it; and the seconds it took."""
+    """Fit laplace-torch to the last layer on its input features; return the prediction function and the seconds."""
     import laplace
     import torch
 
@@ -302,7 +303,7 @@ def of_laplace(model, data, seed, options):
 
 
 def learn(name, seed, data, options, plain):
-    """One row: the network of that name with one seed."""
+    """Train the network of that name with one seed, and return its row of results."""
     if name in ("plain", "Laplace", "ensemble"):
         model, size, seconds = plain(seed)
     else:
@@ -313,7 +314,7 @@ def learn(name, seed, data, options, plain):
     if name == "plain":
         predict = of_members([model])
     elif name == "ensemble":
-        # The others' seeds are no one else's.
+        # No other row uses the seeds of these members.
         others = [learned_plain(1000 * (seed + 1) + i, data, options) for i in range(1, options.members)]
         predict = of_members([model, *(other for other, _, _ in others)])
         seconds += sum(each for _, _, each in others)
@@ -330,7 +331,7 @@ def learn(name, seed, data, options, plain):
 
 
 def judged(predict, data):
-    """The scores of what is judged, and how well other sentences are told from it."""
+    """Return the scores on the evaluated sentences, and the AUROC and time for the out-of-domain sentences."""
     inside = _doubts(predict(data.x_judged))
     begin = time.perf_counter()
     outside = _doubts(predict(data.other))
@@ -397,9 +398,9 @@ def main():
         print('Laplace is left out: laplace-torch is not installed. pip install -e ".[benchmarks]"')
         names = [name for name in names if name != "Laplace"]
     data = load(options)
-    # Laplace and the ensemble go by the plain network, if it has just learned.
+    # Laplace and the ensemble reuse the plain network, if it was the last one trained.
     kept = functools.lru_cache(maxsize=1)(functools.partial(learned_plain, data=data, options=options))
-    # What a row depends on, whichever rows are asked for.
+    # Leave out the options that do not affect a row, so that `--resume` accepts another choice of rows.
     recipe = {key: value for key, value in vars(options).items() if key not in ("networks", "verbose")}
     learn_this = functools.partial(learn, data=data, options=options, plain=kept)
     show(common.learn_rows(names, argparse.Namespace(**recipe), learn_this))

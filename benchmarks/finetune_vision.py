@@ -1,30 +1,32 @@
-"""How small and fast a trained ResNet-20 gets, at what error: converted, fine-tuned, pruned, compacted and exported.
+"""Convert, fine-tune, prune, compact and export a trained ResNet-20; measure its error, size and speed.
 
     KERAS_BACKEND=jax python benchmarks/finetune_vision.py --data DIR --models MODELS --out FILE.json
     python benchmarks/finetune_vision.py --data DIR --models MODELS --out FILE.json
 
-The first command learns, on a GPU where there is one, and keeps every network in MODELS. The second finds them there,
-and measures what the first could not: files for ONNX and LiteRT, which Keras writes from TensorFlow only, and the time
-on another machine.
+The first command trains, on a GPU if there is one, and saves every network in MODELS. The second loads them from there
+and measures what the first cannot: the ONNX and LiteRT files, which Keras exports only with the TensorFlow backend, and
+the prediction time on another machine.
 
-A ResNet-20 (He et al., 2016, with projections where shapes change) learns Fashion-MNIST plainly: SGD with momentum, a
-rate that falls as a cosine, images that are shifted by up to two pixels and mirrored half of the time. From this one
-network of each seed all others start:
+The benchmark trains an ordinary ResNet-20 (He et al., 2016, with projections where shapes change) on Fashion-MNIST,
+with SGD with momentum and a cosine schedule of the learning rate. Images are shifted by up to two pixels and mirrored
+half of the time. Per seed, all other networks start from this one, the row "plain":
 
 - weights: `to_variational` with a prior over single weights (`--prior`), `fit` with `ELBO`, `select_threshold`,
-  `prune`, some more epochs at a low rate, with the noise that is left.
-- filters: the same with `ARD(group_axis=-2)`. A filter goes when the next convolution does not read it. The other way
-  round, `--group-axis -1`, a filter of which nothing is left is a constant after BatchNormalization, and where it is
-  not 0 it shows at the borders of the next convolution, so that it has to stay.
-- both: what `compact` makes of filters, converted again, with the prior over single weights.
-- magnitude, as weights / as both: the smallest weights of the plain network are pruned while it learns for as many
-  epochs, until as few are left. Of w weights left + (w - left)·(1 - t)³ are kept, with t from 0 to 1 over the first two
-  thirds of the steps (Zhu, Gupta, 2017, https://arxiv.org/abs/1710.01878).
-- magnitude, as filters: the same with filters, the first ones of every block, by their L1 norm, the same share in each
-  (Li et al., 2017, https://arxiv.org/abs/1608.08710), until `compact` leaves no more parameters than it does of ours.
+  `prune`, then more epochs at a low learning rate with the noise of the kept weights.
+- filters: the same with `ARD(group_axis=-2)`, which prunes a filter when the next convolution does not read it. With
+  `--group-axis -1` a filter without kept weights is a constant after BatchNormalization. If that constant is not 0, it
+  affects the borders of the next convolution's output, so `compact` cannot remove the filter.
+- both: the compacted network of "filters", converted again with the prior over single weights.
+- magnitude, as weights / as both: magnitude pruning of the plain network over the same number of epochs, down to the
+  number of weights that "weights" or "both" keeps. Of w weights, left + (w - left)·(1 - t)³ are kept, where t rises
+  from 0 to 1 over the first two thirds of the steps (Zhu, Gupta, 2017, https://arxiv.org/abs/1710.01878).
+- magnitude, as filters: the same for the filters of the first convolution of every block, by their L1 norm, with the
+  same share in each block (Li et al., 2017, https://arxiv.org/abs/1608.08710). The compacted network has at most as
+  many parameters as that of "filters".
 
-The last twelfth of the images to learn from is for `select_threshold`. `--validation` judges by the last sixth of the
-training images in place of the test images. Weights are those of kernels; those left are not 0 in what `compact` makes.
+`select_threshold` uses the last twelfth of the training images. `--validation` evaluates on the last sixth of the
+training images instead of the test images. Weights are counted in kernels; weights left are the nonzero ones of the
+compacted network.
 """
 
 import dataclasses
@@ -46,27 +48,27 @@ from keras_vdrop.costs import file_sizes
 from keras_vdrop.functional import calibration
 
 FILTERS, BLOCKS = (16, 32, 64), 3
-# To learn, to be fine-tuned while weights go, and to recover.
+# Epochs of the plain training, of fine-tuning, and of recovery after pruning.
 EPOCHS = (60, 40, 20)
 BATCH, SHIFT = 128, 2
-# Of the plain network, of fine-tuning and of recovery.
+# Learning rates of the same three phases.
 RATES = (0.1, 1e-3, 3e-4)
 WEIGHT_DECAY = 5e-4
 OURS = ("weights", "filters", "both")
 ROWS = ("plain", *OURS, *(f"magnitude, as {name}" for name in OURS))
-# Images of which BatchNormalization takes its statistics anew.
+# Number of images from which the statistics of BatchNormalization are computed again.
 REFRESHING = 2048
-# Of which the outputs of a runtime are compared with Keras's.
+# Number of images on which the outputs of an export runtime are compared with Keras's.
 EXPORTED = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a trained network gets smaller.
+    """Settings for fine-tuning and pruning a trained network.
 
     Attributes:
-        temperature: Of the KL; 1 is the ELBO.
-        tolerance: How much accuracy on the validation images pruning may cost, before what is left recovers.
+        temperature: Factor on the KL; 1 is the ELBO.
+        tolerance: Accuracy on the validation images that pruning may cost, before the recovery epochs.
     """
 
     temperature: float
@@ -80,7 +82,7 @@ RECIPES = {"weights": Recipe(0.3, 0.01), "filters": Recipe(0.3, 0.02), "both": R
 
 
 def network(filters, blocks, convolution=layers.Conv2D, dense=layers.Dense):
-    """From images to ten logits: a ResNet of so many blocks with so many filters in each of its stages."""
+    """Build a ResNet from images to ten logits; `filters` has one count per stage, of `blocks` blocks each."""
 
     def normalized(h, count, size, name, strides=1):
         arguments = {"padding": "same", "use_bias": False, "kernel_initializer": "he_normal", "name": name}
@@ -101,12 +103,12 @@ def network(filters, blocks, convolution=layers.Conv2D, dense=layers.Dense):
 
 
 def kernels(model):
-    """{name: kernel} of the layers that have one."""
+    """Return {layer name: kernel} of the layers that have a kernel."""
     return {layer.name: ops.convert_to_numpy(layer.kernel) for layer in model.layers if hasattr(layer, "kernel")}
 
 
 class ShiftAndFlip(layers.Layer):
-    """In training, each image moves by up to so many pixels both ways, zeros come in, and half of them are mirrored."""
+    """Shift each training image by up to `pixels` along both axes, filled with zeros, and mirror half of the images."""
 
     def __init__(self, pixels, **kwargs):
         super().__init__(**kwargs)
@@ -132,10 +134,10 @@ class ShiftAndFlip(layers.Layer):
 
 
 def load(options):
-    """{"train", "validation", "test": (x, y)}, the middle one of what there is to learn from.
+    """Return {"train", "validation", "test": (x, y)}; "validation" is the last twelfth of the training images.
 
-    Batches to learn from are whole: one of another size at the end of an epoch is compiled once more by JAX, and in a
-    graph of TensorFlow 2.21 on a CPU the gradients of these convolutions, in turn on two sizes, damage its memory.
+    The training set holds only whole batches. JAX would compile a smaller last batch separately, and in a graph of
+    TensorFlow 2.21 on a CPU, gradients of these convolutions on alternating batch sizes corrupt memory.
     """
     data = images.load(options.data, None if options.quick else "fashion_mnist", options.validation)
     x, y = data["train"]
@@ -146,15 +148,15 @@ def load(options):
 
 
 def learner(model, optimizer):
-    """The model with shifted and mirrored images in training, compiled: it can be fitted several times."""
+    """Return the compiled model with `ShiftAndFlip` before it; it can be fitted several times."""
     moving = keras.Sequential([keras.Input(model.input_shape[1:]), ShiftAndFlip(SHIFT), model])
-    # Twenty steps at a call: on few cores TensorFlow's steps wait for its input pipeline.
+    # Run twenty steps per call: on few cores TensorFlow's steps otherwise wait for its input pipeline.
     moving.compile(optimizer, _loss(), steps_per_execution=20)
     return moving
 
 
 def fit(learner, data, epochs, rate, callbacks=()):
-    """Learn at a rate that falls from epoch to epoch, as a cosine, to almost 0."""
+    """Fit with a learning rate that falls from epoch to epoch along a cosine, to almost 0."""
     falling = keras.callbacks.LearningRateScheduler(lambda epoch: rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs)))
     learner.fit(*data["train"], batch_size=BATCH, epochs=epochs, callbacks=[falling, *callbacks], verbose=0)
 
@@ -171,7 +173,7 @@ def learn_plain(data, options):
 
 
 def tune(trained, prior, recipe, data, options):
-    """The network of distributions that comes of a trained one, with most of it pruned."""
+    """Convert a trained network, fine-tune it with the ELBO, prune it, and return the variational network."""
     model = kv.to_variational(trained, prior=prior, print_fn=lambda line: None)
     learning = learner(model, keras.optimizers.Adam())
     elbo = functools.partial(kv.ELBO, len(data["train"][0]), temperature=recipe.temperature)
@@ -183,12 +185,12 @@ def tune(trained, prior, recipe, data, options):
     print(choice, flush=True)
     kv.prune(model, choice.threshold if choice.chosen else None)
     fit(learning, data, options.epochs[2], RATES[2], [elbo(start_epoch=0, warmup_epochs=0)])
-    print(kv.prune(model), flush=True)  # what is noise by now
+    print(kv.prune(model), flush=True)  # weights that became noise in the recovery epochs
     return model
 
 
 def seen(data):
-    """Some of the images to learn from, as they are in training."""
+    """Return the first `REFRESHING` training images, shifted and mirrored as in training."""
     return ops.convert_to_numpy(ShiftAndFlip(SHIFT)(data["train"][0][:REFRESHING], training=True))
 
 
@@ -196,7 +198,7 @@ def seen(data):
 
 
 class MaskedConv2D(layers.Conv2D):
-    """A convolution by kernel · mask."""
+    """A convolution with kernel · mask."""
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -207,7 +209,7 @@ class MaskedConv2D(layers.Conv2D):
 
 
 class MaskedDense(layers.Dense):
-    """x·(kernel · mask) + bias."""
+    """A dense layer: x·(kernel · mask) + bias."""
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -218,13 +220,14 @@ class MaskedDense(layers.Dense):
 
 
 class Pruning(keras.callbacks.Callback):
-    """Sets the masks of a network every hundred steps, and for the last time after two thirds of them.
+    """Set the masks of a network every `every` steps, for the last time after two thirds of all steps.
 
     Args:
         network: The network, of masked layers.
-        masks: A function from {name: kernel} and the share, of what is to go, that is still there, to {name: mask}.
-        epochs: Of `fit`.
-        every: After how many steps.
+        masks: Function from ({name: kernel}, share) to {name: mask}. `share` is the part of the weights or filters to
+            prune that is still kept; it falls from 1 to 0.
+        epochs: Int, the epochs of `fit`.
+        every: Int, the number of steps between two updates.
     """
 
     def __init__(self, network, masks, epochs, every=100):
@@ -242,7 +245,7 @@ class Pruning(keras.callbacks.Callback):
         if self.next is None or step < min(self.next, ramp):
             return
         self.next = None if step >= ramp else step + self.every
-        learner = self.model  # where JAX's trainer lets go of the weights, and takes note of what is assigned
+        learner = self.model  # reading it makes JAX's trainer sync its state with the variables
         del learner
         found = self.masks(masked_kernels(self.network), max(1 - step / ramp, 0.0) ** 3)
         for name, mask in found.items():
@@ -250,13 +253,13 @@ class Pruning(keras.callbacks.Callback):
 
 
 def masked_kernels(model):
-    """{name: kernel · mask} of a network of masked layers."""
+    """Return {layer name: kernel · mask} of a network of masked layers."""
     masks = {name: ops.convert_to_numpy(model.get_layer(name).mask) for name in kernels(model)}
     return {name: kernel * masks[name] for name, kernel in kernels(model).items()}
 
 
 def largest(left):
-    """Masks of the largest weights of all layers, of which at last so many are left."""
+    """Return a function for `Pruning` that keeps the largest weights over all layers, `left` of them at the end."""
 
     def masks(values, share):
         sizes = {name: np.abs(value) for name, value in values.items()}
@@ -268,7 +271,7 @@ def largest(left):
 
 
 def strongest(left):
-    """Masks of the filters with the largest L1 norm in the first layer of every block, at last so large a share."""
+    """Return a function for `Pruning` that keeps the share `left` of each block's first filters, by L1 norm."""
 
     def masks(values, share):
         found = {}
@@ -290,7 +293,7 @@ def kept_of(count, share):
 
 
 def share_of(model, parameters):
-    """The largest share of the first filters of every block with which a network has no more parameters than that."""
+    """Return the largest share of filters, in the first layer of every block, with at most `parameters` parameters."""
 
     def parameters_at(share):
         total = model.count_params()
@@ -298,7 +301,7 @@ def share_of(model, parameters):
             if layer.name.endswith("_first"):
                 inputs, count = layer.kernel.shape[-2:]
                 outputs = model.get_layer(layer.name.replace("_first", "_second")).filters
-                # Of a filter: its own weights, those of the next layer that read it, and the four of its normalization.
+                # A filter takes its own weights, those of the next layer that read it, and four of its normalization.
                 total -= (count - kept_of(count, share)) * (9 * inputs + 9 * outputs + 4)
         return total
 
@@ -308,7 +311,7 @@ def share_of(model, parameters):
 
 
 def prune_by_magnitude(trained, masks, data, options):
-    """A copy of the trained network that has learned on while it was pruned."""
+    """Return a copy of the trained network, trained further while it is pruned."""
     masked = network(options.filters, options.blocks, MaskedConv2D, MaskedDense)
     _copy(trained, masked)
     epochs = options.epochs[1] + options.epochs[2]
@@ -321,14 +324,14 @@ def prune_by_magnitude(trained, masks, data, options):
 
 
 def _copy(source, target):
-    """The weights that two networks of the same form both have: masks are the last of their layer."""
+    """Copy the weights that both networks have. Masks are the last weights of their layer, so `zip` skips them."""
     for layer in source.layers:
         if layer.weights:
             for variable, value in zip(target.get_layer(layer.name).weights, layer.get_weights()):
                 variable.assign(value)
 
 
-# What is kept of a network
+# Measurements
 
 
 def scores(probability, y):
@@ -344,7 +347,7 @@ def probability(model, x):
 
 
 def sizes(small):
-    """What a network of Keras's layers takes: parameters, kernels' weights that are not 0, products, bytes."""
+    """Return the size of a Keras network: nonzero kernel weights, parameters, multiply-adds, bytes, filters."""
     values = kernels(small)
     products = {name: int(np.prod(small.get_layer(name).output.shape[1:-1])) for name in values}
     with tempfile.TemporaryDirectory() as folder:
@@ -366,7 +369,7 @@ def left_in(small):
 
 
 def exported(small, x):
-    """Bytes in other formats, and how far what their runtimes predict is from what Keras does."""
+    """Return, per export format, the file sizes in bytes and the largest difference between its outputs and Keras's."""
     if keras.backend.backend() != "tensorflow":
         print("not exported: Keras writes ONNX and LiteRT from TensorFlow only")
         return {}
@@ -376,12 +379,12 @@ def exported(small, x):
 
 
 class Networks:
-    """The networks of one seed: each learns once, and starts from others.
+    """The networks of one seed, by row name. Each is trained on first use, together with those that it starts from.
 
     Args:
         seed: Int.
-        data: Of `load`.
-        options: Of the command line. In the folder `options.models` they are kept, and looked for.
+        data: The result of `load`.
+        options: The command-line options. Networks are saved in and loaded from the folder `options.models`, if given.
     """
 
     def __init__(self, seed, data, options):
@@ -394,7 +397,7 @@ class Networks:
         return self._known[name]
 
     def small(self, name):
-        """What `compact` makes of one, to predict without noise."""
+        """Return the compacted network, for predictions without noise."""
         if name not in self._small:
             self._small[name] = kv.compact(self[name], x=self.data["test"][0])
             if name in OURS:
@@ -431,7 +434,7 @@ class Networks:
 
 
 def learn(name, seed, networks, options):
-    """One row."""
+    """Return the row of results of one network with one seed."""
     of_seed = networks(seed)
     model, (x, y) = of_seed[name], of_seed.data["test"]
     small = of_seed.small(name)
@@ -450,7 +453,7 @@ def learn(name, seed, networks, options):
 
 
 def show(rows, options):
-    """The table."""
+    """Print the table."""
     batches = [str(batch) for batch in options.batches]
     head = ("error %", "NLL", "ECE %", "weights left", "ratio", "parameters", "products", "bytes", "gzipped")
     print(f"\n{'':<24}" + "".join(f"{each:>15}" for each in (*head, *(f"times, {each}" for each in batches))))
@@ -499,7 +502,7 @@ def main():
     if options.quick:
         options.seeds, options.epochs, options.filters, options.blocks = 1, [1, 1, 1], [4, 8], 1
         options.draws, options.repeats, options.temperature = 3, 3, 1e-4
-        options.rows = [name for name in options.rows if not name.endswith("weights")]  # like both
+        options.rows = [name for name in options.rows if not name.endswith("weights")]  # "both" runs the same code
     networks = functools.cache(functools.partial(Networks, data=load(options), options=options))
     rows = {}
     common.learn_rows(options.rows, options, functools.partial(learn, networks=networks, options=options), rows)

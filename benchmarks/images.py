@@ -1,4 +1,4 @@
-"""What the benchmarks on images share: MNIST, Fashion-MNIST, and made-up images in their place."""
+"""Data of the image benchmarks: MNIST, Fashion-MNIST, or made-up images instead."""
 
 import os
 import pathlib
@@ -8,13 +8,13 @@ import numpy as np
 
 
 def load(folder, name, validation=False):
-    """The images in two parts, to learn from and to judge by.
+    """Load images for training and for evaluation.
 
     Args:
-        folder: Of NAME.npz with x_train, y_train, x_test, y_test: images of 28×28 bytes, and labels. None for where
-            `keras.datasets` keeps it.
+        folder: Folder of NAME.npz with x_train, y_train, x_test, y_test: images of 28×28 bytes, and labels. None for
+            the folder in which `keras.datasets` saves its files.
         name: "mnist", "fashion_mnist"; or None for made-up images.
-        validation: Whether to judge by the last sixth of the training images in place of the test images.
+        validation: If True, "test" is the last sixth of the training images, and the test images are unused.
 
     Returns:
         {"train": (x, y), "test": (x, y)}, with x (N, 28, 28, 1) in [0, 1] and y (N,).
@@ -32,12 +32,12 @@ def load(folder, name, validation=False):
 
 
 def scaled(images):
-    """Bytes (N, 28, 28) as (N, 28, 28, 1) in [0, 1]."""
+    """Scale images of bytes, (N, 28, 28), to [0, 1], and add an axis of channels: (N, 28, 28, 1)."""
     return images[..., None].astype("float32") / 255
 
 
 def _made_up(count=1000, seed=0):
-    """Noise with a bright bar where the label says."""
+    """Make noise images with one bright row, whose position encodes the label."""
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, 100, (count, 28, 28)), rng.integers(0, 10, count)
     x[np.arange(count), 2 * y + 4] = 255

@@ -1,14 +1,15 @@
-"""LSTM language models of words: plain, with Keras's dropout, with ours, and Bayesian, after the same number of steps.
+"""Compare word-level LSTM language models: plain, with Keras's dropout, with ours, and Bayesian, after equal steps.
 
-Embedding, LSTM layers, and the logits of the next word. The text is cut into as many streams as a batch has rows, and a
-row goes on where it ended one batch ago (`stateful`). A token is an example: the KL weight is 1 / tokens. The default
-size is for two cores: the beginning of WikiText-2 and its most frequent words, the others being one. There it is seen
-who learns the text by heart; perplexities compare with published ones only for the whole text and vocabulary:
+A network consists of an embedding, LSTM layers, and a dense layer to the logits of the next word. The text is cut into
+as many streams as a batch has rows, and each row continues where it ended in the batch before (`stateful`). Every token
+is an example, so the KL weight is 1 / tokens. The defaults suit two cores: the beginning of WikiText-2 with its most
+frequent words; one index stands for all others. This shows which networks overfit. Perplexities are comparable with
+published ones only with the whole text and vocabulary (second command):
 
     python benchmarks/language_model.py --data DIR --out benchmarks/results/language_model.json
     python benchmarks/language_model.py --data DIR --tokens 0 --vocabulary 0 --units 650 --layers 2 --epochs 40
 
-DIR holds wikitext-2/{train,valid,test}.txt.gz: WikiText-2 by words (Merity et al., 2016), gzipped.
+DIR holds wikitext-2/{train,valid,test}.txt.gz: the word-level WikiText-2 (Merity et al., 2016), gzipped.
 """
 
 import collections
@@ -27,7 +28,7 @@ NETWORKS = ("plain", "Keras dropout", "classic", "Bayesian, log_uniform", "Bayes
 
 
 def load(options):
-    """The three parts as indices of words, and how many words there are."""
+    """Return {part: word indices} and the size of the vocabulary."""
     if options.quick:
         words = {
             part: _made_up(count, seed) for seed, (part, count) in enumerate({"train": 3000, "valid": 800}.items())
@@ -47,19 +48,19 @@ def _wikitext(folder, part):
 
 
 def wikitext(folder, part):
-    """The lines of WikiText-2 that are not empty, as lists of words."""
+    """Return the nonempty lines of a part of WikiText-2 as lists of words."""
     with gzip.open(common.data_file(folder, "wikitext-2", f"{part}.txt.gz"), "rt", encoding="utf-8") as lines:
         return [line.split() for line in lines if line.strip()]
 
 
 def _made_up(count, seed):
-    """Words that mostly count up."""
+    """Return made-up words whose numbers mostly increase by one, modulo 50."""
     jumps = np.random.default_rng(seed).choice([1, 1, 1, 7], count)
     return [f"word{number}" for number in np.cumsum(jumps) % 50]
 
 
 def batches(tokens, rows, steps):
-    """Inputs and targets, (batches·rows, steps) each, in the order of a stateful network."""
+    """Return inputs and targets, (batches·rows, steps) each, in the order that a stateful network needs."""
     count = (len(tokens) - 1) // (rows * steps)
 
     def streams(words):
@@ -70,7 +71,7 @@ def batches(tokens, rows, steps):
 
 
 def network(name, size, options):
-    """One of the five: an embedding, LSTMs, and logits."""
+    """Build one of the five networks: an embedding, LSTM layers, and a dense layer to the logits."""
     masks = {"dropout": options.dropout, "recurrent_dropout": options.dropout}
     embedding, lstm, dense = layers.Embedding, layers.LSTM, layers.Dense
     if name == "Keras dropout":
@@ -82,7 +83,7 @@ def network(name, size, options):
         bayesian = {"kernel_prior": prior, "initial_log_variance": start, "log_variance_rate": 1.0}
         embedding = functools.partial(kv.VariationalEmbedding, estimator="local_reparameterization", **bayesian)
         lstm = functools.partial(kv.VariationalLSTM, **bayesian)
-        # One draw a batch: noise for every token and word of the vocabulary would cost more than all else.
+        # One draw per batch: noise for every token and word of the vocabulary would dominate the cost.
         dense = functools.partial(kv.VariationalDense, estimator="reparameterization", **bayesian)
     x = tokens = keras.Input((options.steps,), batch_size=options.batch, dtype="int32")
     x = embedding(size, options.units)(x)
@@ -105,7 +106,7 @@ def perplexity(model, x, y, rows):
 
 
 def learn(name, seed, data, size, options):
-    """One network with one seed: its perplexity in validation after every epoch, and in the test at the end, pruned."""
+    """Train one network with one seed; return its perplexities after each epoch, and on the test after pruning."""
     keras.utils.set_random_seed(seed)
     model = network(name, size, options)
     parts = {part: batches(tokens, options.batch, options.steps) for part, tokens in data.items()}

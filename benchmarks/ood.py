@@ -1,21 +1,22 @@
-"""Does the network know what it does not know? Digits and clothes: learn one, and tell the other by the uncertainty.
+"""Out-of-distribution detection: train on digits or clothes, and detect images of the other kind by the uncertainty.
 
     python benchmarks/ood.py --images mnist --data DIR --out benchmarks/results/ood_mnist.json
 
-One small convolutional network of seven kinds, each learning for as many epochs. Its form (pooling in place of strides)
-and the KL's temperature (0.3 in place of 1) go by single trials judged on a part of MNIST's training images
-(`--validation`), which showed the AUROC against images of Fashion-MNIST as well:
+The benchmark compares seven kinds of one small convolutional network, trained for the same number of epochs:
 
-- plain, and an ensemble of five of it;
-- dropout: `MonteCarloDropout` before the dense layers, drawn at prediction;
-- bayesian: ours, with each prior, and an ensemble of five with the normal prior.
+- plain, and ensemble: five plain networks;
+- dropout: `MonteCarloDropout` before the dense layers, also active at prediction;
+- bayesian: our layers with each prior, and an ensemble of five with the normal prior.
 
-Forty draws of each, or of all members.
+Dropout and the Bayesian networks predict by 40 draws; in the Bayesian ensemble, each member contributes eight of them.
+The prediction is the mean probability over the draws, or over the members of the plain ensemble.
 
-All that is predicted is the mean probability of the draws, or of the members. The scores are of MNIST's or
-Fashion-MNIST's test images: accuracy, NLL and ECE; and how well the images of the other set, or of `--ood`, are told
-from them (AUROC) by the predictive entropy, which is all that is uncertain, and by the mutual information, which is
-what the draws or members disagree about.
+The scores on the test images of MNIST or Fashion-MNIST (`--images`) are accuracy, NLL and ECE. Two AUROCs tell how well
+images of the other data set, or of the file `--ood`, are separated from these: by the predictive entropy, which is the
+total uncertainty, and by the mutual information, which measures the disagreement between draws or members.
+
+The architecture (pooling in place of strides) and the KL's temperature (0.3 in place of 1) were chosen by single trials
+on a part of MNIST's training images (`--validation`). These trials also showed the AUROC against Fashion-MNIST.
 
 DIR holds mnist.npz and fashion_mnist.npz with x_train, y_train, x_test, y_test: images of 28×28 bytes, and labels.
 """
@@ -36,7 +37,7 @@ OTHER = {"mnist": "fashion_mnist", "fashion_mnist": "mnist"}
 PRIORS = ("log_uniform", "ard", "normal")
 NETWORKS = ("plain", "ensemble", "dropout", *(f"bayesian, {prior}" for prior in PRIORS), "bayesian ensemble, normal")
 MEMBERS, NUM_SAMPLES = 5, 40
-# What a score is called, and how many digits of it are shown.
+# The title of each score, and the number of digits shown.
 SCORES = {
     "accuracy": ("accuracy %", 2),
     "nll": ("NLL", 4),
@@ -50,7 +51,7 @@ SCORES = {
 
 
 def load(options):
-    """To learn from, to judge by, and the other images: (x, y), (x, y), x."""
+    """Return the training data (x, y), the test data (x, y) and the x of the out-of-distribution images."""
     parts = images.load(options.data, None if options.quick else options.images, options.validation)
     if options.quick:
         return *parts.values(), np.random.default_rng(0).normal(size=(100, 28, 28, 1))
@@ -60,7 +61,7 @@ def load(options):
 
 
 def network(dense, convolution, dropout=None):
-    """From images to ten logits, of the classes given."""
+    """Build the network from images to ten logits, with the given layer classes."""
     noise = layers.Identity if dropout is None else functools.partial(kv.MonteCarloDropout, dropout)
     return keras.Sequential(
         [
@@ -90,7 +91,7 @@ def fit(model, x, y, options, callbacks=()):
     steps = options.epochs * -(-len(x) // batch)
     rate = keras.optimizers.schedules.PolynomialDecay(2e-3, steps, 0.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    # Twenty steps at a call: on few cores TensorFlow's steps wait for its input pipeline.
+    # Run 20 steps per call: on few cores, TensorFlow's steps otherwise wait for its input pipeline.
     model.compile(keras.optimizers.Adam(rate), loss, steps_per_execution=20)
     model.fit(x, y, batch_size=batch, epochs=options.epochs, callbacks=list(callbacks), verbose=0)
     return model
@@ -100,7 +101,7 @@ def fit(model, x, y, options, callbacks=()):
 
 
 def predictor(name, x, y, options):
-    """Learn; a function from images to the probability under each draw of each member, (S, B, 10)."""
+    """Train, and return a function from images to the probabilities under all draws of all members, (S, B, 10)."""
     callbacks = []
     if name.startswith("bayesian"):
         warmup = max(1, options.epochs // 3)
@@ -118,7 +119,7 @@ def _softmax(logits):
 
 
 def learn(name, seed, data, options):
-    """One network with one seed."""
+    """Train and score one kind of network with one seed."""
     keras.utils.set_random_seed(seed)
     (x, y), (x_test, y_test), other = data
     predict = predictor(name, x, y, options)

@@ -1,11 +1,11 @@
-"""Training steps of other packages' layers, on the networks of speed.py, as those packages would have them written.
+"""Training steps with the layers of other packages, each in the style that its package recommends.
 
     pip install "tensorflow-probability[tf]" torch
     pip install --no-deps bayesian-torch torchbnn blitz-bayesian-pytorch
 
-What is not installed is left out. A network is a list of (kind, units or filters, size of the kernel), with ReLU after
-every dense layer but the last. All steps are of Adam, with the cross-entropy of integer labels and a KL of the weight
-`KL_WEIGHT`.
+speed.py and conversion.py use this module. Packages that are not installed are skipped. A network of speed.py is a list
+of (kind, units or filters, kernel size), with ReLU after every dense layer but the last. Steps use Adam and the
+cross-entropy of integer labels (LSTM: SGD and the squared error), plus the KL times `KL_WEIGHT`.
 """
 
 import functools
@@ -22,7 +22,7 @@ def installed(*names):
 
 
 def keras_network(keras, network, shape, dense, convolution, noise=None):
-    """The network as a model of Keras 3 or 2, of the classes given, with noise after every hidden dense layer."""
+    """Build the network in Keras 3 or 2 from the given classes, with `noise()` after every hidden dense layer."""
     model = keras.Sequential([keras.Input(shape)])
     for index, (kind, *sizes) in enumerate(network):
         hidden = index < len(network) - 1
@@ -41,7 +41,7 @@ def keras_network(keras, network, shape, dense, convolution, noise=None):
 
 
 def tfp_steps(network, x, y, jit):
-    """{name: step} of tf_keras's own layers, and of those of TFP that the network's kinds have."""
+    """Return {name: step} for tf_keras's layers, and for TFP's estimators that have all layers of the network."""
     if not installed("tensorflow_probability", "tf_keras"):
         return {}
     import tensorflow as tf
@@ -75,7 +75,10 @@ def tfp_steps(network, x, y, jit):
 
 
 class _Torch(typing.NamedTuple):
-    """A package's layers: how its dense and convolutional ones are made, and the KL of all of them."""
+    """A package: functions that build its dense and convolutional layers, and one for the KL of a model.
+
+    Without a KL function, the layers have no KL or return it with their outputs.
+    """
 
     dense: typing.Callable
     convolution: typing.Callable
@@ -83,7 +86,7 @@ class _Torch(typing.NamedTuple):
 
 
 def _torch_packages():
-    """{name: _Torch}, PyTorch's own first."""
+    """Return {name: _Torch} of the installed packages; PyTorch's own layers come first."""
     import torch
 
     packages = {"torch.nn": _Torch(torch.nn.Linear, torch.nn.Conv2d)}
@@ -112,7 +115,7 @@ def _torch_packages():
 
 
 def torch_steps(network, x, y):
-    """{name: step} of PyTorch's own layers, and of those of every package that is installed."""
+    """Return {name: step} for PyTorch's own layers and those of every installed package."""
     if not installed("torch"):
         return {}
     return {name: _torch_step(package, network, x, y) for name, package in _torch_packages().items()}
@@ -145,7 +148,7 @@ def _torch_step(package, network, x, y):
 
 
 def _torch_layers(package, network, shape):
-    """Modules and functions to apply in turn; `shape` is that of an example, its channels last."""
+    """Return the layers to apply in turn; `shape` is that of an example, channels last."""
     import torch
 
     layers, size, channels = [], shape[0], shape[-1]
@@ -168,7 +171,7 @@ def _torch_layers(package, network, shape):
 
 
 def torch_lstm_steps(units, x, y):
-    """{name: step} of LSTMs whose last output goes through a dense layer to one number, by stochastic descent."""
+    """Return {name: SGD step} for LSTMs with a dense layer from the last output to one number."""
     if not installed("torch"):
         return {}
     import torch
@@ -204,11 +207,11 @@ def torch_lstm_steps(units, x, y):
     return steps
 
 
-# PyTorch's networks, and what bayesian-torch makes of them
+# Networks of conversion.py in PyTorch, and their conversion by bayesian-torch
 
 
 def torch_resnet(filters, blocks, classes):
-    """The network of finetune_vision.py."""
+    """Build the network of finetune_vision.py in PyTorch."""
     from torch import nn
 
     def normalized(inputs, outputs, size, stride=1):
@@ -235,7 +238,7 @@ def torch_resnet(filters, blocks, classes):
 
 
 def torch_encoder(words, depth, width, heads, classes, length=40):
-    """The encoder of conversion.py. Attention is of linear layers, which `dnn_to_bnn` knows."""
+    """Build the encoder of conversion.py. Attention consists of linear layers, which `dnn_to_bnn` can convert."""
     import torch
     from torch import nn
 
@@ -270,7 +273,7 @@ def torch_encoder(words, depth, width, heads, classes, length=40):
 
 
 def torch_conversions():
-    """{name: function from a network of PyTorch's layers to what is fine-tuned}."""
+    """Return {name: function from a PyTorch network to the network to fine-tune}."""
     ways = {"torch.nn": lambda network: network}
     if installed("bayesian_torch"):
         for estimator in ("Reparameterization", "Flipout"):
@@ -288,7 +291,7 @@ def _dnn_to_bnn(estimator, network):
 
 
 def torch_fine_tuning(network, x, y):
-    """A step, and how many parameters learn."""
+    """Return a training step and the number of parameters."""
     import torch
 
     kl = None

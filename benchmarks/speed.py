@@ -1,21 +1,23 @@
-"""How long things take beside the other ways to do them: ratios within one run, medians of interleaved repeats.
+"""Measure the time and memory of training and prediction, compared with Keras's layers and other packages.
 
     python benchmarks/speed.py --out benchmarks/results/speed.json
 
-Everything is compiled before the clock starts; then each takes its turn, so that what else the machine does meets all
-of them alike. The topics, each with XLA and without:
+Times are medians of repeats after compilation; ratios are taken within one run. The compared functions run in turn, so
+that other load on the machine affects all of them alike. Each topic is measured with and without XLA:
 
-- training: a step of two networks of dense layers, of LeNet-5 and of an LSTM: Keras's own layers, ours, and those of
-  TensorFlow Probability and of packages for PyTorch, where they are installed (peers.py says how).
-- prediction: the mean probability of 100 draws for 1,000 rows, by `MonteCarlo`, with a draw for each row or consistent
-  ones for all of them, and by the ways around it: a Python loop over `model(x, training=True)`, the same loop over a
-  compiled function, and one call of that on every row 100 times. Beside it is how far the process's memory rises above
-  what it is with the model at hand, in a process of its own.
-- growth: the time of a training step against the width, the depth and the batch, and that of `MonteCarlo` against the
-  number of draws, with the exponents of the slopes between the last two sizes; `--plot FILE.png` draws them.
-- memory: by how much a process grows that trains the network of 1024-1024-1024-10, and how large it is at most.
+- training: the time of a step of two networks of dense layers, of LeNet-5 and of an LSTM, with Keras's layers, ours,
+  and those of TensorFlow Probability and of packages for PyTorch, if they are installed (peers.py says how).
+- prediction: the time to get the mean probability of 100 draws for 1,000 examples. `MonteCarlo` with per-example draws
+  and with consistent ones is compared with its alternatives: a Python loop over `model(x, training=True)`, the same
+  loop over a compiled function, and one call of that function on every example repeated 100 times. The topic also
+  measures, in a separate process, how far memory rises above that of the process with the built model.
+- growth: the time of a training step against the width, depth and batch size, and that of `MonteCarlo` and the compiled
+  loop against the number of draws, with the exponent of the growth between the last two sizes; `--plot FILE.png` plots
+  it.
+- memory: growth and peak of the memory of a process that trains the network 1024-1024-1024-10.
 
-`--backend` and `--device` say where; otherwise it is where KERAS_BACKEND and the backend's own habits put it.
+`--backend` and `--device` select the backend and the device; the defaults are KERAS_BACKEND and the device that the
+backend chooses.
 """
 
 import concurrent.futures
@@ -34,7 +36,7 @@ from keras_vdrop.functional import estimators
 
 # Training
 
-# The size of a batch, the shape of an example, and the layers, as peers.py has them.
+# {title: (batch size, shape of an example, layers in the format of peers.py)}
 NETWORKS = {
     "784-300-100-10, batch 128": (128, (784,), [("dense", 300), ("dense", 100), ("dense", 10)]),
     "1024-1024-1024-10, batch 512": (512, (1024,), [("dense", 1024), ("dense", 1024), ("dense", 10)]),
@@ -57,7 +59,7 @@ BATCH, STEPS, INPUTS, UNITS = 32, 64, 128, 256
 MASKS = {"dropout": 0.25, "recurrent_dropout": 0.25}
 KL = {"kl_weight": peers.KL_WEIGHT}
 
-# How each network is made variational; the first of them is what the others are compared with.
+# The (dense, convolution) classes of each variant. The first variant is the baseline of the ratios.
 WEIGHTS = {
     "keras.layers": (keras.layers.Dense, keras.layers.Conv2D),
     **{
@@ -67,7 +69,7 @@ WEIGHTS = {
         for estimator in estimators.ESTIMATORS
     },
 }
-# Noise after every hidden dense layer of Keras's own.
+# Noise layers, placed after every hidden `keras.layers.Dense`.
 NOISES = {
     "keras.layers.Dropout": lambda: keras.layers.Dropout(0.5),
     "keras.layers.GaussianDropout": lambda: keras.layers.GaussianDropout(0.5),
@@ -85,7 +87,7 @@ LSTMS = {
 
 
 def keras_step(model, optimizer, loss, x, y, jit):
-    """One training step as a function without arguments."""
+    """Compile the model and return one training step as a function without arguments."""
     model.compile(optimizer, loss, jit_compile=jit)
     x, y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
     return lambda: model.train_on_batch(x, y)
@@ -97,7 +99,7 @@ def training_data(batch, shape):
 
 
 def training_steps(names, batch, shape, network, jit):
-    """{name: step} of Keras's layers and ours, of WEIGHTS and NOISES."""
+    """Return {name: step} for names of `WEIGHTS` and `NOISES`: Keras's layers and ours."""
     steps = {}
     for name in names:
         layers = WEIGHTS.get(name, WEIGHTS["keras.layers"])
@@ -108,7 +110,7 @@ def training_steps(names, batch, shape, network, jit):
 
 
 def network_steps(title, jit):
-    """{name: step} of Keras's layers, ours and the peers', for one network."""
+    """Return {name: step} of one network with Keras's layers, ours and those of other packages."""
     batch, shape, network = NETWORKS[title]
     steps = training_steps([*WEIGHTS, *(NOISES if len(shape) == 1 else ())], batch, shape, network, jit)
     x, y = training_data(batch, shape)
@@ -154,7 +156,7 @@ def predicted_model(name):
 
 
 def prediction_step(way, model, x, samples, jit):
-    """The mean probability of that many draws, as a function without arguments."""
+    """Return a function without arguments that computes the mean probability of `samples` draws."""
     if way.startswith("MonteCarlo"):
         consistent = way.endswith("consistent")
         sampler = kv.MonteCarlo(model, samples, likelihood="categorical", consistent=consistent)
@@ -179,7 +181,7 @@ def _probability(logits):
 
 
 def compiled(model, jit):
-    """`model(x, training=True)` as a compiled function that draws anew at each call."""
+    """Return `model(x, training=True)` as a compiled function with new noise at each call."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -230,7 +232,7 @@ GROWING = ("keras.layers", "local_reparameterization")
 
 
 def grown_steps(axis, size, jit):
-    """{name: step} of a network of two layers of 256 units and batches of 128, but for what grows."""
+    """Return {name: step} with `size` on the given axis; by default width 256, depth 2 and batches of 128."""
     sizes = {"width": 256, "depth": 2, "batch": 128, axis: size}
     network = [("dense", sizes["width"])] * sizes["depth"] + [("dense", 10)]
     if axis == "draws":
@@ -241,13 +243,13 @@ def grown_steps(axis, size, jit):
 
 
 def exponents(sizes, rows):
-    """Of each, d log ms / d log size between the last two sizes."""
+    """Return {name: d log ms / d log size between the last two sizes}."""
     span = math.log(sizes[-1] / sizes[-2])
     return {name: math.log(values[-1] / values[-2]) / span for name, values in rows.items()}
 
 
 def plot_growth(result, path):
-    """One picture for each axis and mode: ms against size, both logarithmic."""
+    """Plot ms against size on logarithmic axes, one plot for each growing size, with and without XLA."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, len(GROWTH), figsize=(4.5 * len(GROWTH), 7), squeeze=False, layout="constrained")
@@ -264,7 +266,7 @@ def plot_growth(result, path):
 
 
 def apart(function, *arguments):
-    """What `function` returns, in a process of its own, which gives back its memory."""
+    """Run `function` in a new process, whose memory is free afterwards, and return its result."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
@@ -277,7 +279,7 @@ def _train(name, title, jit):
 
 
 def grown(function):
-    """By how many MB the process grows while the function runs, and how large it is at most."""
+    """Run `function`; return the peak memory of the process and how far it exceeds the memory before, in MB."""
     before = _resident("VmRSS")
     _forget_peak()
     function()
@@ -286,23 +288,23 @@ def grown(function):
 
 
 def _forget_peak():
-    """Let Linux begin anew to note this process's greatest memory."""
+    """Reset Linux's record of the peak memory of this process."""
     if (path := pathlib.Path("/proc/self/clear_refs")).is_file():
         path.write_text("5")
 
 
 def _resident(kind):
-    """The memory of this process in MB, now or at most, as Linux tells it; NaN where it does not."""
+    """Return the memory of this process in MB, current ("VmRSS") or peak ("VmHWM"); NaN without Linux's /proc."""
     status = pathlib.Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(kind)), math.nan)
 
 
-# The whole
+# Tables and command line
 
 
 def summary(seconds):
-    """Of every step the median in milliseconds, and of its ratio to the first one in the same round."""
+    """Return for every step the median of its ms, and of its ratio to the first step in the same repeat."""
     base = next(iter(seconds.values()))
     return {
         name: {"ms": 1e3 * float(np.median(values)), "ratio": float(np.median(values / base))}
@@ -318,7 +320,7 @@ def show(title, rows):
 
 
 def training(options):
-    """{title: rows}."""
+    """Measure the topic "training" and return {title: rows}."""
     batch, steps, inputs, units = (4, 5, 6, 8) if options.quick else (BATCH, STEPS, INPUTS, UNITS)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(batch, steps, inputs)).astype("float32"), rng.normal(size=(batch, 1)).astype("float32")
@@ -334,7 +336,7 @@ def training(options):
 
 
 def prediction(options):
-    """{title: rows}."""
+    """Measure the topic "prediction" and return {title: rows}."""
     rows, samples = (5, 3) if options.quick else (ROWS, SAMPLES)
     result = {}
     for name in list(PREDICTED)[: 1 if options.quick else None]:
@@ -349,7 +351,7 @@ def prediction(options):
 
 
 def growth(options):
-    """{title: sizes, ms of each and exponents}."""
+    """Measure the topic "growth" and return {title: axis, sizes, ms and exponents}."""
     result = {}
     for axis, sizes in GROWTH.items():
         sizes = sizes[: 2 if options.quick else None]
@@ -369,7 +371,7 @@ def growth(options):
 
 
 def memory_of_training(options):
-    """{title: rows}."""
+    """Measure the topic "memory" and return {title: rows}."""
     title = [*NETWORKS][0 if options.quick else 1]
     result = {}
     for jit in (False, True):

@@ -1,4 +1,4 @@
-"""What the benchmarks on sentences share: the data as indices, and how a network learns from them and is scored."""
+"""Code that the sentence benchmarks share: data as word indices, training, and scores."""
 
 import collections
 import gzip
@@ -11,17 +11,18 @@ from keras_vdrop.functional import calibration
 
 LENGTH, BATCH = 48, 64
 
-# How the tables were made: noise from the beginning, as a network has learned these sentences by heart before noise can
-# grow; log variances that move slowly; and noise of every word's own, which prunes most.
+# Settings behind the result tables. Noise starts high, since a network memorises these sentences before noise can grow,
+# and log variances change slowly. SPARSIFIER also draws separate noise for every word, which prunes most.
 SLOW = {"initial_log_variance": -7.0, "log_variance_rate": 1.0}
 SPARSIFIER = {**SLOW, "estimator": "local_reparameterization"}
 PADDING, UNKNOWN = 0, 1
 
 
 def load(options):
-    """The sentences in three parts, {part: (indices (N, LENGTH), labels (N, 1))}, and the size of the vocabulary.
+    """Return {part: (indices (N, LENGTH), labels (N, 1))} and the size of the vocabulary.
 
-    Of the 80 % for training are the words; 10 % are for validation and 10 % for the test, whatever the seed is.
+    The parts are "train" (80 %), "validation" (10 %) and "test" (10 %), the same for all seeds. The vocabulary consists
+    of words of the training sentences, and of two indices for padding and unknown words.
     """
     sentences, labels = made_up() if options.quick else rt_polarity(options.data)
     parts = split(len(labels))
@@ -32,17 +33,17 @@ def load(options):
 
 
 def split(count):
-    """Which sentences are of which part, {part: indices}."""
+    """Split `count` sentences at random, the same way in every run, and return {part: indices of the sentences}."""
     order = np.random.default_rng(0).permutation(count)
     cuts = [int(0.8 * count), int(0.9 * count)]
     return dict(zip(("train", "validation", "test"), np.split(order, cuts)))
 
 
 def rt_polarity(folder):
-    """Film-review sentences as lists of words, and 1 for a positive one, else 0.
+    """Return film-review sentences as lists of words, and their labels: 1 for positive, 0 for negative.
 
-    From `rt-polarity/rt-polarity.{pos,neg}.gz`: the sentence polarity data set 1.0 of Pang and Lee (2005), one
-    sentence a line, gzipped, UTF-8.
+    Reads `rt-polarity/rt-polarity.{pos,neg}.gz`: the sentence polarity data set 1.0 of Pang and Lee (2005), one
+    sentence per line, gzipped, UTF-8.
     """
     sentences, labels = [], []
     for kind, label in (("neg", 0), ("pos", 1)):
@@ -55,7 +56,7 @@ def rt_polarity(folder):
 
 
 def made_up(count=600, seed=0):
-    """Sentences of made-up words, some of which say what the label is: a stand-in for `rt_polarity`."""
+    """Return sentences of made-up words, some of which reveal the label, in place of `rt_polarity`."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, count)
     words = rng.integers(0, 200, (count, 12))
@@ -64,13 +65,13 @@ def made_up(count=600, seed=0):
 
 
 def _vocabulary(sentences):
-    """The words that occur at least twice, by falling frequency."""
+    """Return {word: index} of the words that occur at least twice, the most frequent first."""
     counts = collections.Counter(word for words in sentences for word in words)
     return {word: index + 2 for index, (word, count) in enumerate(counts.most_common()) if count > 1}
 
 
 def _encode(sentences, vocabulary):
-    """Indices (N, LENGTH), the end of long sentences cut off."""
+    """Return indices (N, LENGTH). Long sentences are cut at the end, short ones padded."""
     ids = np.full((len(sentences), LENGTH), PADDING, "int32")
     for row, words in zip(ids, sentences):
         words = words[:LENGTH]
@@ -79,7 +80,7 @@ def _encode(sentences, vocabulary):
 
 
 def compile_for(model, data, rate, epochs):
-    """Adam, whose rate falls linearly to 0."""
+    """Compile with Adam, whose learning rate falls linearly to 0 over `epochs`."""
     steps = epochs * -(-len(data["train"][0]) // BATCH)
     model.compile(
         keras.optimizers.Adam(keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0)),
@@ -93,19 +94,19 @@ def fit(model, data, **arguments):
 
 
 def fit_best(model, data, rate, epochs):
-    """Train a network without a KL, and go back to the epoch that did best in validation."""
+    """Train a network without a KL, and restore the weights of the epoch with the best validation accuracy."""
     best = keras.callbacks.EarlyStopping("val_accuracy", patience=epochs, restore_best_weights=True)
     compile_for(model, data, rate, epochs)
     fit(model, data, epochs=epochs, callbacks=[best])
 
 
 def scores(model, data):
-    """What was not trained on: {"validation": {...}, "test": {...}}."""
+    """Return the scores on the parts that were not trained on, {"validation": {...}, "test": {...}}."""
     return {part: _score(model, *data[part]) for part in ("validation", "test")}
 
 
 def _score(model, x, y):
-    """Accuracy and ECE in per cent, NLL in nats."""
+    """Return accuracy and ECE in per cent, and the NLL in nats."""
     one = 1.0 / (1.0 + np.exp(-model.predict(x, verbose=0).ravel().astype("float64")))
     probability = np.stack([1.0 - one, one], axis=-1)
     y = y.ravel()
@@ -117,20 +118,20 @@ def _score(model, x, y):
 
 
 def sizes(report):
-    """Of a `kv.Sparsity` what a row keeps."""
+    """Return the entries of a row that come from a `kv.Sparsity` report."""
     layers = {row.name: [row.weights, row.left] for row in report.layers}
     return {"weights": report.weights, "left": report.left, "layers": layers}
 
 
 def dense_sizes(model):
-    """The same of a network of Keras's layers, all of whose kernels are left; biases and normalisations not counted."""
+    """Return the number of kernel and table weights of a Keras network, all kept; other weights do not count."""
     counted = ("kernel", "recurrent_kernel", "embeddings")
     weights = sum(int(np.prod(v.shape)) for v in model.trainable_variables if v.name in counted)
     return {"weights": weights, "left": weights}
 
 
 def show(rows):
-    """The table of a dict of lists of rows, one line a network, over its seeds."""
+    """Print a table of a dict of lists of rows: one line per network, statistics over the seeds."""
     print(f"\n{'':<24}{'test accuracy %':>18}{'NLL':>14}{'ECE %':>14}{'weights':>12}{'ratio':>18}")
     for name, each in rows.items():
         figures = [common.spread([row["test"][metric] for row in each]) for metric in ("accuracy", "nll", "ece")]

@@ -1,16 +1,17 @@
-"""An LSTM classifier of film-review sentences: plain, with Keras's dropout, with ours, and Bayesian.
+"""Compare LSTM classifiers of film-review sentences: plain, with Keras's dropout, with ours, and Bayesian.
 
-Embedding of 300, LSTM of 128 units, and a logit, trained on 80 % of the sentences. On 10 % the best epoch of the three
-without a KL is found, and all recipes were chosen; nothing was chosen on the last 10 %.
+A network consists of an embedding of width 300, an LSTM of 128 units, and a dense layer to one logit. It is trained on
+80 % of the sentences. Another 10 % served to choose all settings, and select the best epoch of the three networks
+without a KL. No choice uses the last 10 %, the test set.
 
-The Bayesian networks become small in three steps, each of which begins with the weights of the one before. First the
-columns of the word table are groups, and all but a few go: a word is then a few numbers. Then every weight goes by
-itself: gates, units, and words that say nothing of the sentence. What is left of the second step is tuned, with less
-weight on the KL. With a light KL throughout there are only the first two steps: a third would learn by heart.
+The Bayesian networks are pruned in three steps, each of which starts from the weights of the step before. Step 1 treats
+the columns of the word table as groups and prunes most of them, so that few numbers per word are kept. Step 2 prunes
+single weights: gates, units, and words that carry no information. Step 3 fine-tunes the kept weights with a smaller KL
+weight. "light KL" uses a small KL weight throughout and only steps 1 and 2, since step 3 would overfit.
 
     python benchmarks/text_lstm.py --data DIR --seeds 3 --out benchmarks/results/text_lstm.json
 
-DIR holds rt-polarity/rt-polarity.{pos,neg}.gz: the sentence polarity data set 1.0, one sentence a line, gzipped.
+DIR holds rt-polarity/rt-polarity.{pos,neg}.gz: the sentence polarity data set 1.0, one sentence per line, gzipped.
 """
 
 import argparse
@@ -30,14 +31,14 @@ NETWORKS = ("plain", "Keras dropout", "classic", "Bayesian, log_uniform", "Bayes
 
 
 def classifier(embedding, lstm, dense, size):
-    """The network, of layers that the three functions make."""
+    """Build the network from functions that make its embedding, LSTM and dense layer."""
     tokens = keras.Input((text.LENGTH,), dtype="int32")
     words = embedding(size, WIDTH, mask_zero=True, name="words")(tokens)
     return keras.Model(tokens, dense(1, name="logit")(lstm(UNITS, name="lstm")(words)))
 
 
 def dropped_out(name, size, rate):
-    """The plain network, and those whose noise is in the LSTM alone."""
+    """Build a network without a KL: the plain one, or one with dropout in the LSTM."""
     masks = {"dropout": rate, "recurrent_dropout": rate}
     lstm = {
         "plain": layers.LSTM,
@@ -48,7 +49,7 @@ def dropped_out(name, size, rate):
 
 
 def bayesian(prior, size, of_words):
-    """All weights are distributions; the word table may have a prior of its own."""
+    """Build the network with a posterior for every kernel; `of_words` is the prior of the word table."""
 
     def of(cls, prior):
         of_places = text.SPARSIFIER if cls is not kv.VariationalLSTM else text.SLOW
@@ -60,7 +61,7 @@ def bayesian(prior, size, of_words):
 
 
 def learn_bayesian(prior, data, size, options):
-    """The steps, as many as there are temperatures: the network, and the report of what is left of it."""
+    """Run one step per temperature; return the pruned network and its sparsity report."""
     examples = len(data["train"][0])
     ends = [options.columns, options.columns + options.single, options.columns + options.single + options.tuning]
 
@@ -82,7 +83,7 @@ def learn_bayesian(prior, data, size, options):
 
 
 def left_of_kernels(model):
-    """How many weights are left of each kernel, by what it is multiplied with."""
+    """Return the number of kept weights of each kernel, named after what the kernel multiplies."""
     words, lstm, logit = (model.get_layer(name) for name in ("words", "lstm", "logit"))
     weights = {
         "embedding": words.embeddings,
@@ -94,7 +95,7 @@ def left_of_kernels(model):
 
 
 def learn(name, seed, data, size, options):
-    """One network with one seed: its scores, its weights and how many of them are left."""
+    """Train one network with one seed; return its scores, its number of weights, and how many are kept."""
     keras.utils.set_random_seed(seed)
     if name == LIGHT:
         options = argparse.Namespace(**{**vars(options), "temperatures": options.light, "tuning": 0})

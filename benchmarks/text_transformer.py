@@ -1,16 +1,18 @@
-"""A small Transformer classifier of film-review sentences, all of it variational, beside its deterministic twin.
+"""Compare a variational Transformer classifier of film-review sentences with its deterministic twin.
 
-Embedding of words and places, one block of attention and two dense layers, the mean over time, and a logit. Both are
-trained on the same 80 % of the sentences. On 10 % the twin's best epoch is found, and both recipes (the twin's
-dropout and learning rate among them) were chosen; nothing was chosen on the last 10 %.
+The small network consists of embeddings of words and positions, one block of attention and two dense layers, the mean
+over time, and a dense layer to one logit. Both versions are trained on the same 80 % of the sentences. Another 10 %
+served to choose the settings of both (among them the twin's dropout and learning rate), and select the twin's best
+epoch. No choice uses the last 10 %, the test set.
 
-The columns of the word table are groups: each has a prior of its own scale, and goes as a whole. What is left is a few
-numbers a word, drawn towards 0 for words that are rare. All other weights go one by one. The network is pruned before
-the last epochs, which are for what is left: LayerNormalization has until then seen the noise of columns that go.
+The columns of the embedding tables are groups: each has its own prior scale and is pruned as a whole. A few numbers per
+word are kept, shrunk towards 0 for rare words. All other kernels are pruned weight by weight. The network is pruned
+before the last epochs, which fine-tune the kept weights: until then, LayerNormalization also sees the noise of the
+columns that pruning removes.
 
     python benchmarks/text_transformer.py --data DIR --seeds 3 --out benchmarks/results/text_transformer.json
 
-DIR holds rt-polarity/rt-polarity.{pos,neg}.gz: the sentence polarity data set 1.0, one sentence a line, gzipped.
+DIR holds rt-polarity/rt-polarity.{pos,neg}.gz: the sentence polarity data set 1.0, one sentence per line, gzipped.
 """
 
 import functools
@@ -26,7 +28,7 @@ WIDTH, HEADS, HIDDEN = 64, 4, 128
 
 
 def classifier(embedding, attention, dense, size, dropout=0.0):
-    """The network, of layers that the three functions make."""
+    """Build the network from functions that make its embeddings, attention and dense layers."""
     tokens = keras.Input((text.LENGTH,), dtype="int32")
     place = keras.ops.cumsum(keras.ops.ones_like(tokens), axis=1) - 1
     words = embedding(size, WIDTH, mask_zero=True, name="words")(tokens)
@@ -54,7 +56,7 @@ def variational(size):
 
 
 def learn(name, seed, data, size, options):
-    """One network with one seed: its scores, its weights and how many of them are left."""
+    """Train one network with one seed; return its scores, its number of weights, and how many are kept."""
     keras.utils.set_random_seed(seed)
     if name == "twin":
         twin = deterministic(size, options.dropout)

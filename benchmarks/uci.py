@@ -1,28 +1,34 @@
-"""Regression on UCI's sets: test error and log-likelihood, beside what was published for the same splits.
+"""Regression on UCI data sets: test error and log-likelihood, beside published figures.
 
     KERAS_BACKEND=jax JAX_THREEFRY_PARTITIONABLE=0 python benchmarks/uci.py --data DIR --out benchmarks/results/uci.json
 
-It runs on every backend; so many small products take least time in JAX, and with that setting its random numbers half.
-DIR/uci holds NAME.npz with X (n, d), y (n,), train (splits, n_train) and test (splits, n_test), the rows of each split;
-`--sets` names others than the seven below. Every network has one hidden layer of 50 units (protein 100), two outputs,
-the mean and the noise, and learns for the same number of epochs, by Adam, with every number of a gradient between −1
-and 1 (outliers among protein's inputs would spoil Adam's mean squares for thousands of steps):
+The benchmark runs on every backend. JAX is the fastest for its many small matrix products, and the setting above halves
+the cost of JAX's random numbers.
 
-- bayesian, ard and bayesian, normal: ours, with that prior of the weights (normal: of the standard deviation 0.3);
-- bayesian ensemble: five of ours with the ARD prior, 400 draws of each;
-- concrete dropout: the rates learned;
-- mc dropout: `MonteCarloDropout` before both layers, and a weight decay;
-- ensemble: five plain networks with a weight decay.
+DIR/uci holds one NAME.npz per data set: X (n, d), y (n,), and the row indices of each split, train (splits, n_train)
+and test (splits, n_test). `--sets` selects data sets; the default is the seven in `SETS`.
 
-What is to be chosen (whether the noise depends on the input, the temperature of the KL, the rate of dropout, the weight
-decay) is chosen for each split by the log-likelihood of a fifth of its training rows, from networks that did not learn
-from these, two of them where there are to be five. The log-likelihood is log (1/S) Σ p(y | x, w_s), of 2,000 draws or
-of the 5 networks, the error the root of the mean square; both in the units of y, as mean ± standard error over the
-splits. The logarithm of a mean of few draws is too low: on held-out rows of concrete and wine, 200 draws give 0.01 to
-0.02 less than 4,000.
+Every network has one hidden layer of 50 units (100 for protein) and predicts the mean and the noise of y. On a given
+data set, all train for the same number of epochs by Adam. Each component of the gradient is clipped to [−1, 1], because
+outliers among protein's inputs would distort Adam's mean squares for thousands of steps. The methods are:
 
-The networks of all splits are one model, whose kernels have an axis for the splits: they share no weight, and learn at
-once.
+- bayesian, ard and bayesian, normal: our layers with that prior on the weights (normal: standard deviation 0.3);
+- bayesian ensemble: five of our networks with the ARD prior, 400 draws of each;
+- concrete dropout: dropout with learned rates;
+- mc dropout: `MonteCarloDropout` before both layers, and weight decay;
+- ensemble: five plain networks with weight decay.
+
+The hyperparameters are: whether the noise depends on the input, the temperature of the KL, the dropout rate and the
+weight decay. They are chosen for each split by the log-likelihood of a held-out fifth of its training rows, with two
+networks in place of five for ensembles. The final networks then train on all training rows.
+
+The error is the root mean square error. The log-likelihood is log (1/S) Σ p(y | x, w_s) over 2,000 draws, or over the
+5 networks of the plain ensemble. Both are in the units of y, reported as mean ± standard error over the splits. The
+logarithm of a mean over few draws is biased low: on held-out rows of concrete and wine, 200 draws give 0.01 to 0.02
+less than 4,000.
+
+The networks of all splits form one model, whose kernels have an axis for the splits. They share no weights and train
+simultaneously.
 """
 
 import dataclasses
@@ -51,8 +57,8 @@ UNITS = {"protein-tertiary-structure": 100}
 MEMBERS, MEMBERS_THAT_CHOOSE = 5, 2
 DRAWS_THAT_CHOOSE = 200
 
-# Test error and log-likelihood: Gal's splits with one hidden layer, of Mukhoti et al., 2018; Lakshminarayanan et al.,
-# 2017; Gal et al., 2017, with other splits and networks.
+# Test error and log-likelihood. Sources: MC dropout, Mukhoti et al., 2018 (Gal's splits, one hidden layer); deep
+# ensembles, Lakshminarayanan et al., 2017; concrete dropout, Gal et al., 2017 (other splits and networks).
 PUBLISHED = {
     "bostonHousing": {"mc dropout": (2.90, -2.40), "deep ensembles": (3.28, -2.41), "concrete dropout": (2.65, -2.72)},
     "concrete": {"mc dropout": (4.82, -2.93), "deep ensembles": (6.03, -3.06), "concrete dropout": (4.46, -3.51)},
@@ -78,12 +84,12 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What is chosen on the rows held out.
+    """Hyperparameters that are chosen on the held-out rows.
 
     Attributes:
         heteroscedastic: Whether the noise depends on the input.
-        amount: Of what regularises: the KL's temperature or the rate of dropout.
-        decay: The precision of a normal prior of the weights, whose log density is the weight decay.
+        amount: The strength of regularisation: the KL's temperature or the dropout rate.
+        decay: The precision of a normal prior on the weights, whose negative log density is the weight decay.
     """
 
     heteroscedastic: bool
@@ -110,14 +116,14 @@ GRIDS = {
 
 @dataclasses.dataclass
 class Rows:
-    """Rows of every split: x (n, splits, d) and y (n, splits), by the mean and the scale of what is learned from."""
+    """Rows of every split, x (n, splits, d) and y (n, splits), standardised by the training rows of the split."""
 
     x: np.ndarray
     y: np.ndarray
 
 
 class Splits:
-    """A set and its splits, in the units of what is learned from."""
+    """A data set and the row indices of its splits."""
 
     def __init__(self, x, y, train, test):
         self.x, self.y, self.train, self.test = x, y, train, test
@@ -126,18 +132,18 @@ class Splits:
         return len(self.train)
 
     def of(self, which):
-        """Some of the splits."""
+        """Return the splits with these indices."""
         return Splits(self.x, self.y, self.train[which], self.test[which])
 
     def hold_out(self, seed=0):
-        """A fifth of the training rows in place of the test rows."""
+        """Return splits whose test rows are a random fifth of the training rows, which no longer train."""
         rng = np.random.default_rng(seed)
         train = np.stack([rng.permutation(rows) for rows in self.train])
         cut = train.shape[1] * 4 // 5
         return Splits(self.x, self.y, train[:, :cut], train[:, cut:])
 
     def rows(self):
-        """To learn from, and to judge by."""
+        """Return the training rows and the test rows, standardised."""
         x, y = self.x[self.train], self.y[self.train]
         scale = x.std(axis=1, keepdims=True)
         scale[scale == 0.0] = 1.0
@@ -151,7 +157,7 @@ class Splits:
 
     @property
     def unit(self):
-        """The standard deviation of y of each split."""
+        """The standard deviation of y over the training rows of each split."""
         return self.y[self.train].std(axis=1)
 
 
@@ -169,15 +175,15 @@ def load(name, options):
 
 
 def network(method, choice, units, rows):
-    """From (B, splits, d) to (B, splits, 2), the mean and the raw scale of the noise."""
+    """Build a model from x (B, splits, d) to the mean and the raw scale of the noise, (B, splits, 2)."""
     inputs = keras.Input(rows.x.shape[1:])
     outputs = 2 if choice.heteroscedastic else 1
     if method == "concrete dropout":
-        # A rate is that of a layer, so every split has layers of its own.
+        # Each layer has one dropout rate, so every split needs its own layers.
         parts = [_concrete(inputs[:, split], units, outputs) for split in range(inputs.shape[1])]
         h = ops.stack(parts, axis=1)
     else:
-        # Products of many small matrices are fastest with the splits in front.
+        # Batched products of small matrices are fastest with the splits on the first axis.
         h = _layers(method, choice, ops.swapaxes(inputs, 0, 1), units, outputs, len(rows.x))
         h = ops.swapaxes(h, 0, 1)
     return keras.Model(inputs, h if choice.heteroscedastic else kv.losses.learned_scale(h[..., 0]))
@@ -203,7 +209,7 @@ def _layers(method, choice, h, units, outputs, num_examples):
                 kernel_prior=prior,
                 initial_log_variance=-7.0,
                 log_variance_rate=1.0,
-                estimator="local_reparameterization",  # an example is on the second axis, and uses each weight once
+                estimator="local_reparameterization",  # examples are on the second axis; each uses every weight once
                 **arguments,
             )
         else:
@@ -233,12 +239,12 @@ def batch_size(count):
 
 
 def epochs_of(count):
-    """What takes about 10,000 steps."""
+    """Return the number of epochs that take about 10,000 steps."""
     return round(10_000 * batch_size(count) / count)
 
 
 def draws(model, method, x, members, num_samples):
-    """The mean and the scale of the noise under every draw, of every member: twice (S, n, splits)."""
+    """Return the mean and the scale of the noise, each (S, n, splits), under all draws of all members together."""
     if method == "ensemble":
         outputs = model.predict_on_batch(x)[:, None]
     else:
@@ -250,7 +256,10 @@ def draws(model, method, x, members, num_samples):
 
 
 def scores(method, choice, splits, units, options, members, num_samples):
-    """Of networks that learn, so many for a split: error and log-likelihood of each split, in the units of y."""
+    """Train the networks of all splits; return the error and the log-likelihood of each split, in the units of y.
+
+    Ensembles have `members` networks per split, other methods one.
+    """
     keras.utils.set_random_seed(0)
     learned, judged = splits.rows()
     members = members if method.endswith("ensemble") else 1
@@ -266,11 +275,11 @@ def scores(method, choice, splits, units, options, members, num_samples):
     return error, np.array(likelihood) - np.log(splits.unit)
 
 
-# The whole
+# Results
 
 
 def row_of(name, method, options):
-    """Choose for each split on the rows held out, and learn anew from all of its training rows."""
+    """Choose the hyperparameters of each split on its held-out rows, then train on all of its training rows."""
     splits, units = load(name, options), UNITS.get(name, 50)
     grid = GRIDS[method][:1] if options.quick else GRIDS[method]
     held_out = [
@@ -296,7 +305,7 @@ def standard_error(values):
 
 
 def show(rows):
-    """Our rows beside what was published."""
+    """Print our results beside the published ones."""
     print(f"\n{'':<62}{'RMSE':>18}{'log-likelihood':>18}")
     for name, ((row),) in rows.items():
         print(f"{name:<62}{standard_error(row['error']):>18}{standard_error(row['log_likelihood']):>18}")
@@ -318,7 +327,7 @@ def main():
     if options.quick:
         options.sets, options.epochs = options.sets[:1], 2
     names = [f"{name}: {method}" for name in options.sets for method in options.methods]
-    # They say which rows to make, and nothing about a row.
+    # These only select rows. `--resume` compares the other options with those of the file.
     del options.sets, options.methods
 
     def learn_this(name, seed):

@@ -12,7 +12,7 @@ from keras_vdrop.files import replace
 
 
 def main(arguments=None):
-    """Run a command line; returns the exit status."""
+    """Run a command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m keras_vdrop", description="Variational dropout for Keras 3.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -49,7 +49,7 @@ def main(arguments=None):
 
 
 def _finite(text):
-    """A finite number, of a word of the command line."""
+    """Parse an argument of the command line as a finite number."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number. Received: {text}")
@@ -105,7 +105,7 @@ def _compact(options, parser):
     model = _load(options.model, parser)
     x = None if options.data is None else _arrays(options.data, len(model.inputs), parser)
     small = _or_error(parser, lambda: compact(model, options.threshold, x))
-    before = file_sizes(options.model)  # which may be written over
+    before = file_sizes(options.model)  # `options.out` may be the same file
     replace(options.out, small.save)
     small.summary()
     for path, (plain, gzipped) in ((options.model, before), (options.out, file_sizes(options.out))):
@@ -118,7 +118,7 @@ def _check_writable(folder):
 
 
 def _nearest_folder(path):
-    """The folder, or where it is not there yet, the one in which it will be made."""
+    """Return the folder, or if it does not exist, its nearest parent that does."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
@@ -129,7 +129,7 @@ def _load(path, parser):
         parser.error(f"{path} is not there.")
     try:
         return keras.saving.load_model(path, compile=False)
-    except Exception as error:  # of a damaged file, of whatever kind
+    except Exception as error:  # a damaged file may raise any exception
         raise OSError(f"{path} can't be loaded as a model: {type(error).__name__}: {error}") from error
 
 
@@ -141,13 +141,13 @@ def _check_arrays(path, parser):
 
 
 def _arrays(path, count, parser):
-    """The one array of a file, or all of them, in the order of their names."""
+    """Return the array of a file if `count` is 1, else the list of its arrays in the order of their names."""
     import numpy as np
 
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in sorted(file.files)}
-    except Exception as error:  # of a damaged file, of whatever kind
+    except Exception as error:  # a damaged file may raise any exception
         raise OSError(f"{path} can't be read: {type(error).__name__}: {error}") from error
     if len(arrays) != count:
         parser.error(f"{path} must hold an array for each of {count} inputs of the model. It has: {', '.join(arrays)}")
@@ -156,7 +156,7 @@ def _arrays(path, count, parser):
 
 
 def _or_error(parser, action):
-    """What the action returns; what it refuses is an error of the command line, of whatever kind the backend's is."""
+    """Return the action's result; report any exception, whose type depends on the backend, as a usage error."""
     try:
         return action()
     except Exception as error:

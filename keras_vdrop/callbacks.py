@@ -15,7 +15,7 @@ from keras_vdrop.observation import Observer
 from keras_vdrop.posterior import posteriors, require_posteriors
 from keras_vdrop.pruning import sparsity
 
-# What fraction of its full weight the KL has when a fraction p of the warm-up is over.
+# The KL's share of its full weight after a fraction p of the warm-up.
 SCHEDULES = {
     "linear": lambda p: p,
     "cubic": lambda p: p**3,
@@ -26,65 +26,65 @@ SCHEDULES = {
 class ELBO(keras.callbacks.Callback):
     """Make `fit` minimise the negative ELBO: c·(mean NLL of an example + temperature·β·KL / num_examples).
 
-    c is what Keras's loss makes of the NLL of an example: 1 / L, where it is a mean over the L labels that an example
-    has (pixels, steps, the numbers of a vector) and 1 for the losses of `keras_vdrop.losses`, times the `loss_weights`.
-    It is found from the model's outputs and its loss.
+    c is the factor between the NLL of an example and Keras's loss: 1 / L for a loss that is a mean over the L labels of
+    an example (pixels, steps, the numbers of a vector) and 1 for the losses of `keras_vdrop.losses`, times the
+    `loss_weights`. `ELBO` derives c from the model's outputs and loss.
 
-    β is 0 up to `start_epoch`, rises over `warmup_epochs` and stays 1. A network that starts with the full KL gives up
-    weights before it has learned which ones it needs. By default β is 0 for a tenth of the epochs of `fit` and rises
-    for another three tenths, both rounded down, so that a single epoch has the full KL. β depends on nothing but the
-    number of the epoch (and batch): a `fit` resumed with `initial_epoch` goes on where the schedule was, and so does
-    the next `fit` of the same model with the same callback.
+    β is 0 up to `start_epoch`, rises to 1 over `warmup_epochs` and stays there. A network that starts with the full KL
+    gives up weights before it has learned which ones it needs. By default β is 0 for a tenth of the epochs of `fit` and
+    rises over the next three tenths, both rounded down, so that a single epoch has the full KL. β depends only on the
+    number of the epoch (and batch): a `fit` resumed with `initial_epoch` continues the schedule, and so does the next
+    `fit` of the same model with the same callback.
 
-    Validation within `fit` takes the KL at its full weight, β = 1: `val_loss`, which Keras's callbacks monitor, does
-    not depend on β, and the lowest one is that of the best model. Adds to the logs of every epoch
-        `kl`: Σ KL(posterior ‖ prior) at the end of the epoch, in nats, not weighted.
-        `nll`, `val_nll`: the data's part of the loss, as it was at every step: what `compile`'s loss makes of it, with
-            the weights of examples and classes. The KL is not in it, nor Keras's regularizers of weights and
-            activities, nor what layers add by `add_loss` (unless there is no other loss).
-        `elbo_loss`, `val_elbo_loss`: the loss with the KL at its full weight. All that is in the loss is in it too:
-            without regularizers it is c times the negative ELBO, and one of Keras's counts as a further prior.
-    A metric of the user's that has one of these names keeps it. `nll` and `elbo_loss` need `compute_loss`: a
-    `train_step` that does not call it, or does not return the results of `self.metrics`, does without.
+    Validation within `fit` uses the full weight of the KL, β = 1. So `val_loss`, which Keras's callbacks monitor, does
+    not depend on β, and its lowest value is that of the best model. The callback adds to the logs of every epoch
+        `kl`: Σ KL(posterior ‖ prior) at the end of the epoch, in nats, unweighted; frozen posteriors do not count.
+        `nll`, `val_nll`: the data part of the loss, averaged over the steps of the epoch: the value of `compile`'s
+            loss, with sample and class weights. It contains neither the KL, nor Keras's weight and activity
+            regularizers, nor what layers add by `add_loss` (unless there is no other loss).
+        `elbo_loss`, `val_elbo_loss`: the loss with the KL at its full weight. Everything in the loss is in it: without
+            regularizers it is c times the negative ELBO, and a Keras regularizer counts as a further prior.
+    A user's metric of the same name takes precedence. `nll` and `elbo_loss` are computed in `compute_loss`: they are
+    missing if a custom `train_step` does not call it, or does not return the results of `self.metrics`.
 
-    The log variances, and what a prior learns, are excluded from the optimizer's `weight_decay`: it would pull the
-    log variances to 0. It still decays the means, as a second prior beside the KL's.
+    The log variances, and the parameters that a prior learns, are excluded from the optimizer's `weight_decay`, which
+    would pull the log variances to 0. The means still decay, which acts as a second prior beside the KL's.
 
     Args:
-        num_examples: Positive int, the number of training examples (not batches, nor labels).
-        warmup_epochs: Over how many epochs β rises from 0 to 1; 0 for at once; None for three tenths of those of `fit`,
-            or 0 where `start_epoch` is given.
-        start_epoch: The epoch, counted from 0, at which it starts to rise; None for a tenth of those of `fit`, or 0
-            where `warmup_epochs` is given.
-        schedule: How it rises: "linear", "cubic" (p³ of the way at p of the time: late), "cosine" (softly at both
-            ends); or a callable from the step to β ≥ 0, in place of the two above. The step is an int that counts
-            from 0: the epoch, or with `per="batch"` the batch since the beginning of training.
+        num_examples: Positive int, the number of training examples (not of batches or labels).
+        warmup_epochs: Number of epochs over which β rises from 0 to 1; 0 for at once. None for three tenths of the
+            epochs of `fit`, or for 0 if `start_epoch` is given.
+        start_epoch: The epoch, counted from 0, at which β starts to rise. None for a tenth of the epochs of `fit`, or
+            for 0 if `warmup_epochs` is given.
+        schedule: How β rises: "linear", "cubic" (β = p³ after a fraction p of the time: late), "cosine" (smoothly at
+            both ends); or a callable from the step to β ≥ 0, which replaces the two arguments above. The step is an int
+            counted from 0: the epoch, or with `per="batch"` the batch since the beginning of training.
         per: "epoch" or "batch": how often β changes.
-        temperature: Float ≥ 0, a constant factor of the KL; 1 for the ELBO. Below 1 (a "cold" posterior) data count
-            for more than they are, and more weights stay. The full weight of the KL has it.
-        likelihood_scale: Float > 0, σ, where the loss is the mean squared error: the standard deviation of the data
+        temperature: Float ≥ 0, a constant factor of the KL, included in its full weight; 1 for the ELBO. Below 1 (a
+            "cold" posterior) the data get more weight than they should, and more weights are kept.
+        likelihood_scale: Float > 0, σ, if the loss is the mean squared error: the standard deviation of the data
             around the prediction, in the units of y. The loss is then 2σ² / L times the negative ELBO of
-            N(prediction, σ²), less a constant. Without it, a mean squared error is that of σ = √½. None for losses that
-            are likelihoods, such as `losses.NormalNLL`.
-        free_bits: Float ≥ 0, in nats for each weight: the KL of a weight tensor that costs nothing, on average over its
-            weights: max(KL, free_bits·weights) takes its place. Its gradient is 0 below.
-        labels_per_example: Float > 0, L, over how many terms of an example the loss takes its mean, where it cannot be
-            known: masked outputs, sequences of unknown length (their average), a loss or `train_step` of one's own.
-            None to find it.
+            N(prediction, σ²), up to a constant. Without it, the mean squared error corresponds to σ = √½. None for
+            losses that are likelihoods, such as `losses.NormalNLL`.
+        free_bits: Float ≥ 0, in nats per weight: the mean KL per weight of a tensor that costs nothing. The loss
+            contains max(KL, free_bits·weights) instead of the KL, so below that value the gradient is 0.
+        labels_per_example: Float > 0, L, the number of terms of an example over which the loss takes its mean. Needed
+            if it cannot be derived: for masked outputs, sequences of unknown length (give their average), a custom loss
+            or a custom `train_step`. None to derive it.
 
     Raises:
-        ValueError: For a value that is out of range. In `fit`: for a model without variational weights; for
-            `num_examples` that cannot be right; where c cannot be known, or the losses of several outputs have
-            different ones; for a callable of the batch that resumes at an epoch of which Keras does not know how many
-            batches came before.
+        ValueError: For a value out of range. In `fit`: for a model without variational weights; for an impossible
+            `num_examples`; if c cannot be derived, or differs between the losses of several outputs; for a callable of
+            the batch if `fit` resumes at a later epoch and the number of batches before it is unknown.
 
     Warns:
-        Each once. Where it sets a `kl_weight` other than the one a layer was given. Where a variational layer is called
-        that is none of the model's. At the beginning of `fit`, what `losses.check_outputs` says of the outputs of a
-        loss of `losses`. At the end of `fit`, with figures, where the posterior has hardly moved, the KL dwarfs the
-        NLL, a layer has lost all weights, or β was never above 0. Of the first two it judges after 50 steps of the
-        optimizer under one weight of the KL, and after 200 where a `fit` has one epoch or the KL has halved; of the
-        third after 5 epochs. Several `fit`s that go on with one schedule count as one.
+        Each once: if it replaces a `kl_weight` that a layer was given; if a variational layer is called that does not
+        belong to the model; if `num_examples` does not fit the first epoch. At the beginning of `fit`: what
+        `losses.check_outputs` finds in outputs whose loss is one of `losses`. At the end of `fit`, with figures: if the
+        posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights, BatchNormalization has seen the
+        noise, β was never above 0, or training was stopped before β = 1. The first two are judged after 50 optimizer
+        steps under one KL weight, or 200 if the `fit` has one epoch or the KL has halved; the third after 5 epochs.
+        Several `fit`s that continue one schedule count as one.
 
     Example:
         >>> import keras, keras_vdrop as kv, numpy as np
@@ -152,16 +152,17 @@ class ELBO(keras.callbacks.Callback):
 
     # The schedule
 
-    # How many batches an epoch has: None as long as neither Keras nor an epoch that is over has told.
+    # Batches per epoch; None until Keras knows them, or the first epoch is over.
     _steps = None
-    # Of how many epochs the warm-up takes its part, how many came before epoch 0 of this `fit`, and which is the next.
+    # The epochs of which the warm-up is a share, those trained before epoch 0 of this `fit`, the number of the next
+    # epoch, and a weak reference to the model.
     _epochs = None
     _before = 0
     _next = 0
     _fitted = staticmethod(lambda: None)
 
     def beta(self, epoch, batch=0):
-        """The factor of the KL in that epoch (with `per="batch"`, at that batch of it), 1 for the ELBO itself."""
+        """Return β in an epoch (with `per="batch"`, at a batch of the epoch); 1 for the ELBO itself."""
         batch = batch if self.per == "batch" else 0
         if callable(self.schedule):
             return self.schedule(epoch if self.per == "epoch" else self._batches_before(epoch) + batch)
@@ -172,7 +173,7 @@ class ELBO(keras.callbacks.Callback):
         return SCHEDULES[self.schedule](min(1.0, max(0.0, elapsed / warmup)))
 
     def _warmup(self):
-        """(start_epoch, warmup_epochs)."""
+        """Return (start_epoch, warmup_epochs)."""
         if self.start_epoch is None and self.warmup_epochs is None:
             if self._epochs is None:
                 raise ValueError(
@@ -191,7 +192,7 @@ class ELBO(keras.callbacks.Callback):
         return epoch * self._steps if epoch else 0
 
     def _go_on_from(self, epoch):
-        """At the first epoch of a `fit`: go on with the schedule, where this callback has trained the model before."""
+        """At the first epoch of a `fit`, continue the schedule if this callback has trained the model before."""
         if self._fitted() is not self.model:
             self._fitted, self._next, self._epochs, self._record = weakref.ref(self.model), 0, None, None
         self._before = max(0, self._next - epoch)
@@ -200,7 +201,7 @@ class ELBO(keras.callbacks.Callback):
 
     # The weight of the KL
 
-    # What the loss makes of the NLL of an example, as soon as it is known.
+    # c, the factor between the NLL of an example and the loss; None until it is known.
     _factor = None
 
     @property
@@ -208,9 +209,9 @@ class ELBO(keras.callbacks.Callback):
         return self._factor * self.temperature / self.num_examples
 
     def _set(self, beta):
-        """Give every layer its KL weight, and none as long as its scale is not known.
+        """Set the KL weight of every layer; 0 while c is unknown.
 
-        By way of `self.model`, always: that is what makes the JAX trainer take note of what is assigned.
+        Always get the model from `self.model`: on JAX, that property makes the trainer notice assignments.
         """
         self._beta = beta
         kl_weight = 0.0 if self._factor is None else self._full_weight * beta
@@ -219,7 +220,7 @@ class ELBO(keras.callbacks.Callback):
             owner.free_bits = self.free_bits
 
     def _find_factor(self, outputs):
-        """From the outputs of the model, as `outputs_of` gives them; None where they are not known yet."""
+        """Return c for the outputs of the model, as `outputs_of` gives them; None if they are not known yet."""
         if self.labels_per_example is not None:
             scale = self.likelihood_scale
             return (1.0 if scale is None else 2.0 * scale**2) / self.labels_per_example
@@ -228,16 +229,16 @@ class ELBO(keras.callbacks.Callback):
         return likelihood_factor(outputs, self.model.loss, self._loss_weights, self.likelihood_scale)
 
     def _see(self):
-        """What a step does as it is traced: all that is still to be done for a model that was not built before."""
+        """Finish the setup for a model that its first step builds. The step calls this while it is traced."""
         if not self._pending:
             return
         self._factor = self._find_factor(self._observer.outputs)
-        if keras.backend.backend() != "jax":  # whose step has its weights by now: `on_train_batch_end` sets them
+        if keras.backend.backend() != "jax":  # on JAX, the step already holds its weights; they are set after the batch
             with _eagerly():
                 self._start()
 
     def _start(self):
-        """All that needs the model's weights, before the first step."""
+        """Do everything that needs the model's weights before the first step."""
         _exclude_from_weight_decay(self.model)
         self._warn_of_own_weights()
         self._set(self._beta)
@@ -259,15 +260,15 @@ class ELBO(keras.callbacks.Callback):
                 )
 
     def _tell(self, what, message):
-        """Warn, once for each kind of message."""
+        """Warn once for each kind of message."""
         if what not in self._told:
             self._told.add(what)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    # What Keras calls
+    # The hooks that Keras calls
 
     _training = False
-    # The course of the training, over all `fit`s of one model whose schedule goes on.
+    # The course of the training, over all `fit`s of one model that continue one schedule.
     _record = None
 
     def set_model(self, model):
@@ -317,7 +318,7 @@ class ELBO(keras.callbacks.Callback):
             self._begin_record()
 
     def _begin_record(self):
-        """Unless this goes on with another `fit`; a model that its first batch builds has nothing to look at yet."""
+        """Start a record, unless this `fit` continues another; if the first batch builds the model, start it later."""
         if self._record is not None and self._record.goes_on(self.model):
             return
         self._record = Record(self.model) if _is_built(self.model) else None
@@ -327,14 +328,14 @@ class ELBO(keras.callbacks.Callback):
             self._set(self.beta(self._epoch, batch))
 
     def on_train_batch_end(self, batch, logs=None):
-        if self._steps:  # with `steps_per_execution`, Keras counts those that the last call could have had
+        if self._steps:  # with `steps_per_execution`, Keras counts the last call as a full one
             batch = min(batch, self._steps - 1)
         batches, self._last_batch = batch - self._last_batch, batch
         if self._first_batch:
             self._first_batch = False
             self._after_first_batch(batch + 1)
         if self._record.step(self._beta, batches / self._batches_a_step):
-            _ = self.model  # has JAX bring its variables up to date
+            _ = self.model  # on JAX, this brings the variables up to date
             self._record.look()
 
     def _after_first_batch(self, steps):
@@ -374,11 +375,11 @@ class ELBO(keras.callbacks.Callback):
             self._set(self._scheduled)
 
     def _note_examples(self):
-        """Compare `num_examples` with what the first epoch has seen."""
+        """Warn if `num_examples` does not fit the number of examples in the first epoch."""
         if self._seen is not None:
             return
         self._seen = self._observer.examples_seen() or 0
-        # With a likelihood scale the factor is not one of labels alone.
+        # With a likelihood scale, c does not depend on the labels alone.
         labels = 1.0 if self.likelihood_scale else 1.0 / self._factor
         if self._seen > self.num_examples:
             self._tell(
@@ -428,7 +429,7 @@ class ELBO(keras.callbacks.Callback):
         self._warn_of_the_end()
 
     def _warn_of_the_end(self):
-        """Where the KL was never in the loss, or something has stopped training before it was in full."""
+        """Warn if the KL was never in the loss, or if training was stopped before β = 1."""
         beta = self._record.betas[-1]
         stopped = self.model.stop_training and beta < 1 and not callable(self.schedule)
         if not (stopped or self._record.without_kl):
@@ -446,15 +447,15 @@ class ELBO(keras.callbacks.Callback):
 
 
 def _owners(model):
-    """The layers that weigh a KL, once."""
+    """Return the owners of all posteriors, each once."""
     return list({id(posterior.owner): posterior.owner for posterior in posteriors(model)}.values())
 
 
 def _exclude_from_weight_decay(model):
-    """Take what a posterior is made of, but its mean, out of what the optimizer decays.
+    """Exclude the variables of posteriors, except for the means, from the optimizer's weight decay.
 
     Raises:
-        ValueError: Where the optimizer does not let it.
+        ValueError: If the optimizer does not allow it, as Keras's do not once they are built.
     """
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if not getattr(optimizer, "weight_decay", None):
@@ -462,7 +463,7 @@ def _exclude_from_weight_decay(model):
     own = [
         v for posterior in posteriors(model) for v in posterior.variables if v is not getattr(posterior, "loc", None)
     ]
-    # Keras has no public way to ask what a user has excluded, and forgets it when more is.
+    # Keras has no public way to ask what the user has excluded, and a second call replaces the first.
     decays = optimizer._use_weight_decay
     decayed = [variable for variable in own if variable.trainable and decays(variable)]
     if not decayed:
@@ -480,7 +481,7 @@ def _exclude_from_weight_decay(model):
 
 
 def _batches_a_step(optimizer):
-    """Over how many batches an optimizer gathers gradients before it makes a step."""
+    """Return the number of batches over which an optimizer accumulates gradients before a step."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     return getattr(optimizer, "gradient_accumulation_steps", None) or 1
 
@@ -490,9 +491,9 @@ def _is_built(model):
 
 
 def _symbolic_outputs(model):
-    """What is known of a model's outputs before it is called; None where nothing is."""
+    """Return the `Output`s of a model that has not been called yet; None if they are not known."""
     try:
-        # A `Sequential` that was called has no `output`, but has one of these.
+        # A `Sequential` that was built by a call has no `output`, but it has `outputs`.
         tensors = model.outputs[0] if isinstance(model, keras.Sequential) else model.output
     except (AttributeError, ValueError):
         return None
@@ -500,7 +501,7 @@ def _symbolic_outputs(model):
 
 
 def _eagerly():
-    """A scope in which variables are assigned now, while TensorFlow traces a graph."""
+    """Return a scope in which assignments run at once, even while TensorFlow traces a graph."""
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
     import tensorflow as tf
@@ -509,7 +510,7 @@ def _eagerly():
 
 
 class SparsityLogger(keras.callbacks.Callback):
-    """Add `weights_left`, the fraction of the weights that a model still needs, to the logs of every epoch.
+    """Add `weights_left`, the fraction of the weights that pruning would keep, to the logs of every epoch.
 
     Args:
         threshold: As for `sparsity`.
@@ -521,7 +522,7 @@ class SparsityLogger(keras.callbacks.Callback):
 
     def set_model(self, model):
         if _is_built(model):
-            sparsity(model, self.threshold)  # raises now what it would raise after an epoch
+            sparsity(model, self.threshold)  # raise its errors now, not after an epoch
         super().set_model(model)
 
     def on_epoch_end(self, epoch, logs=None):

@@ -1,4 +1,4 @@
-"""What weights cost without noise: the multiplications of one example, and the bytes that hold them."""
+"""The cost of weights without noise: multiplications per example, and bytes."""
 
 import gzip
 import pathlib
@@ -11,17 +11,17 @@ from keras_vdrop.layers.base import StochasticLayer, VariationalLayer, product
 
 
 def places(model_or_layer):
-    """At how many places of one example each weight of a layer is multiplied, over all calls of the layer.
+    """Count, for every layer, the positions of one example at which each weight is multiplied, over all calls.
 
-    A Functional or Sequential model says how often it calls which layer, on what shapes. A layer within any other (a
-    cell, a wrapped layer, a projection of attention, a layer of a subclassed model) is taken to be called once for each
-    call of that, or for each step, on the shape that it was built for.
+    The graph of a Functional or Sequential model tells which layers it calls, how often, and on what shapes. A layer
+    inside any other (a cell, a wrapped layer, a projection of attention, a layer of a subclassed model) is assumed to
+    be called once for each call of the outer one, or for each time step, on the shape that it was built for.
 
     Args:
         model_or_layer: A built `keras.Model` or layer.
 
     Returns:
-        Dict from the id of each of our layers to an int, or to None where it depends on a size that is not known.
+        Dict from the id of each of our layers to an int, or to None if that depends on an unknown size.
     """
     return {
         id(layer): known_sum(product([times, layer.places(shape)]) for shape, times in calls)
@@ -30,15 +30,16 @@ def places(model_or_layer):
 
 
 def used_repeatedly(model_or_layer, calls_within=1):
-    """The layers of which one example uses a weight more than once: at several places, in lookups, or call by call.
+    """Find the layers whose weights one example uses more than once: at several positions, lookups or calls.
 
     Args:
         model_or_layer: As for `places`.
-        calls_within: How often a layer or a subclassed model of the user's is taken to call each layer within it: 1, or
-            None where that is not known, so that those layers are all among the found.
+        calls_within: How often a layer or subclassed model that the user wrote is assumed to call each layer inside it:
+            1, or None for unknown, in which case all those layers are returned.
 
     Returns:
-        List of pairs: each of those of our layers that draw weights, and whether all uses are in one call.
+        List of pairs: one of our layers that draws weights, and whether each of its calls is on several positions (or
+        an unknown number). If a call is on one position only, it is the repetition of calls that reuses the weights.
     """
     found = []
     for layer, calls in _all_calls(model_or_layer, (VariationalLayer, Variational), calls_within):
@@ -49,7 +50,7 @@ def used_repeatedly(model_or_layer, calls_within=1):
 
 
 def _all_calls(model_or_layer, cls, calls_within=1):
-    """Each layer of one class, or of several, within a model, with its calls: the shapes of inputs, and how often."""
+    """Return each layer of the given classes in a model with its calls: pairs of an input shape and a count."""
     found = {}
 
     def visit(layer, shape, times):
@@ -62,23 +63,23 @@ def _all_calls(model_or_layer, cls, calls_within=1):
     return found.values()
 
 
-# The packages whose layers call each layer within them once.
+# Packages whose layers call each of their sublayers once.
 _CALL_ONCE = ("keras", "keras_vdrop")
 
 
 def known_sum(numbers):
-    """Their sum; None where one of them is not known."""
+    """Return the sum, or None if a number is None, which means unknown."""
     numbers = list(numbers)
     return None if None in numbers else sum(numbers)
 
 
 def itemsize(dtype):
-    """How many bytes a number of a dtype takes: 4 for "float32"."""
+    """Return the number of bytes per value of a dtype: 4 for "float32"."""
     return int(re.match(r"[a-z]+(\d+)", dtype)[1]) // 8
 
 
 def file_sizes(path):
-    """Of a file, or of all files below a folder: (bytes, bytes after gzip of each file)."""
+    """Return the bytes of a file, or of all files below a folder, and their bytes if each is compressed with gzip."""
     path = pathlib.Path(path)
     files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
     contents = [file.read_bytes() for file in files]
@@ -86,7 +87,7 @@ def file_sizes(path):
 
 
 def _calls(layer, shape, calls_within):
-    """What a layer calls: each layer, the shape of its inputs, and how often."""
+    """Yield the layers that a layer calls, each with the shape of its inputs and the number of calls."""
     outputs = getattr(layer, "outputs", None)
     if isinstance(layer, keras.Model) and outputs:
         for node in _nodes(layer.inputs, outputs):
@@ -103,7 +104,7 @@ def _calls(layer, shape, calls_within):
 
 
 def _nodes(inputs, outputs):
-    """The calls between the symbolic inputs and outputs of a model, each once."""
+    """Return the nodes (calls) between the symbolic inputs and outputs of a model, each once."""
     entries, tensors, found = {id(tensor) for tensor in inputs}, [*outputs], {}
     while tensors:
         tensor = tensors.pop()
@@ -116,6 +117,6 @@ def _nodes(inputs, outputs):
 
 
 def _built_shape(layer):
-    """The shape, of the first of its inputs, that a layer was built for; None where it has not been."""
+    """Return the shape of the first input that a layer was built for; None if it has not been built."""
     config = layer.get_build_config() or {}
     return next(iter(config.get("shapes_dict", config).values()), None)

@@ -1,4 +1,4 @@
-"""The demonstration: one small convolutional network, plain, with Keras's dropout and variational, side by side."""
+"""The demo: compare a small convolutional network that is plain, with Keras's dropout, and variational."""
 
 import functools
 import itertools
@@ -15,13 +15,13 @@ from keras_vdrop.functional import calibration
 from keras_vdrop.layers.base import check_non_negative
 
 THRESHOLD = 3.0
-# Log variances that rise slowly leave fewer weights than the defaults do.
+# With log variances that rise slowly, pruning keeps fewer weights than with the defaults.
 SLOW = {"initial_log_variance": -8.0, "log_variance_rate": 1.0}
 NUM_SAMPLES = 32
 
 
 def load_digits(seed):
-    """Scikit-learn's 1,797 digits of 8×8 pixels, four fifths to train on: (x, y), (x_test, y_test)."""
+    """Return scikit-learn's 1,797 digits of 8×8 pixels as (x, y), (x_test, y_test); four fifths are training data."""
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()
@@ -33,7 +33,7 @@ def load_digits(seed):
 
 
 def network(dense, convolution, dropout=0.0):
-    """Two convolutions and two dense layers, of the given classes, from 8×8 pixels to ten logits."""
+    """Return two convolutions and two dense layers of the given classes, from 8×8 pixels to ten logits."""
     return keras.Sequential(
         [
             keras.Input((8, 8, 1)),
@@ -51,7 +51,7 @@ def network(dense, convolution, dropout=0.0):
 
 
 def train(model, x, y, epochs, callbacks=(), rate=2e-3, verbose="auto"):
-    """Adam, its rate falling linearly to 0: weights are given up mostly while it falls."""
+    """Train with Adam. The learning rate falls linearly to 0; most weights pass the pruning threshold as it falls."""
     batch = 64
     decay = keras.optimizers.schedules.PolynomialDecay(rate, epochs * -(-len(x) // batch), end_learning_rate=0.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -61,15 +61,15 @@ def train(model, x, y, epochs, callbacks=(), rate=2e-3, verbose="auto"):
 
 
 def probabilities(model, x):
-    """The softmax of a model's logits."""
+    """Return the softmax of a model's logits."""
     logits = model.predict(x, batch_size=len(x), verbose=0)
     return keras.ops.convert_to_numpy(keras.ops.softmax(logits))
 
 
 def frontier(sampler, x, y, thresholds):
-    """Prune at one threshold after another: weights left, accuracy of each of S draws, accuracy of the mean.
+    """Prune at each threshold; return weights kept, accuracies of the draws, and accuracies of the mean.
 
-    The model that the `MonteCarlo` draws from comes out as it went in.
+    Afterwards, the model of the `MonteCarlo` has the same weights as before.
     """
     model = sampler.model
     before = model.get_weights()
@@ -84,7 +84,7 @@ def frontier(sampler, x, y, thresholds):
 
 
 def draw(model, frontier, chosen, path):
-    """The picture: log alpha of all weights, and accuracy against size."""
+    """Save a figure of log alpha of all weights, and of accuracy against size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,14 +101,14 @@ def draw(model, frontier, chosen, path):
 
 
 def row(name, probability, y, left, ratio=1.0):
-    """A line of the table."""
+    """Return a line of the table."""
     scores = (calibration.accuracy, calibration.negative_log_likelihood, calibration.expected_calibration_error)
     accuracy, nll, ece = (score(probability, y) for score in scores)
     return f"{name:<34}{100 * accuracy:>7.1f} %{nll:>8.3f}{100 * ece:>7.1f} %{left:>10,}{ratio:>8.1f}x"
 
 
 def fresh_folder(path):
-    """That folder, or with a number behind it where it holds files already: nothing is written over."""
+    """Make and return a folder, with a number appended to its name if that is taken: nothing is overwritten."""
     path = pathlib.Path(path)
     candidates = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
     folder = next(candidate for candidate in candidates if _is_free(candidate))
@@ -121,21 +121,21 @@ def _is_free(path):
 
 
 def run(out="demo", seed=0, quick=False, beta=0.3):
-    """Train all three, print the table, write `model.keras` and `digits.png` to the folder `out` (see `fresh_folder`).
+    """Train all three networks, print a table, and write `model.keras` and `digits.png` to a folder.
 
     Args:
-        out: Folder.
-        seed: Int, of the split, the weights and the noise.
-        quick: Whether to train for a few epochs only.
+        out: The folder; `fresh_folder` appends a number if it holds files.
+        seed: Int, the seed of the split, the weights and the noise.
+        quick: Whether to train for only a few epochs.
         beta: Float ≥ 0, the weight of the KL in units of 1 / (number of examples). 1 is the ELBO; less is a tempered
             posterior, which keeps more weights: 1,437 digits are few to determine 52,768 weights.
 
     Returns:
-        0, or 1 where the reloaded model predicts anything else.
+        The exit status: 0, or 1 if the predictions of the reloaded model differ.
 
     Raises:
         ValueError: For a `beta` that is out of range.
-        OSError: Where the folder can't be written to; before anything is trained, if that can be told.
+        OSError: If the folder cannot be written to; before any training if the folder cannot be made.
     """
     check_non_negative("beta", beta)
     start = time.monotonic()

@@ -1,38 +1,40 @@
-"""What the course of a training says of its posterior: whether it has arrived, and whether anything is left of it."""
+"""Diagnosis of a training: whether the posterior has converged, and whether layers have lost all their weights."""
 
 import itertools
 
 import numpy as np
 from keras import ops
 
+from keras_vdrop.normalization import normalizations_of_noise
 from keras_vdrop.posterior import VariationalWeight, learning_posteriors
 from keras_vdrop.pruning import sparsity
 
-# Fewer optimizer steps under one KL weight say nothing: in 50 of Adam at Keras's default rate, and at the default
-# `log_variance_rate`, a log variance moves by a quarter of a nat. Whoever trains for less tries out whether it runs.
+# The fewest optimizer steps under one KL weight for a judgement. In 50 steps of Adam at Keras's default learning rate
+# and the default `log_variance_rate`, a log variance moves by a quarter of a nat. A shorter training is only a trial.
 _STEPS = 50
-# By 200 such steps a log variance can have moved by a nat. It takes as many where more may be to come: where a `fit`
-# had one epoch, as in a loop, and where the KL is falling.
+# In 200 such steps a log variance can move by a nat. So many are needed if training may continue: if a `fit` had one
+# epoch, as in a loop, or if the KL is falling.
 _STEPS_TO_GO = 200
-# What an NLL does as β rises is a trend; it takes so many epochs under one KL weight.
+# The fewest epochs under one KL weight that show a trend of the NLL.
 _EPOCHS = 5
-# The posterior has hardly moved: a KL of more than the NLL, and more than half of what it was at first; log variances
-# within 1 nat of their start; a straight way.
+# The posterior has hardly moved if the KL is more than `_SHARE` times the NLL and more than `_HALF` of its initial
+# value, the log variances are within `_LITTLE` nats of their start, and the path is straight (distance / length above
+# `_STRAIGHT`) or, for a new posterior, shorter than `_LITTLE` nats.
 _SHARE, _HALF, _LITTLE, _STRAIGHT = 1.0, 0.5, 1.0, 0.8
-# An NLL of less is taken for this much: 0 is a number like others where y has a density.
+# A smaller |NLL| counts as this much: where y has a density, an NLL of 0 has no special meaning.
 _LEAST_NLL = 0.1
-# Log variances as they are made are the same all over a weight tensor; a few steps set them apart by less than this.
+# New log variances are equal all over a weight tensor. A few steps give them a standard deviation below this.
 _ALIKE = 0.25
-# A way of less is nothing but rounding, in nats.
+# A shorter path, in nats, is only rounding.
 _ROUNDING = 1e-4
-# Of one weight tensor, so many log variances are followed.
+# About how many log variances of one weight tensor are followed.
 _FOLLOWED = 4096
-# How many steps lie between two looks at first, how many looks are kept, and how many stretches make a way.
+# The initial number of steps between two looks, how many looks are kept, and how many stretches make a path.
 _APART, _LOOKS, _STRETCHES = 10, 16, 4
 
 
 class Record:
-    """The course of a training: of one `fit`, or of several that go on with one schedule.
+    """The course of a training: of one `fit`, or of several that continue one schedule.
 
     Args:
         model: A built model, before its first step.
@@ -49,20 +51,20 @@ class Record:
         self._begin_period()
 
     def _begin_period(self):
-        """Under a KL of another weight, the posterior has another place to go to."""
+        """Start a new period: under another weight of the KL, the posterior converges to another point."""
         self._period, self._steps, self._epochs = self._beta, self._count, 0
         self._looks, self._every, self._unseen = [self._last], _APART, 0
 
     def _is_same_period(self, beta):
-        """Whether that is about the weight that the KL has had: within a factor of 2."""
+        """Return whether the weight of the KL is that of the current period, within a factor of 2."""
         return self._period is None or self._period / 2 <= beta <= 2 * self._period
 
     def step(self, beta, count):
-        """Note steps of the optimizer.
+        """Record steps of the optimizer.
 
         Args:
-            beta: The KL's factor in them.
-            count: How many there were.
+            beta: β in these steps.
+            count: The number of steps.
 
         Returns:
             Whether it is time to `look`.
@@ -75,7 +77,7 @@ class Record:
         return self._unseen >= self._every or not self._is_same_period(beta)
 
     def look(self):
-        """Note where the posterior is, after the steps that were noted last."""
+        """Record the current log variances, after the steps that were recorded last."""
         now = self._log_variances()
         self._way += _distance(self._last, now)
         self._last = now
@@ -88,11 +90,11 @@ class Record:
             self._looks, self._every = self._looks[::2], 2 * self._every
 
     def add(self, nll, kl):
-        """Note the end of an epoch.
+        """Record the end of an epoch.
 
         Args:
-            nll: Of an example, the mean over the epoch; None where it is not known.
-            kl: The KL at its end, in nats.
+            nll: The mean NLL of an example over the epoch; None if it is not known.
+            kl: The KL at the end of the epoch, in nats.
         """
         self.betas.append(self._beta)
         self._nlls.append(nll)
@@ -100,31 +102,31 @@ class Record:
         self._epochs += 1
 
     def end(self):
-        """Note the end of a `fit`."""
+        """Record the end of a `fit`."""
         self._end = self._log_variances()
 
     def goes_on(self, model):
-        """Whether the model is as the last `fit` has left it: then the next one goes on with its course."""
+        """Return whether the model is as the last `fit` left it, so that the next one continues its course."""
         variables = [id(variable) for variable, _ in _learning(model)]
         same = variables == [id(variable) for variable, _, _ in self._followed]
         return same and np.array_equal(self._log_variances(), self._end)
 
     @property
     def without_kl(self):
-        """Whether the KL was in the loss of no epoch."""
+        """Whether β was 0 in every epoch."""
         return not any(self.betas)
 
     def complaints(self, model, num_examples, temperature, is_one_of_many=False):
-        """Warnings by name.
+        """Return the warnings that apply.
 
         Args:
-            model: The model as it is now.
-            num_examples: By which the KL is divided.
-            temperature: What the KL is weighed by besides.
-            is_one_of_many: Whether more `fit`s may be to come.
+            model: The model in its current state.
+            num_examples: The number by which the KL is divided.
+            temperature: A further factor of the KL.
+            is_one_of_many: Whether more `fit`s may follow.
 
         Returns:
-            Dict from a name to a sentence.
+            Dict from the names of warnings to their messages.
         """
         if not self._beta or not self._nlls or self._nlls[-1] is None:
             return {}
@@ -132,12 +134,13 @@ class Record:
         enough = _STEPS_TO_GO if is_one_of_many or self._kl_has_fallen else _STEPS
         if self._steps >= enough:
             said.update(self._size_of_kl(num_examples, temperature * self._beta))
+            said.update(_statistics_of_noise(model))
         if self._epochs >= _EPOCHS:
             said.update(self._collapse(model))
         return said
 
     def _size_of_kl(self, num_examples, weight):
-        """What there is to say of a KL that is large beside the data's part."""
+        """Return the warning, if any, about a KL that is large compared with the NLL."""
         nll, kl = self._nlls[-1], weight * self._kl / num_examples
         size = max(abs(nll), _LEAST_NLL)
         factor = "" if weight == 1.0 else f"{weight:.2g}·"
@@ -157,12 +160,12 @@ class Record:
         return {}
 
     def _has_hardly_moved(self):
-        """Whether log variances are about where they were.
+        """Return whether the log variances are still near their start.
 
-        A posterior at its place moves to and fro, and one that is on its way moves straight on. But where it has gone
-        less than a nat in all from the values that it was made with, to and fro included, that is no place which it
-        has found: gradients too small for their noise, or no steps to speak of, look the same. And where the KL has
-        fallen, the means have moved: slow log variances let them go to 0 first.
+        A posterior that has converged moves back and forth; one that has not moves straight on. But a new posterior
+        whose path is shorter than a nat in all, back and forth included, has not converged either: gradients that are
+        small compared with their noise, or very small steps, look the same. If the KL has fallen, the posterior has
+        moved: where log variances are slow, the means go to 0 first.
         """
         if not self._end.size or self._kl_has_fallen or _distance(self._start, self._end) >= _LITTLE:
             return False
@@ -174,14 +177,14 @@ class Record:
         return self._kl < _HALF * self._start_kl
 
     def _straightness(self):
-        """The distance over the length of the way, under this weight of the KL; 0 where it is too short to tell."""
+        """Return distance / length of the path in this period; 0 if the path is too short to tell."""
         stretches = [_distance(*pair) for pair in itertools.pairwise([*self._looks, self._end])]
         if len(stretches) < _STRETCHES or sum(stretches) < _ROUNDING:
             return 0.0
         return _distance(self._looks[0], self._end) / sum(stretches)
 
     def _collapse(self, model):
-        """What there is to say where layers have lost all weights and the data's part of the loss has grown with β."""
+        """Return the warning, if any, about layers that have lost all weights while the NLL has risen."""
         best, last = min(nll for nll in self._nlls if nll is not None), self._nlls[-1]
         gone = [row.name for row in sparsity(model).layers if row.weights and not row.left]
         if not gone or last - best < 0.1 * abs(best) + 0.1:
@@ -196,13 +199,26 @@ class Record:
         return np.concatenate([np.zeros(0), *(_values(*each) for each in self._followed)])
 
 
+def _statistics_of_noise(model):
+    """Return the warning, if any, about BatchNormalization that has seen noise, which `predict` does not add."""
+    names = normalizations_of_noise(model)
+    if not names:
+        return {}
+    what = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return {
+        "normalization": f"BatchNormalization has seen the noise of the weights, and its moving variances include it "
+        f"({what}). `predict` adds no noise: call `keras_vdrop.update_batch_normalization(model, x)` before it, and "
+        "before `select_threshold` and `compact`. `MonteCarlo` needs no such call."
+    }
+
+
 def learning_kl(model):
-    """Σ KL of the posteriors that learn, in nats: a float."""
+    """Return Σ KL of the posteriors that are not frozen, in nats: a float."""
     return float(sum(ops.convert_to_numpy(each.kl()) for each in learning_posteriors(model)))
 
 
 def _learning(model):
-    """The log variances that learn, as pairs of the variable and the `VariationalWeight` that it belongs to."""
+    """Return the trainable log variances, as pairs of the variable and its `VariationalWeight`."""
     trainable = {id(variable) for variable in model.trainable_variables}
     weights = [each for each in learning_posteriors(model) if isinstance(each, VariationalWeight)]
     pairs = [(weight.log_variance.variable, weight) for weight in weights]
@@ -210,14 +226,14 @@ def _learning(model):
 
 
 def _followed(model):
-    """(variable, factor, places) of every log variance that learns, as `_values` takes them."""
+    """Return the arguments of `_values`, (variable, factor, places), for every trainable log variance."""
     return [(variable, weight.log_variance.factor, _places(weight)) for variable, weight in _learning(model)]
 
 
 def _places(weight):
-    """Which log variances to follow, as flat indices: some of those whose weights are left.
+    """Return the flat indices of the log variances to follow: a subset of those whose weights are kept.
 
-    A weight that has been given up costs next to nothing, and its log variance drifts on and on.
+    Any other weight costs next to nothing, so its log variance drifts without end.
     """
     shape = tuple(weight.log_variance.shape)
     left = ops.convert_to_numpy(weight.keep_mask()) if shape == tuple(weight.shape) else np.ones(shape, bool)
@@ -226,7 +242,7 @@ def _places(weight):
 
 
 def _values(variable, factor, places):
-    """Log variances at some places, in nats."""
+    """Return the log variances at some flat indices, in nats."""
     return factor * ops.convert_to_numpy(ops.take(ops.ravel(ops.convert_to_tensor(variable)), places))
 
 
@@ -235,5 +251,5 @@ def _are_alike(values):
 
 
 def _distance(one, other):
-    """How far log variances are apart, on average, in nats."""
+    """Return the mean absolute difference between log variances, in nats."""
     return float(np.abs(other - one).mean()) if one.size else 0.0

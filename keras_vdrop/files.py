@@ -1,18 +1,18 @@
-"""Files that are whole or not there."""
+"""Writing files atomically."""
 
 import os
 import pathlib
 
 
 def replace(path, write):
-    """Have a file written beside its place, and put there once it is whole: what is there is not lost before.
+    """Write a file next to its destination and move it there when it is complete, replacing an existing file.
 
     Args:
-        path: Of the file.
-        write: Callable that takes the path to write to, of the same suffix.
+        path: Path of the file.
+        write: Callable that writes to the path it is given, which has the same suffix.
 
     Raises:
-        OSError: Where it can't be written; nothing is left of it.
+        OSError: If the file cannot be written. An existing file stays, and no partial one does.
     """
     path = pathlib.Path(path)
     if path.exists() and not os.access(path, os.W_OK):
@@ -21,7 +21,7 @@ def replace(path, write):
     try:
         write(beside)
         os.replace(beside, path)
-    except RuntimeError as error:  # of h5py, which says so of a disk that is full
+    except RuntimeError as error:  # h5py raises it when the disk is full
         raise OSError(f"{path} can't be written: {error}") from error
     finally:
         beside.unlink(missing_ok=True)

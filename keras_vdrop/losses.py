@@ -1,17 +1,17 @@
 """Likelihoods as losses: −log p(y | outputs) of one example, in nats, for `compile`.
 
-With one of them the loss of `fit` is the negative ELBO per example, as the KL is weighed for it: everything that an
-example's `y` holds is summed, where Keras's own losses take the mean. Keras has those of classes:
-`SparseCategoricalCrossentropy`, `BinaryCrossentropy`. Its mean squared error is a likelihood only for one noise level,
-which `ELBO(likelihood_scale=...)` states.
+With one of these losses and a KL weight of 1 / (number of training examples), the loss of `fit` is the negative ELBO
+per example: they sum over all numbers of an example's `y`, where Keras's losses take the mean. For classes, use Keras's
+`SparseCategoricalCrossentropy` or `BinaryCrossentropy`. Keras's mean squared error is a likelihood for one fixed noise
+level only, which `ELBO(likelihood_scale=...)` specifies.
 
-Outputs have the parameters of the distribution on their last axis. A raw scale becomes a scale of at least 0.001 by
-`functional.likelihoods.scale_of`, which is 0.7 at first: standardise y. Where y is of the order of 1,000, or of 0.001,
-the network spends its steps on the way there. End the model without an activation, which would keep the scale from
-most values; `check_outputs` tells, and `ELBO` calls it.
+The last axis of the outputs holds the parameters of the distribution. `functional.likelihoods.scale_of` maps a raw
+scale to a scale of at least 0.001; it starts near 0.7, so standardise y. If y is of the order of 1,000, or of 0.001,
+the network spends its first steps on reaching that scale. End the model without an activation, which would restrict the
+range of the scale; `check_outputs`, which `ELBO` calls, warns about one.
 
-Keras's own metrics take outputs for predictions: `metrics=["mse"]` compares y with the raw scale too.
-`metrics.RootMeanSquaredError` and its like compare it with the mean.
+Keras's metrics treat the outputs as predictions, so `metrics=["mse"]` also compares y with the raw scale. Metrics such
+as `metrics.RootMeanSquaredError` compare y with the mean.
 """
 
 import warnings
@@ -25,7 +25,11 @@ from keras_vdrop.layers.base import check_finite, check_positive_int
 
 
 def targets(y_true, y_pred, what, size=None):
-    """The targets (B, ...) of outputs (B, ..., n), n = `size` if given; either may have a last axis of 1 besides."""
+    """Return the targets (B, ...) of outputs (B, ..., n); a last axis of 1 is added or removed as needed.
+
+    Raises:
+        ValueError: For targets of another shape than the outputs', or n other than `size`, if given.
+    """
     y = aligned(y_true, y_pred.shape[:-1], ops.shape(y_pred)[:-1])
     if y is None or size not in (None, y_pred.shape[-1]):
         raise ValueError(f"Expected {what}. Received: shapes {tuple(y_true.shape)} and {tuple(y_pred.shape)}")
@@ -33,14 +37,16 @@ def targets(y_true, y_pred, what, size=None):
 
 
 def aligned(y, shape, sizes=None):
-    """`y` of that shape, but for a last axis of 1 that either may have; None where its sizes are others.
+    """Return `y` in the given shape, or None if it has another one.
 
-    Of other sizes, the numbers of an example would be compared with those of other examples.
+    A last axis of 1 is added or removed as needed. Other shapes must not be broadcast: that would compare the numbers
+    of one example with those of others.
 
     Args:
         y: Tensor.
-        shape: Tuple of ints, and of None where a size is not known before the graph runs.
-        sizes: The shape as the graph knows it. With it, y of other sizes fails then, where it might be broadcast.
+        shape: Tuple of ints, with None for a size that is not known before the graph runs.
+        sizes: The same shape with the sizes known when the graph runs, or None. If given, `y` is reshaped to it where
+            `shape` leaves a size open, so that `y` of other sizes fails at run time instead of being broadcast.
     """
     if not _has_rank(y):
         return None if sizes is None else ops.reshape(y, sizes)
@@ -55,19 +61,20 @@ def aligned(y, shape, sizes=None):
 
 
 def _has_rank(tensor):
-    """Whether it is known how many axes there are: not in TensorFlow, once a graph has been given y of either."""
+    """Return whether the number of axes is known. It is not in a graph that TensorFlow traced for several ranks."""
     return getattr(tensor.shape, "rank", 0) is not None
 
 
 def weights_of(sample_weight, values):
-    """Sample weights in a shape that broadcasts to values (B, ...), whose leading axes they have.
+    """Reshape sample weights so that they broadcast to values (B, ...), with which they share the leading axes.
 
     Args:
-        sample_weight: Tensor of shape (), (B,), (B, T), ..., or (..., 1); a size of 1 stands for one weight for all.
+        sample_weight: Tensor of shape (), (B,), (B, T), ..., or (..., 1). Along an axis of size 1, the weight is
+            shared.
         values: Tensor (B, ...).
 
     Raises:
-        ValueError: For another shape.
+        ValueError: For another shape, or in TensorFlow, an unknown number of axes.
     """
     weight, rank = sample_weight, len(values.shape)
     if not _has_rank(weight):
@@ -87,11 +94,11 @@ def weights_of(sample_weight, values):
 
 
 def mask_of(tensor):
-    """The mask that Keras keeps with a tensor, or None. Keras tells layers of it, and nobody else."""
+    """Return the mask that Keras attaches to a tensor, or None. Only a layer has public access to it."""
     if not (ops.is_tensor(tensor) or isinstance(tensor, keras.KerasTensor)):
         return None
     if keras.backend.backend() == "torch":
-        return getattr(tensor, "_keras_mask", None)  # where PyTorch compiles, no layer can be made
+        return getattr(tensor, "_keras_mask", None)  # code that PyTorch compiles cannot create a layer
     found = []
     _MaskReader(found.append)(tensor)
     return found[0]
@@ -122,29 +129,29 @@ class _MaskWriter(layers.Layer):
 
 
 def with_mask(tensor, mask):
-    """The tensor, with a mask kept as Keras keeps it; None for none."""
+    """Return the tensor with a mask attached as Keras does; unchanged if the mask is None."""
     return tensor if mask is None else _MaskWriter(mask)(tensor)
 
 
 class _Reduction(keras.losses.Loss):
-    """What examples have come to, reduced as Keras reduces."""
+    """Keras's reduction of values that are already computed for each example."""
 
     def call(self, y_true, y_pred):
         return y_pred
 
 
 class NegativeLogLikelihood(keras.losses.Loss):
-    """−Σ log p(y | outputs), over all that an example's y holds. A subclass defines `log_prob` and `moments`.
+    """−Σ log p(y | outputs), summed over all numbers of an example's y. A subclass defines `log_prob` and `moments`.
 
-    With weights w, and a mask m that Keras keeps with the outputs, an example comes to −Σ w·m·log p. The mean is over
-    the B examples, whatever is masked of them: a padded sequence counts for what it holds.
+    With sample weights w and a mask m that Keras attaches to the outputs, the loss of an example is −Σ w·m·log p. The
+    mean is always over the B examples, however much of them is masked: a padded sequence contributes its real steps.
 
     Attributes:
-        num_parameters: How many numbers the last axis of the outputs has; None for any.
+        num_parameters: Int, the size of the last axis of the outputs; None for any.
 
     Args:
         name, reduction, dtype: As for every Keras loss. "mean_with_sample_weight" divides by the sum of the examples'
-            weights, which are the means of those of their numbers.
+            weights, where the weight of an example is the mean of the weights of its numbers.
 
     Call arguments:
         y_true: Numbers (B, ...) or (B, ..., 1).
@@ -155,7 +162,7 @@ class NegativeLogLikelihood(keras.losses.Loss):
         By default a scalar, the mean over the B examples.
 
     Raises:
-        ValueError: For y, weights or a mask of another layout than the outputs'.
+        ValueError: If the shape of y, the weights or the mask does not match that of the outputs.
     """
 
     num_parameters = 2
@@ -180,15 +187,15 @@ class NegativeLogLikelihood(keras.losses.Loss):
         return _Reduction(self.name, self.reduction, self.dtype)(totals, totals)
 
     def log_prob(self, y, parameters):
-        """log p of each number: a tensor of the shape of y, (B, ...)."""
+        """Compute log p of each number: a tensor of the shape of y, (B, ...)."""
         raise NotImplementedError(f"{type(self).__name__} must define log_prob(y, parameters).")
 
     def moments(self, parameters):
-        """The mean and the variance of each number: two tensors (B, ...)."""
+        """Compute the mean and the variance of each number: two tensors (B, ...)."""
         raise NotImplementedError(f"{type(self).__name__} must define moments(parameters).")
 
     def values(self, y_true, y_pred):
-        """−log p of each number, (B, ...), of tensors as the loss takes them."""
+        """Compute −log p of each number, (B, ...), from `y_true` and `y_pred` as tensors."""
         what = f"numbers (B, ...) and parameters (B, ..., {self.num_parameters})"
         y = targets(y_true, y_pred, what, self.num_parameters)
         return -self.log_prob(y, y_pred)
@@ -199,9 +206,10 @@ class NegativeLogLikelihood(keras.losses.Loss):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class NormalNLL(NegativeLogLikelihood):
-    """½·log(2π) + log scale + ½·((y − loc) / scale)²: outputs are (loc, raw scale), the noise that of each input.
+    """½·log(2π) + log scale + ½·((y − loc) / scale)²: outputs are (loc, raw scale), with a noise level for each input.
 
-    `learned_scale` makes outputs of one noise level for all inputs, and `MonteCarlo(likelihood="normal")` takes either.
+    For one noise level shared by all inputs, make the outputs with `learned_scale`. `MonteCarlo(likelihood="normal")`
+    accepts both.
 
     Args:
         name, reduction, dtype: As for every Keras loss.
@@ -230,7 +238,7 @@ class NormalNLL(NegativeLogLikelihood):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class LaplaceNLL(NegativeLogLikelihood):
-    """log(2·scale) + |y − loc| / scale: outputs are (loc, raw scale); tails heavier than the normal ones.
+    """log(2·scale) + |y − loc| / scale: outputs are (loc, raw scale); heavier tails than `NormalNLL`.
 
     Args:
         name, reduction, dtype: As for every Keras loss.
@@ -249,7 +257,7 @@ class LaplaceNLL(NegativeLogLikelihood):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class StudentTNLL(NegativeLogLikelihood):
-    """−log of Student's t density: outputs are (loc, raw scale); few degrees of freedom make outliers cheap.
+    """−log of Student's t density: outputs are (loc, raw scale). With few degrees of freedom, outliers cost little.
 
     See `functional.likelihoods.student_t`.
 
@@ -262,7 +270,7 @@ class StudentTNLL(NegativeLogLikelihood):
         y_pred: Outputs (B, ..., 2).
 
     Raises:
-        ValueError: For `df` that is not above 0.
+        ValueError: If `df` is not above 0.
     """
 
     def __init__(self, df=4.0, name=None, reduction="sum_over_batch_size", dtype=None):
@@ -286,7 +294,7 @@ class StudentTNLL(NegativeLogLikelihood):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class NormalMixtureNLL(NegativeLogLikelihood):
-    """−log Σ_k softmax(logits)_k·N(y; loc_k, scale_k²): a mixture density network, for y of several likely values.
+    """−log Σ_k softmax(logits)_k·N(y; loc_k, scale_k²): a mixture density network, for multimodal y.
 
     Args:
         num_components: Positive int, K.
@@ -326,21 +334,21 @@ class NormalMixtureNLL(NegativeLogLikelihood):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class DistributionNLL(NegativeLogLikelihood):
-    """−log p(y) of any `tfp.distributions.Distribution` that a function makes of the outputs. TensorFlow only.
+    """−log p(y) of the `tfp.distributions.Distribution` that a function makes from the outputs. TensorFlow only.
 
     Args:
-        distribution_fn: Callable from the outputs to a distribution, of as many numbers as an example's y has; register
-            it by `keras.saving.register_keras_serializable` to save a compiled model with it.
+        distribution_fn: Callable that maps the outputs to a distribution over as many numbers as an example's y has.
+            Register it with `keras.saving.register_keras_serializable` to save a compiled model with it.
         name, reduction, dtype: As for every Keras loss.
 
     Call arguments:
-        y_true: (B, ...), the shape of a draw of the distribution, but for a last axis of 1 that either may have.
+        y_true: (B, ...), the shape of a sample of the distribution, except for a last axis of 1 that either may have.
         y_pred: Outputs (B, ...), as the function takes them.
 
     Raises:
-        ValueError: For y of another shape: its numbers would be compared with those of other examples.
+        ValueError: For y of another shape. It would compare the numbers of one example with those of others.
 
-    Example, of counts:
+    Example, for counts:
         tfd = tensorflow_probability.distributions
         model.compile("adam", kv.losses.DistributionNLL(lambda outputs: tfd.Poisson(log_rate=outputs)))
     """
@@ -371,7 +379,7 @@ class DistributionNLL(NegativeLogLikelihood):
         return -distribution.log_prob(y)
 
     def moments(self, parameters):
-        """The mean and the variance of the distribution."""
+        """Return the mean and the variance of the distribution."""
         distribution = self.distribution_fn(parameters)
         return distribution.mean(), distribution.variance()
 
@@ -386,13 +394,13 @@ class DistributionNLL(NegativeLogLikelihood):
 
 
 def learned_scale(loc, name="raw_scale"):
-    """Outputs (loc, raw scale) in which the raw scale, a learned number for each of D outputs, is that of every input.
+    """Make outputs (loc, raw scale) with one learned raw scale for each of D outputs, shared by all inputs.
 
-    For `NormalNLL` and its like where all data have one noise level; stock Keras layers alone make it.
+    Use it with `NormalNLL` and similar losses if all data have the same noise level. It consists of stock Keras layers.
 
     Args:
-        loc: Symbolic tensor (B, ..., D), what a model of the means gives.
-        name: Of the layer whose bias is the raw scale.
+        loc: Symbolic tensor (B, ..., D), the means that a model predicts.
+        name: Name of the layer whose bias is the raw scale.
 
     Returns:
         Symbolic tensor (B, ..., D, 2).
@@ -409,12 +417,12 @@ def learned_scale(loc, name="raw_scale"):
 
 
 def _total(values):
-    """What an example's numbers come to, (B,)."""
+    """Sum the numbers of each example: (B,)."""
     return ops.sum(ops.reshape(values, (ops.shape(values)[0], -1)), axis=-1)
 
 
 def output_names(model):
-    """The names of a model's outputs as `compile(loss={...})` takes them, in order; None where they are not known."""
+    """Return the names of a model's outputs, in order, as in `compile(loss={...})`; None if they are not known."""
     if isinstance(model, keras.Sequential):
         return (model.layers[-1].name,)
     if not hasattr(model, "output_names"):
@@ -423,11 +431,11 @@ def output_names(model):
 
 
 def last_layer(model, name=None):
-    """The layer that gives the output of that name, or the only one there is; None where it can't be seen."""
+    """Return the layer that computes the named output, or the only output; None if it cannot be determined."""
     if isinstance(model, keras.Sequential):
         last = model.layers[-1]
     elif hasattr(model, "operations"):
-        # Outputs have names of their own in a dict, and else those of their layers.
+        # The names of outputs are the keys of a dict, and otherwise the names of their layers.
         place = 0 if name is None else output_names(model).index(name)
         names = model.output_names
         found = [each for each in model.operations if each.name == names[place]]
@@ -442,7 +450,7 @@ def last_layer(model, name=None):
 
 
 def last_activation(layer):
-    """The activation of a layer by Keras's name for it; None for none, or one that Keras does not know."""
+    """Return Keras's name of the activation of a layer; None if it has none, or one that Keras does not know."""
     for cls in (layers.Softmax, layers.ReLU, layers.LeakyReLU, layers.ELU):
         if isinstance(layer, cls):
             return cls.__name__.lower()
@@ -452,15 +460,15 @@ def last_activation(layer):
 
 
 def check_activation(model, name=None, stacklevel=2):
-    """Say if the outputs that are a distribution's parameters end in an activation, and what that keeps them from.
+    """Warn if outputs that are the parameters of a distribution end in an activation.
 
     Args:
-        model: A built model; what can be seen is the last layer of Sequential and Functional ones.
-        name: Of the output, where there are several.
+        model: A built model. The check can inspect the last layer of Sequential and Functional models only.
+        name: Name of the output, if there are several.
         stacklevel: As for `warnings.warn`.
 
     Warns:
-        UserWarning: With the activation, and the scales of y that are left.
+        UserWarning: Names the activation and the range of scales that it allows.
     """
     layer = last_layer(model, name)
     activation = last_activation(layer)
@@ -481,7 +489,7 @@ def check_activation(model, name=None, stacklevel=2):
     )
 
 
-# Keras's metrics of a point, as `compile` takes them by name or class, in small letters.
+# Names of Keras's metrics of point predictions, in lower case and without underscores.
 _OF_A_POINT = {
     "mse",
     "mae",
@@ -495,20 +503,20 @@ _OF_A_POINT = {
 
 
 def check_outputs(model, stacklevel=2):
-    """Say what a compiled model does with outputs that are a distribution's parameters, as far as that can be seen.
+    """Warn about mistakes with outputs that are the parameters of a distribution, as far as they can be detected.
 
     Args:
         model: A compiled, built model.
         stacklevel: As for `warnings.warn`.
 
     Warns:
-        UserWarning: For an activation at the end of outputs whose loss is a `NegativeLogLikelihood`, and for a metric
-            of Keras's that compares y with all parameters, the raw scale among them.
+        UserWarning: If an output whose loss is a `NegativeLogLikelihood` ends in an activation, or has a Keras metric
+            that compares y with all parameters, including the raw scale.
     """
     names = output_names(model) or ()
     try:
         config = compile_config(model)
-    except Exception:  # of an object without a config: its metrics cannot be seen
+    except Exception:  # an object has no config, so the metrics are unknown
         config = {}
     for place, name in enumerate(names):
         loss = _of_output(model.loss, name, place, len(names))
@@ -527,14 +535,14 @@ def check_outputs(model, stacklevel=2):
 
 
 def compile_config(model):
-    """What `compile` was given, as Keras saves it. It raises what an object raises that has no config."""
+    """Return the arguments of `compile` as Keras saves them. Raises what the `get_config` of an argument raises."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a lambda cannot be serialized: nothing is to be
+        warnings.simplefilter("ignore")  # about lambdas, which need not be serialized here
         return model.get_compile_config() or {}
 
 
 def _of_output(given, name, place, count):
-    """What `compile` was given for an output."""
+    """Return the entry for one output of an argument of `compile`."""
     if isinstance(given, dict):
         return given.get(name)
     if isinstance(given, (list, tuple)) and count > 1:
@@ -543,7 +551,7 @@ def _of_output(given, name, place, count):
 
 
 def _keras_names(metrics):
-    """The names of Keras's own metrics in a config of `compile`."""
+    """Return the names of Keras's own metrics in a config of `compile`."""
     if isinstance(metrics, str):
         return [metrics]
     if isinstance(metrics, dict) and "class_name" in metrics:

@@ -1,9 +1,9 @@
-"""Calibration while a model trains: metrics for `compile(metrics=[...])`, over all batches of an epoch.
+"""Metrics of calibration and error for `compile(metrics=[...])`, computed over all batches of an epoch.
 
-Each equals the function of `functional` that it names, on all the rows that it has seen. What Keras has itself is not
-here: the NLL of classes (`SparseCategoricalCrossentropy`), accuracy, `AUC`. Where outputs are the parameters of a
-distribution, as the losses of `losses` take them, Keras's errors of a number compare y with all of them; those here
-compare it with the distribution's mean.
+Each metric equals the function of `functional` that it names, applied to all rows that it has seen. Metrics that Keras
+has are not here: the NLL of classes (`SparseCategoricalCrossentropy`), accuracy, `AUC`. If the outputs are the
+parameters of a distribution, as the losses of `losses` take them, Keras's regression metrics compare y with all
+parameters; the metrics here compare y with the mean of the distribution.
 """
 
 import math
@@ -21,18 +21,18 @@ from keras_vdrop.losses import NormalNLL, aligned, mask_of, targets, weights_of
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class ExpectedCalibrationError(keras.metrics.Metric):
-    """`functional.calibration.expected_calibration_error`, in bins of equal width.
+    """`functional.calibration.expected_calibration_error`, with bins of equal width.
 
     Args:
         num_bins: Positive int.
-        from_logits: Whether the model gives logits.
-        name: In the logs.
-        dtype: Of the sums.
+        from_logits: Whether the model returns logits.
+        name: The name in the logs.
+        dtype: The dtype of the sums.
 
     Call arguments:
         y_true: Class numbers (B, ...) or (B, ..., 1).
-        y_pred: Probabilities or logits (B, ..., C); with C = 1, of class 1.
-        sample_weight: Optional, one for each class number or each row: how many rows it stands for.
+        y_pred: Probabilities or logits (B, ..., C); with C = 1, those of class 1.
+        sample_weight: Optional, one for each class number or each row: how many rows it counts as.
 
     Example:
         >>> import keras_vdrop as kv
@@ -70,9 +70,9 @@ class ExpectedCalibrationError(keras.metrics.Metric):
 
 
 class _Mean(keras.metrics.Metric):
-    """The weighted mean of a number for every row, which a subclass gives."""
+    """The weighted mean of a value for every row, which a subclass computes."""
 
-    # Of those that take the parameters of a distribution: how the same is had of what `MonteCarlo` predicts.
+    # For a metric that takes the parameters of a distribution: how to compute the same from `MonteCarlo`'s predictions.
     of_prediction = None
 
     def __init__(self, name, dtype=None):
@@ -95,12 +95,12 @@ class _Mean(keras.metrics.Metric):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class BrierScore(_Mean):
-    """`functional.calibration.brier_score`: the mean of Σ over classes of (p − 1[the class is the label])², 0 to 2.
+    """`functional.calibration.brier_score`: the mean of Σ_c (p_c − 1[c is the label])² over classes c, from 0 to 2.
 
     Args:
-        from_logits: Whether the model gives logits.
-        name: In the logs.
-        dtype: Of the sums.
+        from_logits: Whether the model returns logits.
+        name: The name in the logs.
+        dtype: The dtype of the sums.
 
     Call arguments:
         y_true, y_pred, sample_weight: As for `ExpectedCalibrationError`.
@@ -129,11 +129,11 @@ class BrierScore(_Mean):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class NormalCRPS(_Mean):
-    """`functional.regression.normal_crps` of a model that gives outputs as `losses.NormalNLL` takes them.
+    """`functional.regression.normal_crps` of a model whose outputs are those that `losses.NormalNLL` takes.
 
     Args:
-        name: In the logs.
-        dtype: Of the sums.
+        name: The name in the logs.
+        dtype: The dtype of the sums.
 
     Call arguments:
         y_true: Numbers (B, ...) or (B, ..., 1).
@@ -155,12 +155,14 @@ class NormalCRPS(_Mean):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class NormalCoverage(_Mean):
-    """`functional.regression.interval_coverage` of the `normal_interval` of such a model: `level`, if it is calibrated.
+    """`functional.regression.interval_coverage` of the `normal_interval`, for models as in `NormalCRPS`.
+
+    It equals `level` if the model is calibrated.
 
     Args:
         level: Float in (0, 1).
-        name: In the logs.
-        dtype: Of the sums.
+        name: The name in the logs.
+        dtype: The dtype of the sums.
 
     Call arguments:
         y_true, y_pred, sample_weight: As for `NormalCRPS`.
@@ -183,7 +185,7 @@ class NormalCoverage(_Mean):
 
 
 class _OfParameters(_Mean):
-    """A mean over numbers of which the outputs are the parameters of a distribution."""
+    """A mean over numbers y, for outputs that are the parameters of a distribution of y."""
 
     def __init__(self, likelihood, name, dtype=None):
         likelihood = NormalNLL() if likelihood is None else likelihood
@@ -203,7 +205,7 @@ class _OfParameters(_Mean):
         raise NotImplementedError
 
     def errors(self, y_true, y_pred):
-        """y − mean, of each number."""
+        """Return y − mean for each number."""
         size = self.likelihood.num_parameters
         if size is None:
             mean, _ = self.likelihood.moments(y_pred)
@@ -228,16 +230,16 @@ class _OfParameters(_Mean):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class RootMeanSquaredError(_OfParameters):
-    """√ mean of (y − mean)², of a model whose outputs are a distribution's parameters.
+    """The square root of the mean of (y − mean)², for a model whose outputs are the parameters of a distribution.
 
     Args:
-        likelihood: The loss of `losses` that says what the outputs are; None for `NormalNLL()`.
-        name: In the logs.
-        dtype: Of the sums.
+        likelihood: The loss of `losses` that defines what the outputs mean; None for `NormalNLL()`.
+        name: The name in the logs.
+        dtype: The dtype of the sums.
 
     Call arguments:
         y_true: Numbers (B, ...) or (B, ..., 1).
-        y_pred: The parameters, (B, ..., 2) of `NormalNLL`.
+        y_pred: The parameters; (B, ..., 2) for `NormalNLL`.
         sample_weight: Optional, one for each number, step or row.
 
     Example:
@@ -262,7 +264,7 @@ class RootMeanSquaredError(_OfParameters):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class MeanAbsoluteError(_OfParameters):
-    """The mean of |y − mean|, of such a model.
+    """The mean of |y − mean|, for a model whose outputs are the parameters of a distribution.
 
     Args:
         likelihood, name, dtype: As for `RootMeanSquaredError`.
@@ -282,9 +284,10 @@ class MeanAbsoluteError(_OfParameters):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class NegativeLogLikelihood(_OfParameters):
-    """The mean of −log p(y) over numbers, in nats, of such a model: `functional.regression`'s for the normal one.
+    """The mean of −log p(y) over numbers, in nats, for a model whose outputs are the parameters of a distribution.
 
-    The loss of that likelihood is the sum over an example's numbers, and has the KL beside it; this is neither.
+    For `NormalNLL` it equals `functional.regression.normal_negative_log_likelihood`. It differs from the training loss,
+    which is the sum over the numbers of an example and includes the KL.
 
     Args:
         likelihood, name, dtype: As for `RootMeanSquaredError`.
@@ -303,7 +306,7 @@ class NegativeLogLikelihood(_OfParameters):
 
 
 def _classification(y_true, y_pred, from_logits, dtype):
-    """Class numbers (B, ...) and probabilities (B, ..., C)."""
+    """Return class numbers (B, ...) and probabilities (B, ..., C)."""
     y_true, y_pred = ops.convert_to_tensor(y_true), ops.cast(y_pred, dtype)
     labels = targets(y_true, y_pred, "class numbers (B, ...), not one-hot, and predictions (B, ..., C)")
     if y_pred.shape[-1] == 1:
@@ -313,7 +316,7 @@ def _classification(y_true, y_pred, from_logits, dtype):
 
 
 def _standardised(y_true, y_pred, dtype):
-    """The scale, and (y − loc) / scale."""
+    """Return the scale, and (y − loc) / scale."""
     y_true, y_pred = ops.cast(y_true, dtype), ops.cast(y_pred, dtype)
     what = "numbers (B, ...) and predictions (B, ..., 2), the loc and the raw scale"
     y = targets(y_true, y_pred, what, size=2)
@@ -322,7 +325,7 @@ def _standardised(y_true, y_pred, dtype):
 
 
 def _weight(values, y_pred, sample_weight, dtype):
-    """The weight of every one of the values: 0 where the outputs are masked, as in Keras's own metrics."""
+    """Return the weight of each value: 0 where the outputs are masked, as in Keras's own metrics."""
     weight = ops.ones_like(values, dtype=dtype)
     if sample_weight is not None:
         weight *= weights_of(ops.cast(sample_weight, dtype), values)

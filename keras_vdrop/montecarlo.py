@@ -1,4 +1,4 @@
-"""`MonteCarlo`: predictions from many draws of the weights, and what to do about them."""
+"""`MonteCarlo`: predictions from many draws of the weights, and decisions that follow from them."""
 
 import contextlib
 import itertools
@@ -32,17 +32,18 @@ _LIKELIHOODS = (None, "categorical", "bernoulli", "normal")
 _OUTPUTS = ("statistics", "samples")
 _SEED_STATE = "seed_state"
 
-# Keras's layers whose noise is for training alone.
+# Keras layers whose noise is active in training only.
 _KERAS_NOISE = (
     layers.Dropout,
     layers.SpatialDropout1D,
     layers.SpatialDropout2D,
     layers.SpatialDropout3D,
     layers.GaussianDropout,
+    layers.GaussianNoise,
     layers.AlphaDropout,
 )
 
-# How many labels it takes to say that a model knows less of them than their own mean and variance tell.
+# The fewest values of y for which `evaluate` may warn that predictions are worse than the mean and variance of y.
 _ENOUGH = 30
 
 
@@ -50,63 +51,63 @@ _ENOUGH = 30
 class MonteCarlo(keras.Model):
     """A model that predicts with S draws of another model's weights, E_q[p(y | x, w)] ≈ mean over w_1 ... w_S ~ q.
 
-    The draws are taken inside one compiled graph, `sample_batch_size` of them side by side and the others after them,
-    so memory is that of so many, whatever S. The wrapped model stays as it is and deterministic, and everything in it
-    that is not variational stays in inference mode. A stateful RNN starts every draw from the state that it holds, and
-    keeps it. Steps that the model masks have statistics like all others; `evaluate` leaves them out. It is saved with
-    the wrapped model, but not with what that was compiled with.
+    All draws run inside one compiled graph: `sample_batch_size` of them side by side, and these groups one after the
+    other. The memory for activations therefore does not depend on S. The wrapped model does not change and stays
+    deterministic, and everything in it that is not variational stays in inference mode. A stateful RNN starts every
+    draw from its current state, and keeps that state. Masked time steps get statistics like all others, but `evaluate`
+    ignores them. Saving a `MonteCarlo` saves the wrapped model, without that model's compile configuration.
 
-    Keras's own Dropout and its like, `dropout=` of attention among them, are not drawn: a warning says so. Use
-    `MonteCarloDropout` for what is to be drawn.
+    Keras's own dropout (`Dropout` and similar layers, and arguments such as `dropout=` of attention) is not drawn, and
+    a warning says so. Use `MonteCarloDropout` for dropout that is to be drawn.
 
-    In TensorFlow it runs without XLA unless `compile(jit_compile=True)` asks for it: that compiles for some seconds,
-    and then predicts in less time.
+    On TensorFlow it runs without XLA unless `compile(jit_compile=True)` asks for it. XLA takes some seconds to compile,
+    and then predicts faster.
 
-    `evaluate` compares y with the `probability` or the `mean`, after `compile(metrics=[...])`. The loss, unless
-    `compile` is given one, is −log p(y): of the mean probability, or of the normal distribution of that mean
-    and both variances. As for the losses that models learn by, it is the mean over the classes of an example (Keras's
-    cross-entropies), and the sum over its numbers (`losses`); over outputs, the sum. Weights of examples or of single
-    steps and the masks of the outputs count.
+    `evaluate`, after `compile(metrics=[...])`, compares y with the `probability` or the `mean`. Unless `compile` is
+    given a loss, the loss is −log p(y), where p is the mean probability, or the normal distribution with that mean and
+    the sum of both variances. Like the training losses, it is the mean over the class labels of an example (Keras's
+    cross-entropies), or the sum over the numbers of an example (`losses`); several outputs are summed. Weights of
+    examples or of time steps, and the masks of the outputs, are taken into account.
 
     Args:
         model: A built `keras.Model` with at least one variational layer.
         num_samples: Positive int, S.
-        likelihood: What the outputs are, and so which statistics `predict` gives:
+        likelihood: What the outputs mean. It decides which statistics `predict` returns:
             None: `mean` and `variance` over the draws, of each output.
-            "categorical": outputs (B, ..., C): `probability`, `predictive_entropy` (total), `expected_entropy` (of the
-                data), `mutual_information` (of the model), in nats.
-            "bernoulli": outputs (B, ...), the probability of 1 or its logit: the same.
+            "categorical": outputs (B, ..., C): `probability`, `predictive_entropy` (total), `expected_entropy`
+                (aleatoric, of the data), `mutual_information` (epistemic, of the model), in nats.
+            "bernoulli": outputs (B, ...), the probability of 1 or its logit: the same statistics.
             "normal": outputs (B, ..., 2), the loc and the raw scale, as `losses.NormalNLL` takes them: `mean`,
                 `aleatoric_variance` and `epistemic_variance`.
             A loss of `losses`, or any object with `moments(outputs)` -> (mean, variance) of y: the same three.
-            A dict of these, by the names of the outputs, for models of several: the names of a model's dict of outputs,
-                or `model.output_names` where it gives a list.
+            For a model with several outputs, a dict of these by the names of the outputs: the keys of a model's dict of
+                outputs, or `model.output_names` if the model returns a list.
         from_logits: Whether the outputs of a categorical or bernoulli model are logits; or a dict of bools by name.
         output: "statistics", or "samples" for the outputs themselves, (B, S, ...).
         seed: Int for the same draws in every run, or None.
-        consistent: Whether a draw serves all rows, in all batches and calls, instead of each its own: S functions
-            drawn from the posterior, with one mask for the whole prediction.
-        sample_batch_size: Positive int, how many draws are taken side by side. What comes before the first noise is
-            computed once for all of them, and accelerators are better filled; memory grows with it. It changes no
-            result. (In TensorFlow under XLA, which gains nothing by it, draws are taken one after the other.)
+        consistent: If True, all rows of all batches and calls share the same S draws of weights and masks: S functions
+            drawn from the posterior. If False, each row has its own draws, as far as the layers' estimators allow.
+        sample_batch_size: Positive int, how many draws are computed side by side. All that precedes the first noise is
+            then computed once for all of them (not on PyTorch), and accelerators are better used; memory grows with it.
+            It does not change the result. (XLA on TensorFlow gains nothing from it, and takes one draw at a time.)
         **kwargs: `name`, `dtype`.
 
     Returns:
-        `predict` and `predict_on_batch` give `Predictions`, a dict of arrays; with a dict of likelihoods, a dict of
+        `predict` and `predict_on_batch` return `Predictions`, a dict of arrays; with a dict of likelihoods, a dict of
         `Predictions` by name; or an array of samples.
 
     Raises:
-        ValueError: For a value that is out of range; a model in which nothing is drawn; probabilities where logits are
-            expected, as far as the last layer's activation tells, or the other way round; a dict whose names are not
-            those of the outputs; in a call, for outputs of another size than the likelihood takes; in `compile`, for
-            metrics of a distribution's parameters or of logits; and in `evaluate`, for y or weights of another layout
-            than the outputs', or no rows.
+        ValueError: For a value out of range; for a model in which nothing is drawn; for probabilities where logits are
+            expected, as far as the last layer's activation shows, or the reverse; for a dict whose names are not those
+            of the outputs. In a call, for outputs whose size does not fit the likelihood. In `compile`, for metrics
+            that take a distribution's parameters or logits. In `evaluate`, for y or weights whose layout does not match
+            the outputs, or for data without rows.
 
     Warns:
-        UserWarning: If a layer has learned with noise that no draw of its weights makes; for Keras's Dropout, which
-            stays off; an activation before a raw scale. In `predict` and `evaluate`, if there are rows with NaN or
-            infinity: how many. In `evaluate`, if numbers are predicted worse than by the mean and variance of y, as
-            where y was not standardised.
+        UserWarning: If a layer was trained with noise that no draw of its weights can produce; if Keras's own dropout
+            stays off; if there is an activation before a raw scale. In `predict` and `evaluate`, if rows contain NaN or
+            infinity, with their number. In `evaluate`, if numbers are predicted worse than by the mean and variance of
+            y, as happens if y was not standardised.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -143,7 +144,7 @@ class MonteCarlo(keras.Model):
         _check_draws(model)
         _check_noise_is_a_draw(model)
         _check_outputs(model, readings)
-        # Its own arithmetic, and what it hands on: the wrapped model sees to its own precision.
+        # The dtype of the statistics and of the inputs that are passed on. The wrapped model has its own policy.
         kwargs.setdefault("dtype", "float64" if model.compute_dtype == "float64" else "float32")
         super().__init__(**kwargs)
         self.model = model
@@ -167,45 +168,47 @@ class MonteCarlo(keras.Model):
     # Draws
 
     def samples(self, inputs):
-        """The outputs of the wrapped model under S draws, (S, B, ...)."""
+        """Return the outputs of the wrapped model under S draws, (S, B, ...)."""
         if _has_no_rows(inputs):
             return keras.tree.map_structure(lambda each: each[:, :0], self.samples(_one_row_of(inputs)))
         first, rest = self._seeds()
-        samples = self._draws(first, inputs)
+        draws = self._draws_of(inputs)
+        samples, _ = draws(first)
         if rest is None:
             return samples
-        more = ops.map(lambda seeds: self._draws(seeds, inputs), rest)
+        more = ops.map(lambda seeds: draws(seeds)[0], rest)
         count = rest.shape[0] * rest.shape[1]
         return keras.tree.map_structure(
             lambda one, others: ops.concatenate([one, ops.reshape(others, (count, *ops.shape(one)[1:]))]), samples, more
         )
 
     def _seeds(self):
-        """One for each draw and generator of noise: of the first step (s, G), and of the others, of k draws each.
+        """Draw one seed for each draw and each of the G generators of noise.
 
-        The first takes what is left of the S draws when the others take as many as go side by side, and is there even
-        if none is left.
+        Returns:
+            The seeds of the first group of draws, (s, G), and those of n more groups of k draws each, (n, k, G), or
+            None if n = 0. k is the number of draws side by side, and s is the remainder of S / k, or k where that is 0.
         """
         shape = self.num_samples, len(generator_states(self.model))
         generator = FixedSeeds(self.seed_generator.state) if self.consistent else self.seed_generator
         seeds = keras.random.randint(shape, 0, 2**31 - 1, seed=generator)
-        # Of what TensorFlow makes of loops side by side, such as an RNN's, XLA does not see the end.
+        # XLA cannot tell where a loop ends, such as an RNN's, once TensorFlow has vectorised it.
         together = 1 if _in_tensorflow() and self.jit_compile else self.sample_batch_size
         first = self.num_samples % together or min(together, self.num_samples)
         if first == self.num_samples:
             return seeds, None
         return seeds[:first], ops.reshape(seeds[first:], (-1, together, shape[1]))
 
-    def _draws(self, seeds, inputs):
-        """The outputs (s, B, ...) under s draws, side by side."""
-        return self._masked_draws(seeds, inputs)[0]
+    def _draws_of(self, inputs):
+        """Return a function from seeds (s, G) to the outputs (s, B, ...) under s draws, computed side by side.
 
-    def _masked_draws(self, seeds, inputs):
-        """The same, and the masks (B, ...) of the outputs by their places, as far as they have one."""
+        The function also returns the masks (B, ...) of the outputs that have one, by the index of the output.
+        """
         states = generator_states(self.model)
         ids = {id(state) for state in states}
-        # How often a layer of the user's calls those within it, only its code tells: they keep their draws as well. Of
-        # what learned with noise of each place's own, draws are like that too.
+        # An example keeps its draw of a layer that it uses more than once. Only the code of a user's layer tells how
+        # often it calls its sublayers, so these count as well. Layers with local reparameterization do not: they
+        # learned with independent noise at each position, and draw like that here.
         repeated = [
             id(layer.seed_generator.state)
             for layer, _ in costs.used_repeatedly(self.model, calls_within=None)
@@ -214,7 +217,7 @@ class MonteCarlo(keras.Model):
         held = [(v, ops.convert_to_tensor(v)) for v in self.model.variables if id(v) not in ids]
 
         def draw(seeds):
-            """The outputs when every generator of noise starts from a seed of its own, and all else is as it is."""
+            """Return outputs and masks of a draw: each generator starts from its seed, and no other state changes."""
             started = [
                 (state, ops.cast(ops.stack([seed, 0]), state.dtype)) for state, seed in zip(states, ops.unstack(seeds))
             ]
@@ -228,19 +231,23 @@ class MonteCarlo(keras.Model):
                 )
             return outputs, {place: mask for place, mask in masks.items() if mask is not None}
 
-        outputs, masks = _side_by_side(draw, seeds)
-        return outputs, {place: mask[0] for place, mask in masks.items()}
+        def draws(seeds):
+            outputs, masks = _side_by_side(draw, seeds)
+            return outputs, {place: mask[0] for place, mask in masks.items()}
+
+        return _traced_once(draws)
 
     # Statistics
 
     def call(self, inputs):
-        if _has_no_rows(inputs):  # of which TensorFlow can compute neither draws side by side nor their sums
+        if _has_no_rows(inputs):  # TensorFlow can neither vectorise draws of 0 rows nor sum them
             return _without_rows(self.call(_one_row_of(inputs)))
         if self.output_kind == "samples":
             return keras.tree.map_structure(lambda each: ops.swapaxes(each, 0, 1), self.samples(inputs))
         summary = self._summary()
         first, rest = self._seeds()
-        outputs, masks = self._masked_draws(first, inputs)
+        draws = self._draws_of(inputs)
+        outputs, masks = draws(first)
         samples = self._interpreted(outputs)
         origin = keras.tree.map_structure(lambda each: each[0], samples)
 
@@ -251,7 +258,7 @@ class MonteCarlo(keras.Model):
         if rest is not None:
 
             def add(step, totals):
-                samples = self._interpreted(self._draws(ops.take(rest, step, axis=0), inputs))
+                samples = self._interpreted(draws(ops.take(rest, step, axis=0))[0])
                 return keras.tree.map_structure(ops.add, totals, total(samples))
 
             totals = ops.fori_loop(0, rest.shape[0], add, totals)
@@ -260,7 +267,7 @@ class MonteCarlo(keras.Model):
 
     @property
     def _is_named(self):
-        """Whether the statistics are of several outputs, by name."""
+        """Whether there are statistics for several outputs, by name."""
         return None not in self._readings
 
     def _summary(self):
@@ -269,7 +276,7 @@ class MonteCarlo(keras.Model):
         return self._readings[None].summary
 
     def _interpreted(self, outputs):
-        """What the summary takes of outputs: in float32 at least."""
+        """Convert outputs to the samples that the summary takes, in float32 at least."""
         outputs = keras.tree.map_structure(_at_least_float32, outputs)
         if not self._is_named:
             return self._readings[None].samples(outputs)
@@ -279,7 +286,7 @@ class MonteCarlo(keras.Model):
         return {name: reading.samples(outputs[name]) for name, reading in self._readings.items()}
 
     def _by_name(self, values, what):
-        """Values of outputs in a dict, a list in the order of the outputs, or alone, by the names of the outputs."""
+        """Return values that belong to outputs (a dict, a list in the order of the outputs, or one value) by name."""
         if isinstance(values, dict):
             unknown = sorted(set(values) - set(self._readings))
             if unknown:
@@ -296,11 +303,11 @@ class MonteCarlo(keras.Model):
         return dict(zip(names, values))
 
     def _in_order(self, outputs):
-        """The outputs one by one, in the order in which `_masked` takes their masks."""
+        """Return the outputs as a flat list, in the order in which `_masked` assigns their masks."""
         return keras.tree.flatten(self._by_name(outputs, "outputs") if self._is_named else outputs)
 
     def _masked(self, found, masks):
-        """Statistics with the masks of the outputs, as `evaluate` honours them."""
+        """Attach the masks of the outputs to the statistics that y is compared with, for `evaluate`."""
         if not masks:
             return found
         places = itertools.count()
@@ -312,7 +319,7 @@ class MonteCarlo(keras.Model):
 
         return {name: keep(found[name]) for name in sorted(found)} if self._is_named else keep(found)
 
-    # What Keras's models do
+    # The interface of a Keras model
 
     def compile(
         self,
@@ -325,11 +332,11 @@ class MonteCarlo(keras.Model):
         jit_compile="auto",
         **kwargs,
     ):
-        """As in Keras; there is no optimizer, and in TensorFlow a `jit_compile` of "auto" is False.
+        """Configure `evaluate`, as in Keras. No optimizer is needed; on TensorFlow, `jit_compile="auto"` means False.
 
         Raises:
-            ValueError: For a metric that takes what a model puts out, and not what is predicted of it: the parameters
-                of a distribution, or logits.
+            ValueError: For a metric that takes a model's outputs (the parameters of a distribution, or logits) and not
+                a prediction made from them.
         """
         if jit_compile == "auto" and _in_tensorflow():
             jit_compile = False
@@ -343,7 +350,7 @@ class MonteCarlo(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
 
     def make_predict_function(self, force=False):
-        take_part()  # it draws in any scope, and compiled as it is, does not say so
+        take_part()  # a MonteCarlo draws in any scope, but once compiled it no longer tells the scope
         return super().make_predict_function(force)
 
     def make_test_function(self, force=False):
@@ -351,19 +358,19 @@ class MonteCarlo(keras.Model):
         return super().make_test_function(force)
 
     def predict(self, x, *args, **kwargs):
-        """As in Keras; gives `Predictions`, a dict of them by the name of the output, or an array of samples.
+        """Predict as in Keras; return `Predictions`, a dict of them by output name, or an array of samples.
 
-        Of arrays without rows it gives arrays without rows. Of a data set without a batch it cannot know their shapes.
+        Inputs without rows give arrays without rows. A data set without a batch does not tell their shapes.
 
         Raises:
-            ValueError: For a data set or generator that has no batch.
+            ValueError: For a data set or generator without a batch.
         """
         if _has_no_rows(x):
             return self.predict_on_batch(x)
         try:
             with self._restored():
                 result = super().predict(x, *args, **kwargs)
-        except UnboundLocalError as error:  # of Keras's last batch
+        except UnboundLocalError as error:  # Keras reads the last batch, which was never set
             raise ValueError(
                 f"There is nothing to predict: the data have no batch. Received: x={x!r}; give arrays of 0 rows for "
                 "predictions of 0 rows."
@@ -371,13 +378,13 @@ class MonteCarlo(keras.Model):
         return self._told(result)
 
     def predict_on_batch(self, x):
-        """The same, of one batch."""
+        """Predict one batch; otherwise as `predict`."""
         if not _has_no_rows(x):
             return self._told(super().predict_on_batch(x))
         return self._told(_without_rows(super().predict_on_batch(_one_row_of(x))))
 
     def _told(self, result):
-        """Arrays as `predict` gives them, once what is wrong with them is said."""
+        """Check the arrays, and return them in the form that `predict` documents."""
         _report_not_finite(_rows_not_finite(result), len(keras.tree.flatten(result)[0]))
         if self.output_kind == "samples":
             return result
@@ -386,17 +393,17 @@ class MonteCarlo(keras.Model):
         return {name: reading.told(result[name]) for name, reading in self._readings.items()}
 
     def evaluate(self, x=None, *args, **kwargs):
-        """As in Keras; the loss is the NLL of the prediction, unless `compile` was given one.
+        """Evaluate as in Keras; the loss is the NLL of the prediction, unless `compile` was given one.
 
         Raises:
-            ValueError: Where there are no rows.
+            ValueError: If there are no rows.
         """
         if _has_no_rows(x) or _has_no_batch(x):
             raise ValueError(_nothing_to_evaluate(x))
         try:
             with self._restored():
                 result = super().evaluate(x, *args, **kwargs)
-        except Exception as error:  # of another kind on every backend
+        except Exception as error:  # the type differs between backends
             if _gives_no_rows(x):
                 raise ValueError(_nothing_to_evaluate(x)) from error
             raise
@@ -407,16 +414,16 @@ class MonteCarlo(keras.Model):
         return result
 
     def test_on_batch(self, x, *args, **kwargs):
-        """The same, of one batch."""
+        """Evaluate one batch, which must have rows; otherwise as in Keras."""
         if _has_no_rows(x):
             raise ValueError(_nothing_to_evaluate(x))
         return super().test_on_batch(x, *args, **kwargs)
 
     @contextlib.contextmanager
     def _restored(self):
-        """A scope that leaves the variables as they were where it fails before the first batch is through.
+        """Restore all variables if the body fails before its first batch is done.
 
-        On JAX, Keras takes the values out of the variables for its steps, and puts none back then.
+        On JAX, Keras takes the values out of the variables for its steps, and does not put them back in that case.
         """
         held = []
         if keras.backend.backend() == "jax":
@@ -425,22 +432,22 @@ class MonteCarlo(keras.Model):
             yield
         except Exception:
             for variable, value in held:
-                if not value.is_deleted():  # as it is once a step has run
+                if not value.is_deleted():  # a step that has run deletes it
                     variable.assign(value)
             raise
 
     def fit(self, *args, **kwargs):
-        """Not for a `MonteCarlo`."""
+        """Not supported: a `MonteCarlo` only predicts."""
         raise NotImplementedError("A MonteCarlo only predicts: fit the model that it wraps.")
 
     train_on_batch = fit
 
     def export(self, filepath, format="tf_saved_model", *, input_signature=None, **kwargs):
-        """As in Keras, to a SavedModel; takes the inputs that the wrapped model does.
+        """Export to a SavedModel, as in Keras. The exported model takes the inputs of the wrapped model.
 
         Raises:
-            ValueError: For another format: the runtimes of ONNX and LiteRT have no operations for the draws, and would
-                refuse the file.
+            ValueError: For another format. The runtimes of ONNX and LiteRT have no operations for the draws, and would
+                reject the file.
         """
         if format != "tf_saved_model":
             raise ValueError(
@@ -454,7 +461,7 @@ class MonteCarlo(keras.Model):
 
     @property
     def losses(self):
-        """None: the penalties of the wrapped model are for its training."""
+        """An empty list: the penalties of the wrapped model are for its training."""
         return []
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=False):
@@ -474,7 +481,7 @@ class MonteCarlo(keras.Model):
         return super().compute_metrics(x, y, point, weight)
 
     def _rows(self, y, found, weight):
-        """y, statistics and weights of every output of which there is y, by name."""
+        """Return (y, statistics, weight) of every output that has a y, by name; None is the name of a single output."""
         if self.output_kind == "samples":
             raise ValueError('`evaluate` compares y with a statistic. Received: output="samples"')
         if not self._is_named:
@@ -486,7 +493,7 @@ class MonteCarlo(keras.Model):
         return {name: (y[name], found[name], weight.get(name)) for name in y}
 
     def _compared(self, y, found, weight):
-        """y, what it is compared with, and weights, as Keras's losses and metrics take them."""
+        """Return y, the predictions to compare it with, and weights, as Keras's losses and metrics take them."""
         rows = self._rows(y, found, weight)
         compared = {name: self._readings[name].compared(*row) for name, row in rows.items()}
         if not self._is_named:
@@ -502,14 +509,14 @@ class MonteCarlo(keras.Model):
         store[_SEED_STATE] = self.seed_generator.state
 
     def load_own_variables(self, store):
-        keys = set(store.keys())  # a store is not quite a dict
+        keys = set(store.keys())  # a store lacks some methods of a dict
         super().load_own_variables({key: store[key] for key in keys - {_SEED_STATE}})
         if _SEED_STATE in keys:
             self.seed_generator.state.assign(store[_SEED_STATE])
 
     def get_config(self):
         model = keras.saving.serialize_keras_object(self.model)
-        model.pop("compile_config", None)  # it would have to load, though nothing here needs it
+        model.pop("compile_config", None)  # not used here, but loading would need its custom objects
         return {
             **super().get_config(),
             "model": model,
@@ -543,7 +550,11 @@ def _serialized(likelihood):
 
 
 def _readings(likelihood, from_logits):
-    """What is made of each output, by its name; of the only one, or of all of any structure, by the name None."""
+    """Return a `_Reading` for each output, by name.
+
+    Without a dict there is one `_Reading`, named None: for the only output, or with `likelihood=None` for outputs of
+    any structure.
+    """
     if not isinstance(likelihood, dict):
         if isinstance(from_logits, dict):
             raise ValueError(
@@ -570,7 +581,7 @@ def _wrong_names(likelihood, outputs):
 
 
 def _check_draws(model):
-    """Refuse a model in which nothing is drawn, and say what in it would be drawn in training alone."""
+    """Raise if nothing in the model is drawn, and warn of noise that is active in training only."""
     off = _keras_noise(model)
     if not any(isinstance(layer, StochasticLayer) and layer.draws for layer in model._flatten_layers()):
         way_out = "Use one, such as keras_vdrop.VariationalDense, where it has a Keras layer."
@@ -589,12 +600,12 @@ def _check_draws(model):
 
 
 def _keras_noise(model):
-    """The names of the layers with a Dropout of Keras's that is not always 0."""
+    """Return the names of the layers with Keras's own dropout or noise, at a rate or scale above 0."""
     found = []
     for layer in model._flatten_layers():
         if isinstance(layer, (StochasticLayer, DropIn)):
             continue
-        names = ("rate",) if isinstance(layer, _KERAS_NOISE) else ("dropout", "recurrent_dropout")
+        names = ("rate", "stddev") if isinstance(layer, _KERAS_NOISE) else ("dropout", "recurrent_dropout")
         rates = [getattr(layer, name, 0.0) for name in names]
         if any(isinstance(rate, numbers.Real) and rate > 0 for rate in rates) and layer.name not in found:
             found.append(layer.name)
@@ -602,7 +613,7 @@ def _keras_noise(model):
 
 
 def _check_noise_is_a_draw(model):
-    """Say which layers have learned with noise that no draw of their weights makes."""
+    """Warn of layers that were trained with noise that no draw of their weights can produce."""
     names = [
         layer.name
         for layer, in_one_call in costs.used_repeatedly(model)
@@ -619,7 +630,7 @@ def _check_noise_is_a_draw(model):
 
 
 def _check_outputs(model, readings):
-    """Refuse likelihoods that do not fit the outputs, as far as that can be seen before there are any."""
+    """Raise if a likelihood does not fit the outputs, as far as the model shows that before it is called."""
     names = output_names(model)
     if None in readings:
         if names is not None and len(names) > 1 and readings[None].likelihood is not None:
@@ -641,21 +652,21 @@ def _check_outputs(model, readings):
 
 
 def _check_metrics(metrics, readings):
-    """Refuse metrics that would take a prediction for parameters of a distribution, or for logits."""
+    """Raise for metrics that would take a prediction for the parameters of a distribution, or for logits."""
     for name, reading in readings.items():
         own = metrics.get(name) if isinstance(metrics, dict) else metrics
         if len(readings) > 1 and not isinstance(metrics, dict):
-            continue  # Keras knows whose they are
+            continue  # only Keras knows which outputs they belong to
         for metric in keras.tree.flatten(own):
             reading.check_metric(metric)
 
 
 class _Reading:
-    """What a likelihood makes of an output: samples of what, which statistics, and how y scores them.
+    """How a likelihood reads one output: what its samples are, which statistics it has, and how it is scored against y.
 
     Args:
         likelihood, from_logits: As for `MonteCarlo`.
-        name: Of the output, where there are several.
+        name: The name of the output if there are several.
     """
 
     def __init__(self, likelihood, from_logits, name=None):
@@ -683,7 +694,7 @@ class _Reading:
         return next((each for key, each in known.items() if key == self.likelihood), uncertainty.TOTAL_VARIANCE)
 
     def samples(self, outputs):
-        """What the summary takes of outputs in float32."""
+        """Convert outputs, of float32 or wider, to the samples that the summary takes."""
         if self.likelihood is None:
             return outputs
         if not ops.is_tensor(outputs):
@@ -701,7 +712,7 @@ class _Reading:
         return self.likelihood.moments(outputs)
 
     def _check_size(self, shape):
-        """Refuse outputs whose last axis has not what the likelihood takes."""
+        """Raise if the last axis of the outputs does not have the size that the likelihood takes."""
         if self.likelihood == "categorical" and shape[-1] == 1:
             raise ValueError(
                 'One output is no choice between classes: give likelihood="bernoulli", of which it is the logit. '
@@ -715,7 +726,7 @@ class _Reading:
             )
 
     def told(self, arrays):
-        """`Predictions` of arrays, once they are known to be probabilities where they should."""
+        """Return the arrays as `Predictions`; raise if they should be probabilities and are not."""
         if self.is_classes and not self.from_logits and len(arrays["probability"]):
             _check_probabilities(*_range_of(arrays["probability"], self.likelihood, np))
         return Predictions(arrays)
@@ -723,7 +734,7 @@ class _Reading:
     # Scores
 
     def check_metric(self, metric):
-        """Refuse a metric that takes what the model puts out."""
+        """Raise for a metric that takes the outputs of the model, and not a prediction."""
         if self.likelihood is None:
             return
         point = "probability" if self.is_classes else "mean"
@@ -739,7 +750,7 @@ class _Reading:
             )
 
     def laid_out(self, y, found, weight):
-        """y in the layout of its prediction, and weights that broadcast to one for each number or label."""
+        """Return y in the layout of its prediction, and weights that broadcast to one for each number or label."""
         point = found[_point_name(found)]
         shape, sizes = point.shape, ops.shape(point)
         if self.likelihood == "categorical":
@@ -754,14 +765,14 @@ class _Reading:
         if weight is not None:
             weighed = point[..., 0] if self.likelihood == "categorical" else point
             weight = weights_of(weight, weighed)
-            if mask_of(point) is not None:  # by which Keras multiplies them in place in PyTorch
+            if mask_of(point) is not None:  # on PyTorch, Keras multiplies the weights by the mask in place
                 weight = weight * ops.ones_like(weighed, dtype=weight.dtype)
         return fitting, weight
 
     def compared(self, y, found, weight):
-        """y, what it is compared with, and weights, as Keras's losses and metrics take them.
+        """Return y, the prediction to compare it with, and weights, as Keras's losses and metrics take them.
 
-        Those take the mean over the last axis, and want weights for what is left; so numbers get an axis of 1.
+        Keras takes the mean over the last axis and applies weights to the others, so numbers get an axis of size 1.
         """
         point = found[_point_name(found)]
         if self.likelihood is None:
@@ -777,7 +788,7 @@ class _Reading:
         return y, point, None if weight is None else weight[..., 0]
 
     def loss(self, y, found, weight):
-        """−log p(y) of the prediction, by Keras's mean over labels or the sum over an example's numbers."""
+        """Return −log p(y) of the prediction: Keras's mean over labels, or the sum over the numbers of an example."""
         if self.likelihood is None:
             raise ValueError(
                 f"What y{self.where} is compared with has no likelihood: give it one, or `compile` a loss."
@@ -794,31 +805,31 @@ class _Reading:
 
 
 def _point_name(found):
-    """The statistic that y is compared with."""
+    """Return the name of the statistic that y is compared with."""
     return "probability" if "probability" in found else "mean"
 
 
 def _at_least_a_column(point):
-    """Of rank 2 at least, as Keras takes the mean over the last axis."""
+    """Return the tensor with rank 2 at least: Keras takes the mean over the last axis."""
     return point[:, None] if len(point.shape) == 1 else point
 
 
 def _a_number_each(point):
-    """(B, ..., 1), masked as it was."""
+    """Add a last axis of size 1, (B, ..., 1), and keep the mask."""
     return with_mask(ops.expand_dims(point, -1), mask_of(point))
 
 
 def _moments(found):
-    """The mean and the variance of y, (B, ..., 2), masked as the mean is."""
+    """Return the mean and the variance of y, (B, ..., 2), with the mask of the mean."""
     variance = found["aleatoric_variance"] + found["epistemic_variance"]
     return with_mask(ops.stack([found["mean"], variance], axis=-1), mask_of(found["mean"]))
 
 
 def _check_same_layout(y, point):
-    """Refuse y that has neither the shape of a prediction nor that of its class numbers."""
+    """Raise if y has neither the shape of the prediction nor that of its class numbers."""
     ys, points = keras.tree.flatten(y), keras.tree.flatten(point)
     if len(ys) != len(points) or any(each is None for each in ys):
-        return  # Keras says what is wrong, or compares some of them
+        return  # Keras raises an error, or compares some of them
     for label, each in zip(ys, points):
         if aligned(label, each.shape) is None and aligned(label, each.shape[:-1]) is None:
             raise ValueError(
@@ -828,7 +839,7 @@ def _check_same_layout(y, point):
 
 
 class _MomentsNLL(NegativeLogLikelihood):
-    """−log N(y; mean, variance): outputs (B, ..., 2) are that mean and variance."""
+    """−log N(y; mean, variance), where the outputs (B, ..., 2) are that mean and variance."""
 
     def log_prob(self, y, parameters):
         return likelihoods.normal(y, parameters[..., 0], ops.sqrt(parameters[..., 1]))
@@ -838,7 +849,7 @@ class _MomentsNLL(NegativeLogLikelihood):
 
 
 class _Seen(keras.metrics.Metric):
-    """What `evaluate` sees of predictions and y, for a word at its end; it has no place in the logs."""
+    """Base of metrics that collect facts in `evaluate` and report them at its end; they do not appear in the logs."""
 
     def result(self):
         return {}
@@ -854,7 +865,7 @@ class _Seen(keras.metrics.Metric):
 
 
 class _Finite(_Seen):
-    """How many rows there are, and how many with NaN or infinity."""
+    """The number of rows, and the number of rows with NaN or infinity."""
 
     def __init__(self):
         super().__init__(name="finite", dtype="float32")
@@ -871,7 +882,7 @@ class _Finite(_Seen):
 
     @property
     def count(self):
-        """How many rows there are."""
+        """The number of rows."""
         return int(self._number(self.rows))
 
     def report(self):
@@ -879,7 +890,7 @@ class _Finite(_Seen):
 
 
 class _Probabilities(_Seen):
-    """The range of what should be probabilities, and of their sums."""
+    """The range of outputs that should be probabilities, and the range of their sums."""
 
     def __init__(self, name, likelihood):
         super().__init__(name="probabilities", dtype="float32")
@@ -900,7 +911,7 @@ class _Probabilities(_Seen):
 
 
 class _Fit(_Seen):
-    """The NLL of numbers, beside that of the normal distribution with their own mean and variance."""
+    """The NLL of predicted numbers, compared with that of a normal distribution with the mean and variance of y."""
 
     def __init__(self, name, reading):
         super().__init__(name="fit", dtype="float32")
@@ -918,7 +929,7 @@ class _Fit(_Seen):
         count = ops.sum(counts)
         mean = ops.divide_no_nan(ops.sum(counts * y), count)
         shift, total = mean - self.mean, self.count + count
-        # Sums over both from those of each: squares of what is far from 0 would cancel.
+        # Combine the squared deviations of both parts. Plain sums of squares would cancel where y is far from 0.
         squares = ops.sum(counts * ops.square(y - mean))
         self.squares.assign_add(squares + ops.square(shift) * ops.divide_no_nan(self.count * count, total))
         self.mean.assign_add(shift * ops.divide_no_nan(count, total))
@@ -948,7 +959,7 @@ class _Fit(_Seen):
 
 
 def _seen(name, reading):
-    """What there is to see of an output."""
+    """Return the `_Seen` that an output needs, or None."""
     if reading.likelihood is None:
         return None
     if not reading.is_classes:
@@ -957,7 +968,7 @@ def _seen(name, reading):
 
 
 class Predictions(dict):
-    """What `MonteCarlo.predict` gives: a dict of arrays, the statistics; and what to do about the rows.
+    """The statistics that `MonteCarlo.predict` returns, a dict of arrays, with methods that act on them.
 
     The statistics are attributes as well: `predicted.mean` is `predicted["mean"]`.
 
@@ -980,10 +991,10 @@ class Predictions(dict):
         raise AttributeError(f"{type(self).__name__} has no {name!r}; its statistics are {sorted(self)}.")
 
     def stddev(self):
-        """The standard deviation of the predicted number, in the units of y, of the shape of `mean`.
+        """Return the standard deviation of a predicted number, in the units of y and the shape of `mean`.
 
-        With a likelihood it is that of y, √(aleatoric + epistemic variance): of the data and of the model. Without one
-        it is that of the draws of the output, of the model alone: y lies further off by its noise.
+        With a likelihood, it is that of y, √(aleatoric + epistemic variance), due to both data and model. Without one,
+        it is that of the output over the draws, due to the model alone; the noise of y comes on top.
 
         Raises:
             ValueError: For classes, which have no standard deviation.
@@ -998,12 +1009,12 @@ class Predictions(dict):
         return np.sqrt(self["aleatoric_variance"] + self["epistemic_variance"])
 
     def interval(self, coverage=0.9):
-        """mean ± Φ⁻¹((1 + coverage) / 2)·stddev: the central interval of a normal distribution.
+        """Return mean ± Φ⁻¹((1 + coverage) / 2)·stddev, the central interval of a normal distribution.
 
-        With a likelihood it holds y with that probability, if the model is calibrated and y about normal. For other
-        shapes, or no more trust than that, take quantiles of draws (`functional.regression.sample_interval`) or
-        intervals from validation data (`functional.conformal`). Without a likelihood it is where draws of the output
-        lie, and y lies outside of it more often.
+        With a likelihood, it contains y with probability `coverage`, if the model is calibrated and y is about normal.
+        If you cannot assume that, use quantiles of draws (`functional.regression.sample_interval`) or intervals from
+        validation data (`functional.conformal`). Without a likelihood, it is the interval of the output over the draws,
+        and contains y less often.
 
         Args:
             coverage: Float in (0, 1).
@@ -1012,7 +1023,7 @@ class Predictions(dict):
             Two arrays of the shape of `mean`: lower, upper.
 
         Raises:
-            ValueError: For a coverage out of range; for classes.
+            ValueError: For a coverage out of range, or for classes.
 
         Example:
             >>> import numpy as np
@@ -1030,9 +1041,9 @@ class Predictions(dict):
         )
 
     def uncertainty(self):
-        """How unsure the prediction is, for each row (B,): all of it, of the data and of the model.
+        """Return the total uncertainty of each row, (B,), due to data and model (the model alone without a likelihood).
 
-        The predictive entropy in nats, or the variance in squared units of y; summed over all that a row holds.
+        It is the predictive entropy, in nats, or the variance, in squared units of y, summed over all values of a row.
         """
         if "predictive_entropy" in self:
             return _each_row(self["predictive_entropy"])
@@ -1041,11 +1052,11 @@ class Predictions(dict):
         return _each_row(self["aleatoric_variance"] + self["epistemic_variance"])
 
     def abstain(self, coverage=0.95):
-        """True for the rows to hand to a person, (B,): the most uncertain ones, those with NaN first.
+        """Return a boolean array (B,), True for the rows to hand to a person: the most uncertain, NaN first.
 
         Args:
-            coverage: Float in [0, 1], the share of the rows to answer at least. `plots.risk_coverage` shows on
-                validation data what fewer answers save.
+            coverage: Float in [0, 1], the least share of rows to answer. On validation data, `plots.risk_coverage`
+                shows how the error falls if the model answers fewer rows.
 
         Raises:
             ValueError: For a coverage out of range.
@@ -1061,13 +1072,14 @@ class Predictions(dict):
         return np.isin(np.arange(len(uncertainty)), order[:handed_over])
 
     def bald(self):
-        """I[y; w | x], for each row (B,): what its label would tell of the weights, in nats; label the highest ones.
+        """Return I[y; w | x] of each row, (B,), in nats: how much its label would tell about the weights.
 
-        Of classes, the mutual information. Of numbers, ½·log(1 + epistemic ÷ aleatoric variance): that of two normal
-        distributions. Summed over all that a row holds.
+        In active learning, label the rows with the highest values. For classes, it is the mutual information. For
+        numbers, it is ½·log(1 + epistemic / aleatoric variance), which holds if both parts are normal. It is summed
+        over all values of a row.
 
         Raises:
-            ValueError: Without a likelihood, which alone says how much of the variance is the data's.
+            ValueError: Without a likelihood, since only that tells which part of the variance is due to the data.
 
         Reference:
             Bayesian Active Learning for Classification and Preference Learning, Houlsby, Huszár, Ghahramani, Lengyel,
@@ -1081,38 +1093,38 @@ class Predictions(dict):
 
 
 def _each_row(values):
-    """The sums over all but the first axis."""
+    """Sum over all axes but the first."""
     return _flat_rows(np.asarray(values)).sum(axis=1)
 
 
 def _flat_rows(values):
-    """(B, ...) as (B, n), of NumPy arrays that may have no rows."""
+    """Reshape a NumPy array (B, ...), which may have no rows, to (B, n)."""
     return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 def _has_no_rows(inputs):
-    """Whether inputs are arrays of 0 rows."""
+    """Return whether the inputs are arrays of 0 rows."""
     shapes = [tuple(getattr(each, "shape", ())) for each in keras.tree.flatten(inputs)]
     return bool(shapes) and all(shape[:1] == (0,) for shape in shapes)
 
 
 def _has_no_batch(data):
-    """Whether a data set says that it has none."""
+    """Return whether a data set reports that it has no batch."""
     if isinstance(data, keras.utils.PyDataset):
         return data.num_batches == 0
-    cardinality = getattr(data, "cardinality", None)  # of TensorFlow's
+    cardinality = getattr(data, "cardinality", None)  # of a `tf.data.Dataset`
     return callable(cardinality) and int(cardinality()) == 0
 
 
 def _gives_no_rows(data):
-    """Whether a data set that can be read once more begins with no batch, or one of 0 rows."""
+    """Return whether a data set that can be read again has no batch, or a first batch of 0 rows."""
     if any(hasattr(each, "shape") for each in keras.tree.flatten(data)):
         return False
     try:
         batches = iter(data)
     except TypeError:
         return False
-    if batches is data:  # a generator, of which Keras says so itself
+    if batches is data:  # a generator, for which Keras raises a clear error itself
         return False
     first = next(batches, None)
     return first is None or _has_no_rows(first)
@@ -1127,7 +1139,7 @@ def _without_rows(found):
 
 
 def _one_row_of(inputs):
-    """One row of zeros in the layout of inputs that have none."""
+    """Return one row of zeros in the layout of inputs without rows."""
 
     def row(each):
         if ops.is_tensor(each):
@@ -1143,13 +1155,13 @@ def _in_tensorflow():
 
 
 def _side_by_side(function, elements):
-    """`function` of each element, stacked; all at once where the backend can do so with random numbers in it."""
+    """Apply `function` to each element and stack the results; vectorised where the backend can vectorise draws."""
     if elements.shape[0] == 1:
         return keras.tree.map_structure(lambda each: each[None], function(elements[0]))
     if _in_tensorflow():
         import tensorflow as tf
 
-        # Not Keras's, which warns that random numbers are drawn one element after the other.
+        # `ops.vectorized_map` would warn that random numbers are drawn one element after the other.
         return tf.vectorized_map(function, elements, warn=False)
     if keras.backend.backend() == "jax":
         return ops.vectorized_map(function, elements)
@@ -1157,12 +1169,21 @@ def _side_by_side(function, elements):
     return keras.tree.map_structure(lambda *each: ops.stack(each), *results)
 
 
+def _traced_once(function):
+    """Wrap a function so that a TensorFlow graph holds one copy of it for all calls with the same shapes."""
+    if not _in_tensorflow():
+        return function
+    import tensorflow as tf
+
+    return function if tf.executing_eagerly() else tf.function(function)
+
+
 def _at_least_float32(x):
     return x if keras.backend.standardize_dtype(x.dtype) == "float64" else ops.cast(x, "float32")
 
 
 def _rows_not_finite(result):
-    """How many rows of arrays hold NaN or infinity."""
+    """Count the rows that contain NaN or infinity."""
     arrays = keras.tree.flatten(result)
     rows = np.zeros(len(arrays[0]), bool)
     for values in arrays:
@@ -1171,7 +1192,7 @@ def _rows_not_finite(result):
 
 
 def _report_not_finite(wrong, rows):
-    """Say how many rows hold NaN or infinity."""
+    """Warn if any rows contain NaN or infinity."""
     if wrong:
         warnings.warn(
             f"There is NaN or infinity in the predictions of {wrong} of {rows} rows: look at their inputs, and at the "
@@ -1180,12 +1201,12 @@ def _report_not_finite(wrong, rows):
         )
 
 
-# Of what should be probabilities: the lowest and the highest, and of their sums the same.
+# The lowest and highest of the values that should be probabilities, and the lowest and highest of their sums.
 _ENDS = ("low", "high", "least", "most")
 
 
 def _range_of(probability, likelihood, of):
-    """Those, without what is not finite. `of` is `numpy`, or `keras.ops` for tensors."""
+    """Return the values that `_ENDS` names, over finite values only. `of` is `numpy`, or `keras.ops` for tensors."""
     sums = of.ones_like(probability) if likelihood == "bernoulli" else of.sum(probability, axis=-1)
 
     def extremes(values):
@@ -1196,7 +1217,7 @@ def _range_of(probability, likelihood, of):
 
 
 def _check_probabilities(low, high, least, most):
-    """Means of probabilities are such; those of logits hardly ever."""
+    """Raise if means are not probabilities: means of probabilities always are, and those of logits hardly ever."""
     if low < -1e-3 or high > 1 + 1e-3 or (math.isfinite(least) and max(1.0 - least, most - 1.0) > 1e-2):
         raise ValueError(
             "With `from_logits=False` the outputs must be probabilities. Received: means from "

@@ -1,4 +1,4 @@
-"""Statistics of BatchNormalization, for a network that predicts without the noise of its training."""
+"""Statistics of BatchNormalization for a network that predicts without the noise of its training."""
 
 import contextlib
 import functools
@@ -7,14 +7,15 @@ import operator
 import keras
 
 from keras_vdrop.layers.base import check_positive_int
+from keras_vdrop.posterior import posteriors
 
 
 def update_batch_normalization(model, x, batch_size=128):
-    """Give every BatchNormalization the mean and variance of these inputs without noise, and return the model.
+    """Set the statistics of every BatchNormalization to those of the given inputs without noise, and return the model.
 
-    In `fit`, the moving variance of an activation includes the variance of the noise. `predict` then divides by too
-    large a number, because it adds no noise. Call this after `fit`, or on what `compact` or `to_deterministic` made.
-    `MonteCarlo` draws with the noise that the statistics of `fit` include: it needs no such call.
+    In `fit`, the moving variance of an activation includes the variance of the noise. `predict` adds no noise, so it
+    divides by too large a number. Call this function after `fit`, or on the result of `compact` or `to_deterministic`.
+    `MonteCarlo` needs no such call: its draws contain the noise that the statistics of `fit` include.
 
     Noise and dropout are off. A layer whose inputs come from another BatchNormalization sees them normalized by the
     statistics of the batch. Over several batches, means and variances are averaged, each batch weighted by its rows.
@@ -28,15 +29,15 @@ def update_batch_normalization(model, x, batch_size=128):
         batch_size: Int, for arrays.
 
     Raises:
-        ValueError: If there are no rows, if arrays differ in their number, or if the model is a `MonteCarlo`.
+        ValueError: If there are no rows, if arrays differ in their number of rows, or if the model is a `MonteCarlo`.
 
     Source: Li et al., 2018, https://arxiv.org/abs/1801.05134 (how noise shifts the variance); Izmailov et al., 2018,
     https://arxiv.org/abs/1803.05407, section 3 (statistics in one pass after training).
     """
     check_positive_int("batch_size", batch_size)
-    if isinstance(getattr(model, "model", None), keras.Model):
+    if hasattr(model, "consistent") and isinstance(getattr(model, "model", None), keras.Model):  # a `MonteCarlo`
         raise ValueError(f"{type(model).__name__} draws weights: pass its `.model`, which predicts without noise.")
-    layers = [each for each in model._flatten_layers() if isinstance(each, keras.layers.BatchNormalization)]
+    layers = [each for each in model._flatten_layers() if _is_normalization(each)]
     seen = 0
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -53,9 +54,24 @@ def update_batch_normalization(model, x, batch_size=128):
     return model
 
 
+def normalizations_of_noise(model):
+    """Return the names of BatchNormalizations that are not frozen and come after a posterior in the model's layers."""
+    owners = {id(posterior.owner) for posterior in posteriors(model)}
+    names, noisy = [], False
+    for layer in model._flatten_layers():
+        noisy |= id(layer) in owners
+        if noisy and _is_normalization(layer) and layer.trainable:
+            names.append(layer.name)
+    return names
+
+
+def _is_normalization(layer):
+    return isinstance(layer, keras.layers.BatchNormalization)
+
+
 @contextlib.contextmanager
 def _collecting(layer):
-    """Let the layer collect statistics although the model is not training."""
+    """Let the layer update its statistics although the model is not training."""
     momenta, call = _momenta(layer), layer.call
 
     @functools.wraps(call)
@@ -72,12 +88,12 @@ def _collecting(layer):
 
 
 def _momenta(layer):
-    """The momenta by which the layer averages, by their names: renormalization, where Keras has it, has its own."""
+    """Return {name: momentum} of the layer's moving averages. Renormalization, where Keras has it, has its own."""
     return {name: getattr(layer, name) for name in ("momentum", "renorm_momentum") if hasattr(layer, name)}
 
 
 def _batches(x, batch_size):
-    """The batches of arrays, or of an iterable of batches."""
+    """Yield the batches of arrays, or the inputs of an iterable of batches."""
     if not (isinstance(x, (dict, list, tuple)) or hasattr(x, "shape")):
         yield from (batch[0] if isinstance(batch, tuple) else batch for batch in x)
         return

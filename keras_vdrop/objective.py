@@ -1,8 +1,8 @@
-"""What Keras's loss makes of the likelihood: the factor between an example's NLL and its share in the loss.
+"""The factor between the NLL of an example and its share in Keras's loss.
 
-Keras's losses are means over all that the labels of an example have: pixels, steps, the numbers of a vector. With L
-labels an example the loss of `fit` is NLL / L, and the KL has to be weighed by 1 / (L·examples) for the two to be the
-negative ELBO.
+Keras's losses are means over all labels of an example: pixels, steps, the numbers of a vector. With L labels per
+example, the loss of `fit` is NLL / L. The KL then needs the weight 1 / (L·examples), so that the sum is proportional to
+the negative ELBO.
 """
 
 import collections
@@ -12,7 +12,7 @@ from keras import losses as keras_losses
 
 from keras_vdrop.losses import NegativeLogLikelihood, compile_config, mask_of
 
-# Every number that an example has is a term of the mean.
+# The mean is over all numbers of an example.
 _MEANS_OVER_NUMBERS = (
     keras_losses.MeanSquaredError,
     keras_losses.MeanAbsoluteError,
@@ -26,7 +26,7 @@ _MEANS_OVER_NUMBERS = (
     keras_losses.SquaredHinge,
     keras_losses.Poisson,
 )
-# One axis makes up a label, and the others are averaged over.
+# One axis holds a label; the mean is over all other axes.
 _MEANS_OVER_VECTORS = (
     keras_losses.CategoricalCrossentropy,
     keras_losses.SparseCategoricalCrossentropy,
@@ -35,7 +35,7 @@ _MEANS_OVER_VECTORS = (
     keras_losses.CosineSimilarity,
     keras_losses.KLDivergence,
 )
-# An example is one term.
+# The loss is a sum over an example, so an example is one term of the mean.
 _SUMS = (keras_losses.CTC, NegativeLogLikelihood)
 
 _CLASSES = {
@@ -75,11 +75,14 @@ Term.__doc__ = "One output's share in the loss: `weight` times a mean over `labe
 
 
 def outputs_of(y_pred, names=None):
-    """The `Output`s of a model, from its output tensors, symbolic or not.
+    """Return the `Output`s of a model, given its output tensors, symbolic or not.
 
     Args:
-        y_pred: A tensor, or a list or dict of them.
-        names: Of the outputs, where `y_pred` is not a dict.
+        y_pred: A tensor, or a list or dict of tensors.
+        names: The names of the outputs if `y_pred` is not a dict.
+
+    Raises:
+        ValueError: For nested outputs.
     """
     if isinstance(y_pred, dict):
         named = list(y_pred.items())
@@ -95,21 +98,21 @@ def outputs_of(y_pred, names=None):
 
 
 def likelihood_factor(outputs, loss, loss_weights=None, likelihood_scale=None):
-    """c, where the loss is c times the mean NLL of an example: Σ over outputs of weight / labels·(NLL of the output).
+    """Return c, the factor between the mean NLL of an example and the loss, Σ over outputs of (weight / labels)·NLL.
 
     Args:
         outputs: List of `Output`.
-        loss: What `compile` was given: a loss, or a list or dict of losses.
-        loss_weights: What `compile` was given: None, a number, or a list or dict of them.
-        likelihood_scale: None, or σ of the mean squared errors among the losses, in whose NLL each squared error is
+        loss: As given to `compile`: a loss, or a list or dict of losses.
+        loss_weights: As given to `compile`: None, a number, or a list or dict of numbers.
+        likelihood_scale: None, or σ for the mean squared errors among the losses: their NLL contains the squared error
             divided by 2σ².
 
     Returns:
         Float > 0.
 
     Raises:
-        ValueError: Where it cannot be known, or where the losses of several outputs have different factors, so that
-            their sum is not the likelihood of an example.
+        ValueError: If c cannot be derived, or if the losses of several outputs have different factors, so that their
+            sum is not proportional to the NLL of an example.
     """
     terms = [
         Term(output.name, weight, labels_of(one, output), is_mse(one))
@@ -135,16 +138,16 @@ def likelihood_factor(outputs, loss, loss_weights=None, likelihood_scale=None):
 
 
 def is_mse(loss):
-    """Whether a loss, as `compile` takes it, is the mean squared error."""
+    """Return whether a loss, as `compile` takes it, is the mean squared error."""
     cls, _ = _resolved(loss, ())
     return cls is not None and issubclass(cls, keras_losses.MeanSquaredError)
 
 
 def labels_of(loss, output):
-    """Over how many terms of one example a loss takes its mean.
+    """Return the number of terms of one example over which a loss takes its mean.
 
     Raises:
-        ValueError: Where it takes none or another, or the number cannot be known.
+        ValueError: If the loss is not a mean over the batch, or if the number cannot be derived.
     """
     cls, instance = _resolved(loss, output.shape)
     reduction = getattr(instance, "reduction", "sum_over_batch_size")
@@ -179,10 +182,10 @@ def labels_of(loss, output):
 
 
 def compiled_loss_weights(model):
-    """The `loss_weights` that `compile` was given.
+    """Return the `loss_weights` that `compile` was given.
 
     Raises:
-        ValueError: Where Keras cannot tell.
+        ValueError: If Keras cannot tell.
     """
     try:
         return compile_config(model).get("loss_weights")
@@ -194,7 +197,7 @@ def compiled_loss_weights(model):
 
 
 def require_loss(model):
-    """Raise a `ValueError` where `compile` was given no loss, so that nothing is known of the data's."""
+    """Raise a `ValueError` if `compile` was given no loss, so that nothing is known about the data part."""
     if model.loss is None:
         raise ValueError(
             "The KL cannot be weighed by itself for a model that is compiled without a `loss`. "
@@ -203,12 +206,12 @@ def require_loss(model):
 
 
 def _size(sizes):
-    """How many numbers they make; None where one is unknown."""
+    """Return the product of sizes; None if one of them is unknown."""
     return None if None in sizes else math.prod(sizes)
 
 
 def _resolved(loss, shape):
-    """The class of Keras's or ours that a loss computes, or None for one of the user's own; and the `Loss`, if any."""
+    """Return the known class that a loss computes, or None for a custom loss; and its `Loss` object, or None."""
     if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):
         binary = bool(shape) and shape[-1] == 1
         return (keras_losses.BinaryCrossentropy if binary else keras_losses.CategoricalCrossentropy), None
@@ -227,7 +230,7 @@ def _resolved(loss, shape):
 
 
 def _by_output(outputs, loss, loss_weights):
-    """(output, loss, weight) of each output that has a share in the loss."""
+    """Return (output, loss, weight) for each output that contributes to the loss."""
     names = [output.name for output in outputs]
 
     def spread(value, what):

@@ -1,7 +1,7 @@
-"""What a training step's loss is made of: the data's part, and the KL before it is weighed.
+"""The terms of the loss of a training step: the data part, and the KL before it is weighted.
 
-Keras reports the loss of an epoch alone. The penalties in it change with every step, so their part can only be told
-apart within the step. `LossTerms` is a metric that does so from `compute_loss`.
+Keras reports only the loss of an epoch. The penalties in it change with every step, so only the step itself can
+separate the terms. `Observer` does so in `compute_loss`, and `LossTerms` is the metric that averages them.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from keras_vdrop.posterior import posteriors
 
 
 class LossTerms(keras.metrics.Metric):
-    """Means over the examples of an epoch: the loss without any penalties, without the KL, and the KL, in nats.
+    """Means over the examples of an epoch: the loss without any penalties, the loss without the KL, and the KL in nats.
 
-    It belongs to the model's first metric, the one that Keras has of the loss, whose result it adds its own to.
+    It is attached to the model's first metric, which Keras has for the loss, and adds its results to those.
     """
 
     def __init__(self):
@@ -46,19 +46,19 @@ class LossTerms(keras.metrics.Metric):
 
 
 class Observer:
-    """Sees every loss that a model computes while it runs a step of `fit` or of its validation.
+    """Observer of every loss that a model computes in a step of `fit` or of its validation.
 
-    It replaces `model.compute_loss` by a function that calls it. Steps that are compiled outside of `fit` with the
-    callback do not have it in them, so that `evaluate` answers as ever.
+    It replaces `model.compute_loss` by a function that calls the original. Steps that are compiled outside
+    a `fit` with the callback do not contain the observer, so `evaluate` returns what it always did.
 
     Args:
         model: A compiled `keras.Model`.
 
     Attributes:
         outputs: The `Output`s of the step that was traced last; None before.
-        on_outputs: Called at every trace, before the loss is computed.
+        on_outputs: None, or a callable that runs at every trace, before the loss is computed.
         terms: The `LossTerms`; None for a model without metrics.
-        batch_size: How many examples that step has; None where it varies.
+        batch_size: The number of examples in that step; None if it varies.
     """
 
     def __init__(self, model):
@@ -73,17 +73,17 @@ class Observer:
         self._steps = {}
         self._own = {}
         self._compute_loss = model.compute_loss
-        # A bound method of this would not do: Keras saves what a model's attributes hold.
+        # Not a bound method of the observer: Keras saves what the attributes of a model hold.
         model.compute_loss = lambda *args, **kwargs: self._observe(*args, **kwargs)
         model.compute_loss.observer = self
 
     @classmethod
     def of(cls, model):
-        """The observer of a model, made at the first call."""
+        """Return the observer of a model; the first call makes it."""
         return getattr(model.compute_loss, "observer", None) or cls(model)
 
     def attach(self):
-        """Make ready for what `compile` has made anew; without any metric of the model's, there are no terms."""
+        """Attach terms to the metrics that `compile` has made. A model without metrics has no terms."""
         metrics = self.model.metrics
         host = metrics[0] if metrics else None
         if host is None:
@@ -110,33 +110,33 @@ class Observer:
         host.result, host.reset_state = result_with_terms, reset_with_terms
 
     def observe(self, name):
-        """Put an observed step in the place of the model's.
+        """Replace a compiled step of the model by an observed one.
 
         Args:
             name: "train_function" or "test_function".
         """
         own = getattr(self.model, name)
         if own is self._steps.get(name):
-            return  # a `fit` was broken off
+            return  # still there from a `fit` that was interrupted
         if name not in self._steps:
             self._steps[name] = self._observed(tracing.new_function(self.model, name.removesuffix("_function")))
         self._own[name] = own
         setattr(self.model, name, self._steps[name])
 
     def restore(self, name):
-        """Put the model's step back in its place."""
+        """Put the model's own step back."""
         setattr(self.model, name, self._own.pop(name, None))
 
     def examples_seen(self, steps=None):
-        """How many examples the terms are of, or None where it is not known.
+        """Return the number of examples that the terms cover, or None if it is not known.
 
         Args:
-            steps: Given within an epoch: how many steps it is old.
+            steps: Within an epoch, the number of steps since its start; None at its end.
         """
         if steps is not None and self.batch_size is not None:
             return steps * self.batch_size
         if self.terms is None or (steps is not None and keras.backend.backend() == "jax"):
-            return None  # JAX brings its variables up to date at the end of an epoch
+            return None  # on JAX, variables are up to date only at the end of an epoch
         return float(ops.convert_to_numpy(self.terms.examples))
 
     def _observed(self, function):
@@ -151,13 +151,13 @@ class Observer:
         return run
 
     def _watch(self, layer):
-        """Say so where the model calls a layer that is none of its own: Keras trains only what it finds."""
+        """Warn if the model calls a layer that is not one of its own: Keras trains only layers that it finds."""
         if id(layer) in self._owners:
             return
         self._owners.update(id(posterior.owner) for posterior in posteriors(self.model))
         if id(layer) in self._owners:
             return
-        self._owners.add(id(layer))  # once
+        self._owners.add(id(layer))  # warn only once
         warnings.warn(
             f"The layer {layer.name!r} is called within {self.model.name!r}, but is none of its layers, such as one "
             "that a `Lambda` or another function calls: it does not learn, and its KL is not in the loss. Call it in "
@@ -191,13 +191,13 @@ class Observer:
 
 
 def _penalties(model):
-    """What the loss of a step has besides the data's part.
+    """Return all terms of the loss of a step except for the data part.
 
-    That is all that layers add to the loss that `compile` was given: penalties of weights, the KL among them, those of
-    activities, `add_loss`. Where it was given none, it is what layers add that says how well the data are met; then
-    these are the penalties of weights alone.
+    If `compile` was given a loss, these are all that layers add to it: penalties of weights (the KL among them) and of
+    activities, and `add_loss`. If it was given none, `add_loss` contains the data part, and these are only the
+    penalties of weights.
     """
-    # In any case: on JAX the losses of layers are those of the call before, and their KLs are not within `kl_costs`.
+    # Always compute them: on JAX, `model.losses` comes from the call before, so its KLs are not within `kl_costs`.
     of_weights = [v.regularizer(v) for v in model.trainable_variables if getattr(v, "regularizer", None) is not None]
     return of_weights if model.loss is None else model.losses
 
@@ -207,7 +207,7 @@ def _has_rows(one):
 
 
 def _replicas(model):
-    """By how many replicas Keras divides a loss on TensorFlow; 1 elsewhere."""
+    """Return the number of replicas by which Keras divides a loss on TensorFlow; 1 on other backends."""
     strategy = getattr(model, "distribute_strategy", None)
     return 1 if strategy is None else strategy.num_replicas_in_sync
 

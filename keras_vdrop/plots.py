@@ -1,6 +1,6 @@
-"""Pictures of a variational model. Each takes and returns a matplotlib `Axes`; matplotlib is imported on use.
+"""Plots of a variational model. Each function takes and returns a matplotlib `Axes`; matplotlib is imported on use.
 
-What takes predictions takes them as arrays, or as the `Predictions` that `MonteCarlo.predict` gives.
+Functions of predictions take arrays, or the `Predictions` that `MonteCarlo.predict` returns.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from keras_vdrop.montecarlo import Predictions
 from keras_vdrop.posterior import prunable_weights
 from keras_vdrop.pruning import row_name
 
-# Okabe and Ito's palette, which the colour-blind tell apart.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -22,12 +22,12 @@ def _axes(ax):
 
 
 def _pruned(weight, threshold):
-    """Of each number of a weight, whether it is pruned or would be."""
+    """Return a flat boolean array, True for each number of a weight that is pruned or would be at the threshold."""
     return ~np.broadcast_to(ops.convert_to_numpy(weight.keep_mask(threshold)), weight.shape).ravel()
 
 
 def _statistic(predictions, name, likelihood):
-    """One of the statistics of `Predictions`."""
+    """Return one statistic of `Predictions`, or raise a `ValueError` that names the likelihood it needs."""
     if name not in predictions:
         raise ValueError(
             f"The predictions must have `{name}`, as those of a MonteCarlo with likelihood={likelihood} do. "
@@ -37,16 +37,16 @@ def _statistic(predictions, name, likelihood):
 
 
 def _uncertainty(values):
-    """The uncertainty of each row, of `Predictions`; arrays as they are."""
+    """Return the uncertainty of each row of `Predictions`; return arrays unchanged."""
     return Predictions(values).uncertainty() if isinstance(values, dict) else values
 
 
 def _class_rows(probability, labels):
-    """Probabilities (B, C) and labels (B,) of `Predictions`, whose rows may hold several; arrays as they are."""
+    """Return the class probabilities (N, C) of `Predictions` and the labels (N,), flattened if a row holds several."""
     if not isinstance(probability, dict):
         return probability, labels
     values = _statistic(probability, "probability", '"categorical" or "bernoulli"')
-    if values.shape == np.shape(probability["predictive_entropy"]):  # of the class 1 alone
+    if values.shape == np.shape(probability["predictive_entropy"]):  # probabilities of class 1 only
         values = np.stack([1.0 - values, values], axis=-1)
     labels = np.asarray(labels)
     given, expected = (
@@ -58,11 +58,11 @@ def _class_rows(probability, labels):
 
 
 def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
-    """Histogram of log alpha = log(variance / loc²) over the weights, and the threshold above which they go.
+    """Plot a histogram of log alpha = log(variance / loc²) of the weights, and the threshold for pruning.
 
     Args:
         model: A built model with variational weights. Its biases are left out.
-        threshold: Float, in units of log alpha.
+        threshold: Float, in units of log alpha: weights above it are shown as pruned.
         ax: A matplotlib `Axes`, or None for a new one.
         bins: Positive int.
 
@@ -72,7 +72,7 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     ax = _axes(ax)
     weights = prunable_weights(model)
     values = np.concatenate([np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights])
-    # A weight that is 0, as after pruning, has no finite log alpha: counted, but out of the picture.
+    # The log alpha of a weight that is 0, such as a pruned one, is huge: it is counted, but does not set the axis.
     zero = np.concatenate([np.ravel(ops.convert_to_numpy(weight.mean())) for weight in weights]) == 0
     low, high = (values[~zero].min(), values[~zero].max()) if not zero.all() else (threshold, threshold)
     edges = np.linspace(min(low, threshold - 1), max(high, threshold + 1), bins + 1)
@@ -87,14 +87,15 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
 
 
 def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
-    """A histogram of log alpha for each variational weight, one below the other, and the threshold of each.
+    """Plot a histogram of log alpha for each prunable weight tensor, one below the other, and its threshold.
 
-    All of a height, whatever the number of weights; what is pruned is grey, and 0 where it has been already.
+    All histograms have the same height. Grey weights are pruned at the threshold; those that are 0 already are not
+    shown.
 
     Args:
         model: A built model with variational weights. Its biases are left out.
         threshold: Float, in units of log alpha, or None for each layer's own.
-        ax: A matplotlib `Axes`, or None for a new one, high enough for the layers.
+        ax: A matplotlib `Axes`, or None for a new one whose height fits the number of weight tensors.
         bins: Positive int.
 
     Returns:
@@ -106,7 +107,7 @@ def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
     if ax is None:
         ax = plt.subplots(figsize=(6.4, 1.4 + 0.8 * len(weights)), layout="constrained")[1]
     values = [np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights]
-    # A weight that is 0 has no finite log alpha: counted, but out of the picture.
+    # The log alpha of a weight that is 0 is huge: the weight is counted, but not plotted.
     alive = [np.ravel(ops.convert_to_numpy(weight.mean())) != 0 for weight in weights]
     limits = [weight.threshold if threshold is None else threshold for weight in weights]
     shown = np.concatenate([value[live] for value, live in zip(values, alive)] + [np.asarray(limits, "float64")])
@@ -133,7 +134,7 @@ def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
 
 
 def metric_against_ratio(choice, ax=None):
-    """What pruning costs: a metric against weights ÷ weights left, and what was chosen of it.
+    """Plot a metric against weights ÷ weights kept, and mark the chosen threshold.
 
     Args:
         choice: What `select_threshold` returned.
@@ -160,14 +161,14 @@ def metric_against_ratio(choice, ax=None):
 
 
 def metric_against_weights(left, samples, mean=None, chosen=None, metric="accuracy", ax=None):
-    """A metric, with its spread over Monte-Carlo draws, against the number of weights that are left.
+    """Plot a metric, with its spread over Monte Carlo draws, against the number of weights kept.
 
     Args:
-        left: Array (K,), weights left at each of K thresholds.
-        samples: Array (K, S), the metric of every draw.
-        mean: Optional array (K,), the metric of the posterior mean.
-        chosen: Optional int, the number of weights left at the chosen threshold.
-        metric: Its name, for the axis.
+        left: Array (K,), weights kept at each of K thresholds.
+        samples: Array (K, S), the metric of each of S draws.
+        mean: Optional array (K,), the metric at the posterior mean.
+        chosen: Optional int, the number of weights kept at the chosen threshold.
+        metric: Name of the metric, for the axis.
         ax: A matplotlib `Axes`, or None for a new one.
 
     Returns:
@@ -194,14 +195,14 @@ def metric_against_weights(left, samples, mean=None, chosen=None, metric="accura
 
 
 def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=None):
-    """Accuracy against confidence, bin by bin; on the diagonal, a model is right as often as it says.
+    """Plot accuracy against confidence for bins of rows. A calibrated model is on the diagonal.
 
-    The bars are twice the standard error long each way: what crosses the diagonal may be chance. Below, how the rows
-    are spread over the bins.
+    Error bars extend two standard errors each way: a bin whose bar crosses the diagonal may deviate by chance. With
+    bins of equal width, grey bars show the share of the rows in each bin.
 
     Args:
-        probability: Array (B, C), or `Predictions` of classes, (B, ...) of them.
-        labels: Array (B,) of ints in [0, C), or (B, ...) as the predictions.
+        probability: Array (B, C), or `Predictions` of classes, one or several in a row.
+        labels: Array (B,) of ints in [0, C), or (B, ...) in the shape of the predictions.
         num_bins, binning: As for `functional.calibration.expected_calibration_error`.
         ax: A matplotlib `Axes`, or None for a new one.
 
@@ -213,7 +214,7 @@ def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=No
     bins = calibration.reliability(probability, labels, num_bins, binning)
     error = calibration.expected_calibration_error(probability, labels, num_bins, binning)
     share = bins.count / bins.count.sum()
-    # Of the accuracy that the confidence states, as there may be none but right answers in a bin.
+    # The standard error follows from the confidence: from the accuracy, it is 0 in a bin without a wrong answer.
     spread = 2 * np.sqrt(bins.confidence * (1 - bins.confidence) / bins.count)
     if binning == "width":
         centre = (np.ceil(bins.confidence * num_bins - calibration.EDGE) - 0.5) / num_bins
@@ -230,14 +231,14 @@ def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=No
 
 
 def entropy_histogram(inside, outside, name=None, ax=None, bins=40):
-    """Histograms of an uncertainty on data like the training data and on other data; and how far they are apart.
+    """Plot histograms of an uncertainty on data like the training data and on other data, with the AUROC between them.
 
     Args:
-        inside: Array (N,), `predictive_entropy` or any other score that is high where the model is unsure; or
-            `Predictions`, of which it is `uncertainty()`.
-        outside: Array (M,), or `Predictions`.
-        name: Of the score, with its unit, for the axis; None for the predictive entropy in nats, or the variance of
-            predicted numbers.
+        inside: Array (N,), `predictive_entropy` or another score that is high if the model is uncertain; or
+            `Predictions`, whose `uncertainty()` is used. In distribution.
+        outside: Array (M,), or `Predictions`. Out of distribution.
+        name: Name of the score, with its unit, for the axis; None for the predictive entropy in nats, or the predictive
+            variance if `inside` are `Predictions` of numbers.
         ax: A matplotlib `Axes`, or None for a new one.
         bins: Positive int.
 
@@ -266,15 +267,15 @@ def entropy_histogram(inside, outside, name=None, ax=None, bins=40):
 
 
 def risk_coverage(uncertainty, loss, label="model", name="error", ax=None):
-    """The mean loss of the rows of which the model is surest, against how many they are; and in the best order.
+    """Plot the mean loss of the least uncertain rows against their share of all rows, also for the best order.
 
-    Called again on the same `Axes`, it adds another curve.
+    A further call with the same `Axes` adds another curve.
 
     Args:
-        uncertainty: Array (B,), or `Predictions`, of which it is `uncertainty()`.
-        loss: Array (B,), such as 1 where the answer is wrong and 0 where it is right.
-        label: What the curve is of, for the legend.
-        name: Of the loss, for the axis.
+        uncertainty: Array (B,), or `Predictions`, whose `uncertainty()` is used.
+        loss: Array (B,), such as 1 for a wrong answer and 0 for a right one.
+        label: Name of the curve, for the legend.
+        name: Name of the loss, for the axis.
         ax: A matplotlib `Axes`, or None for a new one.
 
     Returns:
@@ -294,7 +295,7 @@ def risk_coverage(uncertainty, loss, label="model", name="error", ax=None):
     ax.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
     if loss.min() >= 0 and loss.max() <= 1:
         ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
-    # The mean of a few rows, at the left, may be anything: it does not set the scale.
+    # At the left, means of a few rows vary widely: they do not set the scale.
     highest = max(line.get_ydata()[line.get_xdata() >= 0.02].max() for line in ax.lines)
     ax.set_ylim(min(0.0, loss.min()), 1.3 * highest if highest > 0 else 1.0)
     ax.legend(loc="best")
@@ -302,7 +303,7 @@ def risk_coverage(uncertainty, loss, label="model", name="error", ax=None):
 
 
 def _band_of(x, predictions):
-    """x, the mean and both variances of `Predictions` of one number a row, each (B,)."""
+    """Return x, and the mean and both variances of `Predictions` of one number in each row, each (B,)."""
     mean = _statistic(predictions, "mean", '"normal" or None')
     if "variance" in predictions:
         variances = np.zeros_like(mean), np.asarray(predictions["variance"])
@@ -314,15 +315,15 @@ def _band_of(x, predictions):
 
 
 def regression_band(x, mean, aleatoric_variance=None, epistemic_variance=None, observed=None, level=0.9, ax=None):
-    """A predicted mean over one input, with the band of the model's uncertainty within that of model and data.
+    """Plot a predicted mean over one input, with a band for the model's uncertainty and a wider one for model and data.
 
     Args:
         x: Array (B,) or (B, 1), in any order.
         mean, aleatoric_variance, epistemic_variance: Arrays (B,), as `MonteCarlo(likelihood="normal")` gives them; or
-            `Predictions` of one number a row in the place of all three. Those of a `MonteCarlo` without a likelihood
-            have the model's band alone.
+            `Predictions` of one number in each row as `mean`, in place of all three. Those of a `MonteCarlo` without a
+            likelihood have only the band of the model.
         observed: Optional pair of arrays, the x and y of observations.
-        level: Float in (0, 1): how much of a normal distribution the bands hold.
+        level: Float in (0, 1), the probability that each band holds, for a normal distribution.
         ax: A matplotlib `Axes`, or None for a new one.
 
     Returns:

@@ -1,28 +1,28 @@
-"""`VariationalWeight`: a weight that is a distribution, with everything that belongs to it; and how posteriors are
-found."""
+"""`VariationalWeight`, a weight with a posterior, and functions that find the posteriors of a model."""
 
 import math
 
 import keras
 from keras import ops
 
+from keras_vdrop import layouts
 from keras_vdrop.functional import estimators, sparsity
 from keras_vdrop.sampling import is_consistent
 from keras_vdrop.variables import LogScaleOf, Scaled, VariableLike
 
-# The least share of the mean square of the weights that a weight's square counts for.
+# Lower bound of the square of a weight, relative to the mean square of its tensor.
 _FLOOR = 1e-6
 
-# Added to a log variance, it leaves a variance that is 0 in every type.
+# Added to a log variance, it makes the variance 0 in every dtype.
 _NO_VARIANCE = -1e9
 
 
 class Posterior:
-    """Whatever has a KL in the loss. A regularizer, `KLPenalty`, puts it there.
+    """Base class of distributions whose KL is part of the loss. The regularizer `KLPenalty` adds it.
 
     Attributes:
-        owner: The layer, which weighs the KL.
-        size: How many numbers it is a distribution over.
+        owner: The layer that the posterior belongs to. It weights the KL.
+        size: Int, the number of random variables.
     """
 
     def __init__(self, owner, size):
@@ -31,16 +31,19 @@ class Posterior:
 
     @property
     def variables(self):
-        """What describes it, and nothing else: a list of variables."""
+        """List of the variables that belong to the posterior, and no others."""
         raise NotImplementedError
 
     def kl(self):
-        """KL(q‖p): a scalar, in nats."""
+        """Compute KL(q‖p), a scalar, in nats."""
         raise NotImplementedError
 
 
 class KLPenalty(keras.regularizers.Regularizer):
-    """The regularizer of one of a posterior's variables: the KL of all of it, and whatever the user asked for."""
+    """Regularizer that adds the weighted KL of a whole posterior, and the penalty of the user's own regularizer.
+
+    It is attached to one of the posterior's variables.
+    """
 
     def __init__(self, posterior, regularizer=None):
         self.posterior = posterior
@@ -54,25 +57,26 @@ class KLPenalty(keras.regularizers.Regularizer):
 class VariationalWeight(VariableLike, Posterior):
     """One weight tensor with a factorised Gaussian posterior q(w) = N(loc, exp(log_variance)).
 
-    It owns the two trainable variables, the mask of what pruning left, the prior and the KL between them, and it
-    applies itself to an input with the estimator's noise. A layer gets one by `add_weight` and uses
-    `apply`; that is all a layer needs to be variational.
+    It owns the two trainable variables, the pruning mask, the prior and the KL of the posterior to it. Its method
+    `apply` applies the weight to an input with the noise of an estimator. To be variational, a layer only has to
+    create its weights with `add_weight` and use them through `apply`.
 
-    Where Keras and users take it for a variable, it is its mean: `assign`, `numpy`, `shape`, `dtype`, operations.
-    Setting `trainable` freezes or frees all of it.
+    Where Keras or a user treats it as a variable (`assign`, `numpy`, `shape`, `dtype`, operations), it stands for its
+    mean. Setting `trainable` freezes or unfreezes the whole posterior.
 
-    The KL reaches `layer.losses` as the regularizer of the variables, so it is counted once, however
-    often and wherever the layer is called, and is gone when the layer is frozen.
+    The KL reaches `layer.losses` through a regularizer of the variables. It is therefore counted once, however often
+    and wherever the layer is called, and not at all when the layer is frozen.
 
     Attributes:
         loc: Variable, the posterior mean, trainable.
-        log_variance: Of the same shape, trainable: `log_variance_rate` times the variable that is stored. Both are
-            float32 under every policy (float64 in a float64 layer): a float16 variance would underflow below 6e-8.
-        mask: Boolean variable of the same shape; False where pruned.
+        log_variance: Trainable, `log_variance_rate` times the stored variable; of the shape of `loc`, or of one that
+            broadcasts to it. Both are float32 under every policy (float64 in a float64 layer), since a float16
+            variance would underflow below 6e-8.
+        mask: Boolean variable of the shape of `loc`; False where pruned.
         prior: The `Prior`.
-        prior_parameters: What the prior learns, a dict of variables; empty for most.
-        prunable: Whether `sparsity` and `prune` take it into account.
-        update: The `LowRankUpdate` that it is a part of, or None.
+        prior_parameters: Dict of the variables of the prior; empty for most priors.
+        prunable: Whether `sparsity` and `prune` take the weight into account.
+        update: The `LowRankUpdate` that the weight is part of, or None.
     """
 
     update = None
@@ -97,12 +101,13 @@ class VariationalWeight(VariableLike, Posterior):
         constraint=None,
         **arguments,
     ):
-        """Create the variables by `add_weight`, whose arguments the others are, as in Keras.
+        """Create the variables with `add_weight`, which receives the remaining arguments, as in Keras.
 
-        `loc` can be a variable that there is, in whose layer's place the posterior stands. It can be a constant
-        (`learn_loc=False`), and weights can share a log variance: its shape
-        needs only be broadcast to theirs. It starts at `initial_log_variance`, or where that is None, as the size of
-        the initial `loc` has it. An optimizer's step moves it by `log_variance_rate` learning rates.
+        `loc` can be an existing variable, the weight of another layer that this posterior takes the place of. The mean
+        can be constant (`learn_loc=False`). Weights can share a log variance: `log_variance_shape` only has to
+        broadcast to `shape`. The log variance starts at `initial_log_variance`; if that is None, its start follows from
+        the root mean square of the initial `loc`. One step of an optimizer such as Adam moves it by about
+        `log_variance_rate` learning rates.
         """
         super().__init__(owner, math.prod(shape))
         self.name = name
@@ -111,7 +116,7 @@ class VariationalWeight(VariableLike, Posterior):
         dtype = "float64" if owner.variable_dtype == "float64" else "float32"
         self.loc = loc
         if loc is None:
-            self.loc = add_weight(
+            self.loc = layouts.named_as_in_keras(add_weight, "_loc")(
                 name=f"{name}_loc",
                 shape=shape,
                 initializer=initializer,
@@ -126,6 +131,7 @@ class VariationalWeight(VariableLike, Posterior):
         self._start = LogScaleOf(self.loc, 2.0, prior.start, unit=log_variance_rate)
         if initial_log_variance is not None:
             self._start = keras.initializers.Constant(initial_log_variance / log_variance_rate)
+        add_weight = layouts.laid_out_like(add_weight, self.loc)
         stored = add_weight(
             name=f"{name}_log_variance",
             shape=shape if log_variance_shape is None else log_variance_shape,
@@ -155,14 +161,14 @@ class VariationalWeight(VariableLike, Posterior):
         return self.mean()
 
     def assign(self, value):
-        """Set the mean, and return it; the variance stays."""
+        """Set the mean and return it. The variance does not change."""
         value = ops.convert_to_tensor(value, self.dtype)
         self.loc.assign(value)
         return value
 
     @property
     def trainable(self):
-        """Whether any of it learns. Setting it freezes or frees all that does: mean, log variance and prior."""
+        """Whether any variable is trainable. Setting it freezes or unfreezes mean, log variance and learned prior."""
         return any(variable.trainable for variable in self._learned)
 
     @trainable.setter
@@ -172,15 +178,15 @@ class VariationalWeight(VariableLike, Posterior):
 
     @property
     def path(self):
-        """That of the weight of Keras's layer."""
+        """The path that the weight has in the Keras layer."""
         return self.loc.path.removesuffix("_loc")
 
     def restart(self, relative_variance=None):
-        """Set the variance and what the prior learns as they start for the mean that there is now.
+        """Reset the variance and the variables of the prior to their start for the current mean.
 
         Args:
-            relative_variance: Float > 0, r: each variance is then r·loc², at least a millionth of r·mean(loc²). None
-                for the start that the layer was given.
+            relative_variance: Float > 0, r. Each variance becomes r·loc², but at least 1e-6·r·mean(loc²); a shared
+                variance becomes r·mean(loc²). None for the start that the layer specifies.
         """
         start = self._start if relative_variance is None else _relative_to(self.loc, relative_variance)
         stored = self.log_variance.variable
@@ -196,68 +202,73 @@ class VariationalWeight(VariableLike, Posterior):
         return [self.loc, self.log_variance.variable, self.mask, *self.prior_parameters.values()]
 
     def _left(self):
-        """1 where the weight is left and 0 where it is pruned: a product with it costs less than `where`."""
+        """Return 1 where the weight is kept and 0 where it is pruned: a product with it is cheaper than `where`."""
         return ops.cast(self.mask, self.log_variance.dtype)
 
     def _location(self):
-        """`loc` as a tensor in the precision of the posterior: a variable of another layer may have less."""
+        """Return `loc` in the dtype of the posterior, since a variable of another layer may be of lower precision."""
         return ops.cast(ops.convert_to_tensor(self.loc), self.log_variance.dtype)
 
     def mean(self):
-        """The weight that prediction uses: `loc`, and 0 where pruned."""
+        """Return the weight of deterministic calls: `loc`, and 0 where pruned."""
         return self._location() * self._left()
 
     def _noise_log_variance(self):
-        """`log_variance`, and that of no noise at all where pruned: such a weight is 0."""
+        """Return `log_variance`, but where the weight is pruned, and thus 0, the log of a variance that vanishes."""
         return self.log_variance.value + _NO_VARIANCE * (1.0 - self._left())
 
     def log_alpha(self):
-        """log(exp(log_variance) / loc²), not clipped; a weight above 3 is 95 % noise.
+        """Compute log alpha = log(exp(log_variance) / loc²), not clipped; a weight above 3 is at least 95 % noise.
 
-        With a prior over groups it is that of the weight's group.
+        If the prior is over groups, every weight has the log alpha of its group.
         """
         loc, log_variance = self._location(), self.log_variance.value
         return sparsity.log_alpha(loc, log_variance, **self.prior.groups)
 
     @property
     def threshold(self):
-        """The layer's, or the prior's where the layer was given none: the log alpha above which weights go."""
+        """The log alpha above which weights are pruned: that of the layer if set, else that of the prior."""
         return self.prior.threshold if self.owner.threshold is None else self.owner.threshold
 
     def keep_mask(self, threshold=None):
-        """True where the weight is neither pruned nor would be at this threshold on log alpha; None is its own."""
+        """Return a boolean tensor, True where the weight is not pruned and would not be at the threshold.
+
+        Args:
+            threshold: Float, in units of log alpha, or None for `self.threshold`.
+        """
         threshold = self.threshold if threshold is None else threshold
         loc, log_variance = self._location(), self.log_variance.value
         keep = sparsity.keep_mask(loc, log_variance, threshold, **self.prior.groups)
         return ops.logical_and(ops.convert_to_tensor(self.mask), keep)
 
     def prune(self, threshold=None):
-        """Set to 0, now and through further training, every weight whose log alpha is above the threshold."""
+        """Set every weight whose log alpha is above the threshold to 0. It stays 0 in further training."""
         keep = self.keep_mask(threshold)
         self.mask.assign(keep)
         self.loc.assign(self.mean())
 
     def kl(self):
-        """KL(q‖p) summed over the weights that are not pruned: a scalar, in nats."""
+        """Compute KL(q‖p) summed over the kept weights: a scalar, in nats."""
         parameters = {name: ops.convert_to_tensor(value) for name, value in self.prior_parameters.items()}
         loc, log_variance = self._location(), self.log_variance.value
         elementwise = self.prior.kl(loc, log_variance, **parameters)
         return ops.sum(elementwise * self._left())
 
     def apply(self, linear, x, *, noisy, estimator, seed, sign_axes, dtype):
-        """`linear(x, w)`: with the posterior mean, or with noise.
+        """Compute `linear(x, w)` with the posterior mean or with noise.
 
         Args:
             linear: Callable `(x, w) -> output`, linear in both.
-            x: Tensor, the batch on its first axis; where it is of an integer type, `linear` is a lookup.
-            noisy: Bool. The noise is the estimator's, or under `sampling(consistent=True)` one draw for all examples.
+            x: Tensor with the batch on its first axis. If it is of an integer dtype, `linear` is a lookup.
+            noisy: Bool, whether to draw: with `estimator`, or under `sampling(consistent=True)` one draw for all
+                examples.
             estimator: A name of `functional.estimators.ESTIMATORS`.
             seed: A `keras.random.SeedGenerator`.
             sign_axes: As for `functional.estimators.flipout`.
-            dtype: Of the output.
+            dtype: Dtype of the output.
 
         Returns:
-            What `linear` returns.
+            The output of `linear`.
         """
         if not noisy:
             return linear(x, ops.cast(self.mean(), dtype))
@@ -265,18 +276,18 @@ class VariationalWeight(VariableLike, Posterior):
         return estimate(linear, x, self.mean(), self._noise_log_variance(), seed, sign_axes, dtype)
 
     def perturbation(self, seed):
-        """A draw of what noise adds to the mean; 0 where pruned."""
+        """Draw the deviation of the weight from its mean; 0 where pruned."""
         return estimators.perturbation(self._noise_log_variance(), seed)
 
 
 class LowRankUpdate:
-    """What a layer learns of a weight W that stays: W + scale·A·B, with a posterior over A.
+    """Low-rank update W + scale·A·B of a frozen weight W, with a posterior over A.
 
-    What meets one input shares a variance, so that there are few of them. B is plain and starts at 0, and so does the
-    update.
+    All weights of A for the same input share a variance, so there are few variances. B is an ordinary variable. By
+    default it starts at 0, and so does the update.
 
     Attributes:
-        kernel: Variable W, (..., U).
+        kernel: Variable W, (..., U), frozen.
         a: `VariationalWeight`, (..., rank).
         b: Variable, (rank, U).
         scale: Float, alpha / rank.
@@ -298,7 +309,7 @@ class LowRankUpdate:
         b_initializer="zeros",
         **weight,
     ):
-        """Create A and B by `add_weight` of the layer; `weight` are arguments of a `VariationalWeight`."""
+        """Create A and B with `add_weight` of the layer; `weight` holds further arguments of `VariationalWeight`."""
         kernel.trainable = False
         outer = tuple(kernel.shape[:-1])
         self.kernel = kernel
@@ -321,18 +332,18 @@ class LowRankUpdate:
         )
 
     def whole(self, a):
-        """W + scale·A·B, of a mean or a draw of A: a tensor."""
+        """Return W + scale·A·B as a tensor, for a mean or a draw `a` of A."""
         product = ops.matmul(a, ops.cast(self.b, a.dtype))
         return ops.cast(self.kernel, a.dtype) + self.scale * product
 
 
 def _relative_to(loc, relative_variance):
-    """An initializer of log variances: log(relative_variance·loc²), with a floor for what is 0."""
+    """Return an initializer of log variances: log(relative_variance·loc²), with a lower bound on loc²."""
 
     def initializer(shape, dtype):
         values = ops.cast(ops.convert_to_tensor(loc), dtype)
         square, mean = ops.square(values), ops.mean(ops.square(values))
-        if tuple(shape) != tuple(square.shape):  # of a log variance that weights share
+        if tuple(shape) != tuple(square.shape):  # weights share a log variance
             square = ops.broadcast_to(mean, shape)
         floor = ops.where(mean > 0.0, _FLOOR * mean, _FLOOR)
         return ops.log(relative_variance * ops.maximum(square, floor))
@@ -341,9 +352,9 @@ def _relative_to(loc, relative_variance):
 
 
 class _LogVariancePenalty(keras.regularizers.Regularizer):
-    """The regularizer of `log_variance`, which speaks only where `loc` is frozen and so cannot.
+    """Regularizer of `log_variance` that adds the KL if `loc` is frozen, and 0 otherwise.
 
-    Keras evaluates the regularizers of trainable variables alone.
+    Keras evaluates the regularizers of trainable variables only, so it skips the `KLPenalty` of a frozen `loc`.
     """
 
     def __init__(self, weight):
@@ -356,19 +367,19 @@ class _LogVariancePenalty(keras.regularizers.Regularizer):
 
 
 def posteriors(model_or_layer):
-    """Every `Posterior` in a model or layer, once, in the order of its variables.
+    """Return every `Posterior` in a model or layer once, in the order of its variables.
 
-    Found through the variables, so that it makes no difference how layers are nested, wrapped or shared.
+    The search goes through the variables, so nesting, wrapping and sharing of layers make no difference.
     """
     penalties = (getattr(variable, "regularizer", None) for variable in model_or_layer.weights)
     return [penalty.posterior for penalty in penalties if isinstance(penalty, KLPenalty)]
 
 
 def require_posteriors(model_or_layer):
-    """The same, where there must be some.
+    """Return `posteriors(model_or_layer)`, or raise if there are none.
 
     Raises:
-        ValueError: Where there is none, or the model has not been built yet.
+        ValueError: If there is no posterior, as in a model that has not been built.
     """
     found = posteriors(model_or_layer)
     if not found:
@@ -381,28 +392,28 @@ def require_posteriors(model_or_layer):
 
 
 def prunable_weights(model_or_layer):
-    """The weights that `sparsity` counts: every variational kernel, table and scale, but no bias.
+    """Return the weights that `sparsity` counts: every variational kernel, table and scale, but no bias.
 
     Raises:
-        ValueError: Where there is no variational weight, or the model has not been built yet.
+        ValueError: If there is no posterior, as in a model that has not been built.
     """
     found = require_posteriors(model_or_layer)
     return [weight for weight in found if isinstance(weight, VariationalWeight) and weight.prunable]
 
 
 def learning_posteriors(model):
-    """Those of which anything is trainable: whose KL is in the loss."""
+    """Return the posteriors with a trainable variable: those whose KL is part of the loss."""
     trainable = {id(variable) for variable in model.trainable_variables}
     return [each for each in posteriors(model) if any(id(variable) in trainable for variable in each.variables)]
 
 
 def kl_divergence(model_or_layer):
-    """Σ KL(posterior ‖ prior) over all posteriors, in nats, not weighted: a scalar tensor.
+    """Compute the unweighted sum of KL(posterior ‖ prior) over all posteriors: a scalar tensor, in nats.
 
     Args:
         model_or_layer: A built `keras.Model` or layer.
 
     Raises:
-        ValueError: If it has no variational weight.
+        ValueError: If it has no posterior.
     """
     return sum(posterior.kl() for posterior in require_posteriors(model_or_layer))

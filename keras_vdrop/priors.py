@@ -1,4 +1,4 @@
-"""Priors over weights: each is one class with `kl(loc, log_variance)`, elementwise and in nats."""
+"""Priors over weights. Each prior is a class with a method `kl(loc, log_variance)`, elementwise and in nats."""
 
 import math
 import numbers
@@ -14,19 +14,21 @@ from keras_vdrop.variables import LogScaleOf
 
 
 class Prior:
-    """A prior p over weights: what `kl` needs to know of it, and how it is saved.
+    """Base class of priors p over weights: the parameters of p, its KL, and its config.
 
-    A prior of your own is a subclass with `kl` (and `get_config`, if it takes arguments), registered with
-    `keras.saving.register_keras_serializable()` so that a saved model finds it again. One that learns something
-    makes its variables in `add_weights` and is given them by name in `kl`.
+    To write your own prior, subclass `Prior`, define `kl` (and `get_config`, if the prior takes arguments), and
+    register the class with `keras.saving.register_keras_serializable()` so that saved models can be loaded. A prior
+    with learned parameters creates their variables in `add_weights`; `kl` receives them by name.
 
     Attributes:
-        groups: Where weights live and die together, which: as keywords of `functional.sparsity.log_alpha`.
-        threshold: Float, the log alpha above which weights go where a layer was given none: for single weights 3, at
-            which a weight is 95 % noise. Of groups it is 5: weights that a group does not need are as noisy as its s²
-            lets them be, so that one in which only a few are needed has a large log alpha too.
-        start: Float, where a posterior starts whose layer was told nothing: the log of its variance over the mean
-            square of the initial weights.
+        groups: Dict, the groups of weights that are kept or pruned as a whole, as keywords of
+            `functional.sparsity.log_alpha`. Empty for a prior over single weights.
+        threshold: Float, the log alpha above which weights are pruned if the layer has no threshold of its own. It is 3
+            for single weights: such a weight is 95 % noise. It is 5 for groups: within a group, weights that are not
+            needed become as noisy as the shared s² allows, so a group with only a few needed weights also has a large
+            log alpha.
+        start: Float, the initial log(variance / mean square of the initial weights) of a posterior whose layer has no
+            `initial_log_variance`.
     """
 
     groups: typing.ClassVar = {}
@@ -37,25 +39,25 @@ class Prior:
         return 3.0 if self.groups.get("group_axis") is None else 5.0
 
     def add_weights(self, add_weight, name, loc):
-        """Make what the prior learns: a dict of variables, by the names that `kl` and `distribution` call them.
+        """Create the variables of the prior: a dict keyed by the argument names of `kl` and `distribution`.
 
         Args:
             add_weight: `keras.layers.Layer.add_weight` of the layer.
-            name: Of the weight whose prior it is.
-            loc: Variable, that weight's mean, at its initial values.
+            name: Name of the weight that has this prior.
+            loc: Variable, the mean of that weight, at its initial values.
         """
         return {}
 
     def restart(self, parameters, loc):
-        """Set what `add_weights` made to where it starts for the mean that there is now.
+        """Reset the variables of the prior to their start for the current mean.
 
         Args:
-            parameters: What `add_weights` made, a dict of variables.
-            loc: Variable, the weight's mean.
+            parameters: Dict of variables, as returned by `add_weights`.
+            loc: Variable, the mean of the weight.
         """
 
     def kl(self, loc, log_variance):
-        """KL(N(loc, exp(log_variance)) ‖ p), elementwise, in nats.
+        """Compute KL(N(loc, exp(log_variance)) ‖ p), elementwise, in nats.
 
         Args:
             loc: float32 tensor, the posterior mean.
@@ -67,14 +69,14 @@ class Prior:
         raise NotImplementedError(f"{type(self).__name__} must define kl(loc, log_variance).")
 
     def check(self, shape, parameters=None):
-        """Raise unless this can be the prior of a weight of that shape.
+        """Raise an error unless this can be the prior of a weight of the given shape.
 
         Args:
-            shape: Of the weight.
-            parameters: What `add_weights` made, a dict of variables.
+            shape: Shape of the weight.
+            parameters: Dict of variables, as returned by `add_weights`.
 
         Raises:
-            ValueError: For groups that the weight does not have, or a `kl` that is not elementwise.
+            ValueError: If the weight cannot be split into the prior's groups, or `kl` fails or is not elementwise.
         """
         sparsity.check_groups(shape, **self.groups)
         if type(self) in _ELEMENTWISE:
@@ -95,7 +97,7 @@ class Prior:
             )
 
     def distribution(self, loc, log_variance):
-        """The prior as a `tfp.distributions.Distribution` over scalars, batched like `loc`."""
+        """Return the prior as a `tfp.distributions.Distribution` over scalars, batched like `loc`."""
         raise NotImplementedError(f"{type(self).__name__} has no TFP counterpart.")
 
     def get_config(self):
@@ -111,7 +113,7 @@ class Prior:
 
 
 class _KL(keras.Operation):
-    """A prior's `kl`, of which the shape can be asked without computing it."""
+    """A prior's `kl` as an operation, so that the shape of its result can be inferred without computing it."""
 
     def __init__(self, prior, parameters):
         super().__init__()
@@ -125,14 +127,16 @@ class _KL(keras.Operation):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class LogUniform(Prior):
-    """p(|w|) ∝ 1/|w|: all magnitudes equally likely. Prunes hardest; improper, so not a calibrated posterior.
+    """The prior p(|w|) ∝ 1/|w|, for which all magnitudes of a weight are equally likely.
 
-    See `functional.kl.log_uniform`. Molchanov, Ashukha, Vetrov, 2017, https://arxiv.org/abs/1701.05369. That the
-    posterior is improper too: Hron, Matthews, Ghahramani, 2018, https://arxiv.org/abs/1807.01969.
+    Of all priors here it prunes the most. It is improper, so the posterior is not calibrated.
+
+    See `functional.kl.log_uniform`. Molchanov, Ashukha, Vetrov, 2017, https://arxiv.org/abs/1701.05369. The posterior
+    is improper too: Hron, Matthews, Ghahramani, 2018, https://arxiv.org/abs/1807.01969.
 
     Args:
-        form: How the KL, which has no closed form, is computed: "sigmoid", within 0.0051 nats; "exact", within 4e-6;
-            or "cubic", the polynomial of Kingma et al. 2015, which holds for alpha ≤ 1 and so does not prune.
+        form: Approximation of the KL, which has no closed form: "sigmoid", within 0.0051 nats; "exact", within 4e-6
+            nats; or "cubic", the polynomial of Kingma et al. 2015, which is valid for alpha ≤ 1 and so does not prune.
     """
 
     FORMS = ("sigmoid", "exact", "cubic")
@@ -158,17 +162,18 @@ class LogUniform(Prior):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class ARD(Prior):
-    """N(0, s²) with s² fitted to each weight (automatic relevance determination): prunes, and is proper.
+    """The prior N(0, s²) with s² fitted to each weight (automatic relevance determination). Prunes, and is proper.
 
     See `functional.kl.ard`. Kharitonov, Molchanov, Vetrov, 2018, https://arxiv.org/abs/1811.00596.
 
     Args:
-        group_axis: Int for one s² for each index along that axis of the weight: groups that live and die together, so
-            that shapes can shrink. −1 groups what enters an output unit, a filter or a gate; −2, what leaves an input
-            unit or channel; 0 in an embedding, a word. None for an s² for every weight.
-        blocks: Positive int: the axis is that many blocks side by side, and a group is an index within all of them. In
-            a recurrent kernel with `group_axis=-1`, 1 groups what enters a gate of a unit, and the number of gates (4
-            in an LSTM, 3 in a GRU) what enters a unit by any gate.
+        group_axis: Int, an axis of the weight. All weights at one index of that axis form a group with one s², which is
+            kept or pruned as a whole, so that shapes can shrink. With −1, a group holds the weights into one output
+            unit, filter or gate; with −2, the weights from one input unit or channel; with 0 in an embedding, those of
+            one word. None for a separate s² for every weight.
+        blocks: Positive int, the number of equal blocks that make up the axis. A group takes the weights at one index
+            of every block. In a recurrent kernel with `group_axis=-1`, `blocks=1` groups the weights into one gate of
+            a unit; the number of gates (4 in an LSTM, 3 in a GRU) groups the weights into all gates of a unit.
     """
 
     def __init__(self, group_axis=None, blocks=1):
@@ -195,23 +200,23 @@ class ARD(Prior):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class Normal(Prior):
-    """N(center, scale²), the classic prior of Bayes by backprop, as wide as the weights that it is for.
+    """The prior N(center, scale²) of Bayes by backprop, with a scale that by default follows from the initial weights.
 
-    See `functional.kl.normal`. Blundell et al., 2015, https://arxiv.org/abs/1505.05424; about the weights of a trained
-    network: Krishnan, Subedar, Tickoo, 2020, https://arxiv.org/abs/1906.05323.
+    If `scale` is None or `trainable` is True, the logarithm of the scale is the variable
+    `layer.kernel.prior_parameters["log_scale"]`, which is saved with the layer.
+
+    See `functional.kl.normal`. Blundell et al., 2015, https://arxiv.org/abs/1505.05424; centered at the weights of a
+    trained network: Krishnan, Subedar, Tickoo, 2020, https://arxiv.org/abs/1906.05323.
 
     Args:
         scale: The standard deviation (not the variance), > 0. None for twice the root mean square of the initial
-            weights, of each kernel its own; 1 where these are 0, as biases are.
-        trainable: Whether the scale is learned with the weights, one for each kernel, from there on.
-        centered: Whether the center is the initial weights, in place of 0. They are kept as the variable
-            `layer.kernel.prior_parameters["center"]`. Such a prior does not prune: noise never draws a weight to 0.
-
-    Unless the scale is a number that stays, its logarithm is the variable
-    `layer.kernel.prior_parameters["log_scale"]`, and saved with the layer.
+            weights of each weight tensor; 1 if they are all 0, as biases are.
+        trainable: Whether each weight tensor learns a scale of its own, which starts at `scale`.
+        centered: Whether the center is the initial weights instead of 0. They are stored as the variable
+            `layer.kernel.prior_parameters["center"]`. Such a prior does not prune: it does not pull weights to 0.
     """
 
-    # Nearer to the prior, at whose width most weights are to end.
+    # Wider than the default, since the posteriors of most weights end up as wide as the prior.
     start = -3.0
     _TIMES = 2.0
 
@@ -245,11 +250,11 @@ class Normal(Prior):
             variable.assign(self._starts(loc)[name](variable.shape, variable.dtype))
 
     def _starts(self, loc):
-        """Initializers of what `add_weights` makes."""
+        """Return the initializers of the variables that `add_weights` creates, by name."""
         log_scale = LogScaleOf(loc, 1.0, math.log(self._TIMES), zeros=1.0 / self._TIMES)
         if self.scale is not None:
             log_scale = keras.initializers.Constant(math.log(self.scale))
-        # A copy: JAX gives away what a variable holds.
+        # Copy the values: JAX may donate the buffer of a variable to a compiled step.
         center = lambda shape, dtype: ops.copy(ops.cast(ops.convert_to_tensor(loc), dtype))  # noqa: E731
         return {"log_scale": log_scale, "center": center}
 
@@ -273,14 +278,16 @@ class Normal(Prior):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class ScaleMixture(Prior):
-    """π·N(0, σ1²) + (1 − π)·N(0, σ2²) with σ1 > σ2: a narrow peak that weights may leave, a soft spike and slab.
+    """The prior π·N(0, σ1²) + (1 − π)·N(0, σ2²) with σ1 > σ2: a soft spike and slab.
+
+    The narrow normal pulls weights to 0; the wide one leaves room for those that the data need.
 
     See `functional.kl.scale_mixture`. Blundell et al., 2015, https://arxiv.org/abs/1505.05424.
 
     Args:
         probability: Float in (0, 1), π, the share of the wide normal.
-        scale: σ1 > 0, its standard deviation.
-        narrow_scale: σ2 > 0, that of the narrow one, < σ1.
+        scale: Float > 0, σ1, the standard deviation of the wide normal.
+        narrow_scale: Float in (0, σ1), σ2, the standard deviation of the narrow normal.
     """
 
     def __init__(self, probability=0.5, scale=1.0, narrow_scale=0.0025):
@@ -326,21 +333,21 @@ def _check_positive(name, value):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class Distribution(Prior):
-    """Any `tfp.distributions.Distribution` over scalars, on the TensorFlow backend.
+    """Any `tfp.distributions.Distribution` over scalars as a prior. TensorFlow only.
 
-    KL is TFP's own where it knows a closed form for a normal against the distribution. Else
-    KL = −H(q) − E_q[log p], the expectation by Gauss–Hermite quadrature: deterministic, and exact
-    for a log p that is a polynomial of degree up to 39.
+    If TFP has a closed form for the KL of a normal to the distribution, that is used. Otherwise
+    KL = −H(q) − E_q[log p], where Gauss–Hermite quadrature computes the expectation. Quadrature is deterministic, and
+    exact if log p is a polynomial of degree up to 39.
 
     Args:
-        distribution: A `tfp.distributions.Distribution` with scalar events and a density that is nowhere 0: the KL to
-            any other is infinite. To be saved, it must have been made from numbers, arrays, strings and other
+        distribution: A `tfp.distributions.Distribution` with scalar events and a density that is nowhere 0; otherwise
+            the KL would be infinite. It can be saved if it was made from numbers, arrays, strings and other
             distributions.
     """
 
     _NODES = 20
 
-    # Numbers at which a density must not be 0.
+    # Points at which the density must not be 0.
     _SOMEWHERE = (-100.0, 100.0)
 
     def __init__(self, distribution):
@@ -366,7 +373,11 @@ class Distribution(Prior):
         self._distribution = distribution
 
     def _is_positive_everywhere(self, distribution):
-        """Whether its density is above 0 at all numbers, as far as it tells; false of one over whole numbers."""
+        """Return whether the density appears to be above 0 on the whole real line.
+
+        It checks the support that the distribution declares, if any, and the density at two points. A distribution over
+        integers fails.
+        """
         import tensorflow as tf
 
         if not distribution.dtype.is_floating:
@@ -376,12 +387,12 @@ class Distribution(Prior):
             try:
                 support = distribution.experimental_default_event_space_bijector()
             except NotImplementedError:
-                support = None  # it does not tell
+                support = None  # the distribution does not declare it
             if support is not None and not bool(tf.reduce_all(support.forward(somewhere) == somewhere)):
                 return False
             try:
                 densities = [distribution.log_prob(x) for x in tf.unstack(somewhere)]
-            except (ValueError, tf.errors.InvalidArgumentError):  # of a distribution that validates its arguments
+            except (ValueError, tf.errors.InvalidArgumentError):  # if it validates its arguments
                 return False
             return all(bool(tf.reduce_all(tf.math.is_finite(density))) for density in densities)
 
@@ -418,7 +429,7 @@ class Distribution(Prior):
 
 
 def _distribution_config(value):
-    """A TFP distribution (and what it was made from) as nested dicts, lists and numbers."""
+    """Convert a TFP distribution and its parameters to nested dicts, lists, numbers and strings."""
     if _is_distribution(value):
         parameters = {key: _distribution_config(item) for key, item in value.parameters.items()}
         return {"distribution": type(value).__name__, "parameters": parameters}
@@ -444,7 +455,7 @@ def _distribution_from_config(config):
 
 
 def _is_distribution(value):
-    """Whether it is a TFP distribution, without importing TFP to find out."""
+    """Return whether a value is a TFP distribution, without importing TFP."""
     tfp = sys.modules.get("tensorflow_probability")
     return tfp is not None and isinstance(value, tfp.distributions.Distribution)
 
@@ -452,15 +463,16 @@ def _is_distribution(value):
 _BY_NAME = {"log_uniform": LogUniform, "ard": ARD, "normal": Normal, "scale_mixture": ScaleMixture}
 _BY_CLASS = {cls.__name__: cls for cls in (LogUniform, ARD, Normal, ScaleMixture, Distribution)}
 
-# Their KL is of the weight's shape for every shape: there is no need to ask.
+# The KL of these has the shape of the weight, whatever the shape, so `Prior.check` need not infer it.
 _ELEMENTWISE = (LogUniform, ARD, Normal, ScaleMixture)
 
 
 def get(identifier):
-    """The prior that `identifier` stands for; None stays None, a plain weight.
+    """Return the prior that `identifier` stands for, or None, which means a plain weight, for None.
 
     Args:
-        identifier: A `Prior`, its config, "log_uniform", "ard", "normal", a `tfp.distributions.Distribution`, or None.
+        identifier: A `Prior`, its config, "log_uniform", "ard", "normal", "scale_mixture", a
+            `tfp.distributions.Distribution`, or None.
 
     Raises:
         ValueError: For anything else.
@@ -482,10 +494,10 @@ def get(identifier):
 
 
 def _from_serialized(config):
-    """What `serialize` made the config of; None where that is no object.
+    """Restore the object from a config that `serialize` returned; None if the config has no class name.
 
     Raises:
-        ValueError: Where the object can't be made.
+        ValueError: If the object cannot be restored.
     """
     name, arguments = config.get("class_name"), config.get("config")
     try:
@@ -497,5 +509,5 @@ def _from_serialized(config):
 
 
 def serialize(prior):
-    """The config from which `get` makes the prior again."""
+    """Return the config from which `get` restores the prior."""
     return None if prior is None else keras.saving.serialize_keras_object(prior)

@@ -1,4 +1,4 @@
-"""How many weights a model still needs, and setting the others to zero."""
+"""Counting the weights that a model needs, and setting the others to zero."""
 
 import dataclasses
 import math
@@ -17,19 +17,19 @@ class LayerSparsity:
     """A row of the report: the variational kernels of one layer.
 
     Attributes:
-        name: Of the layer, with the names of the models and wrappers around it.
-        weights: How many weights it has, biases not counted.
-        left: How many of them are not pruned, nor would be at the report's threshold.
-        bytes: What the Keras layer that it stands for stores: kernels and biases, of its dtype.
-        bytes_left: The same without the weights that go: the values that are left, not where they are. To need no more
-            is the business of `compact` or of a compressed file.
-        multiply_adds: Of one example, by the kernels: a weight counts once for every place at which it meets the
-            inputs (positions of a convolution's outputs, of a transposed one's inputs, steps, tokens) in every call.
-            0 for a lookup. None where a size is not known, such as that of a `keras.Input((None,))`.
-        multiply_adds_left: The same of the weights that are left; of 0 weights, 0.
-        structure: Dict from what the weights make up to (left, all): "units", "filters" or "channels", outputs into
-            which any weight is left; of an embedding "words" and "columns" with anything left, of a recurrent layer
-            "units" and gates that still depend on the inputs or the state.
+        name: Name of the layer, prefixed with those of the models and wrappers around it.
+        weights: Number of weights, without biases.
+        left: Number of kept weights: not pruned yet, and not pruned at the report's threshold either.
+        bytes: Size of the kernels and biases of the layer's Keras counterpart, in the layer's dtype.
+        bytes_left: The same without the pruned weights. It counts the values, not their indices. To really need only
+            that much, use `compact` or compress the file.
+        multiply_adds: Multiply-adds of the kernels for one example. In every call, a weight counts once for each
+            position at which it is applied: positions of a convolution's outputs, or of a transposed convolution's
+            inputs, time steps, tokens. 0 for a lookup. None if a size is unknown, as in `keras.Input((None,))`.
+        multiply_adds_left: The same for the kept weights; 0 if there are none.
+        structure: Dict from a kind of part to (kept, all). For most layers, "units", "filters" or "channels" are kept
+            if any weight into them is kept; in an embedding, "words" and "columns" if any of their weights is; in a
+            recurrent layer, "units" and gates if they still depend on the inputs or the state.
     """
 
     name: str
@@ -43,22 +43,22 @@ class LayerSparsity:
 
     @property
     def counts(self):
-        """The numbers that add up over layers, in the order of the attributes."""
+        """The attributes that are summed over layers, in order."""
         names = ("weights", "left", "bytes", "bytes_left", "multiply_adds", "multiply_adds_left")
         return tuple(getattr(self, name) for name in names)
 
     @property
     def ratio(self):
-        """weights ÷ left; infinite where none is left."""
+        """weights ÷ left; infinite if no weight is kept."""
         return self.weights / self.left if self.left else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
 class Sparsity:
-    """What `sparsity` found; prints as a table.
+    """The result of `sparsity`, which prints as a table.
 
-    Its `weights`, `left`, `ratio`, `bytes`, `bytes_left`, `multiply_adds` and `multiply_adds_left` are those of all
-    rows together.
+    Its `weights`, `left`, `ratio`, `bytes`, `bytes_left`, `multiply_adds` and `multiply_adds_left` are totals over all
+    rows.
 
     Attributes:
         layers: Tuple of `LayerSparsity`, in the order of the model.
@@ -68,7 +68,7 @@ class Sparsity:
 
     @property
     def total(self):
-        """The `LayerSparsity` of all rows together; of its `structure`, the gates are left out."""
+        """The totals over all rows as a `LayerSparsity`; its `structure` omits gates."""
         structure = {}
         for layer in self.layers:
             for name, counts in layer.structure.items():
@@ -79,37 +79,37 @@ class Sparsity:
 
     @property
     def weights(self):
-        """How many weights all layers have, biases not counted."""
+        """Number of weights in all layers, without biases."""
         return self.total.weights
 
     @property
     def left(self):
-        """How many of them are left."""
+        """Number of kept weights."""
         return self.total.left
 
     @property
     def ratio(self):
-        """weights ÷ left; infinite where none is left."""
+        """weights ÷ left; infinite if no weight is kept."""
         return self.total.ratio
 
     @property
     def bytes(self):
-        """What the Keras layers store of which rows tell, biases and all; other layers are not counted."""
+        """Size of the Keras counterparts of the layers in the report, with biases; other layers do not count."""
         return self.total.bytes
 
     @property
     def bytes_left(self):
-        """The same without the weights that go."""
+        """The same without the pruned weights."""
         return self.total.bytes_left
 
     @property
     def multiply_adds(self):
-        """Of one example; None where it is None in any row."""
+        """Multiply-adds for one example; None if it is None in any row."""
         return self.total.multiply_adds
 
     @property
     def multiply_adds_left(self):
-        """The same of the weights that are left."""
+        """The same for the kept weights."""
         return self.total.multiply_adds_left
 
     def __str__(self):
@@ -124,7 +124,7 @@ class Sparsity:
 
 
 def _cells(row):
-    """What a line of the table says of a row."""
+    """Format the cells of one row of the table."""
     count = ["-" if number is None else f"{number:,}" for number in row.counts]
     percent, ratio = f"{100 * row.left / max(row.weights, 1):.2f}", f"{row.ratio:.1f}x"
     return (row.name, *count[:2], percent, ratio, *count[2:])
@@ -140,20 +140,20 @@ def _structure_lines(row):
 
 
 def sparsity(model, threshold=None):
-    """Count the weights that a model needs: those whose log alpha is at most the threshold; and what they cost.
+    """Count the weights that a model needs, those whose log alpha is at most the threshold, and what they cost.
 
     Args:
         model: A built model or layer with at least one variational kernel.
-        threshold: Float in units of log alpha, or None for each layer's own; where it was given none, that is 3, at
-            which a weight that goes is at least 95 % noise, and 5 for groups of weights.
+        threshold: Float, in units of log alpha, or None for each layer's own. The default of a layer is 3, at which a
+            pruned weight is at least 95 % noise, and 5 for groups of weights.
 
     Returns:
         `Sparsity`, with `.weights`, `.left`, `.ratio`, `.bytes`, `.bytes_left`, `.multiply_adds`, `.multiply_adds_left`
-        and `.layers`. Layers without a variational kernel are not counted, nor are products of two activations, such as
-        attention's scores.
+        and `.layers`. It does not count layers without a variational kernel, or products of two activations, such as
+        the scores of attention.
 
     Raises:
-        ValueError: For a threshold that is not finite, or a model without a variational weight.
+        ValueError: If the threshold is not finite, or the model has no posterior.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -172,7 +172,7 @@ def sparsity(model, threshold=None):
 
 
 def _row(name, owner, kept, places):
-    """What the report says of a layer, from what is kept of its weights and the places of each."""
+    """Make the row of a layer from the masks of its kept weights and the number of positions."""
     weights, left = (sum(int(count(mask)) for mask in kept.values()) for count in (np.size, np.count_nonzero))
     stored = sum(math.prod(variable.shape) for variable in owner.stock_variables())
     size = itemsize(owner.variable_dtype)
@@ -189,22 +189,22 @@ def _row(name, owner, kept, places):
 
 
 def prune(model, threshold=None):
-    """Set every weight whose log alpha is above the threshold to zero, in place and for good.
+    """Set every weight whose log alpha is above the threshold to zero, in place and permanently.
 
-    The mask stays through further training, saving and loading: fit again to fine-tune what is left.
+    The mask persists through further training, saving and loading. Fit again to fine-tune the kept weights.
 
     Args:
         model: A built model or layer with at least one variational kernel.
         threshold: As for `sparsity`.
 
     Returns:
-        The `Sparsity` after it.
+        The `Sparsity` after pruning.
 
     Raises:
-        ValueError: As `sparsity`.
+        ValueError: As for `sparsity`.
 
     Warns:
-        UserWarning: Of layers of which nothing is left.
+        UserWarning: Names layers of which no weight is kept.
     """
     for weight in _prunable(model, threshold):
         weight.prune(threshold)
@@ -214,7 +214,7 @@ def prune(model, threshold=None):
 
 
 def warn_of_empty_layers(report):
-    """Warn of layers of which nothing is left: their outputs are the same for every input."""
+    """Warn about layers of which no weight is kept: their outputs are the same for every input."""
     empty = [row.name for row in report.layers if not row.left]
     if empty:
         warnings.warn(
@@ -231,8 +231,8 @@ def _prunable(model, threshold):
 
 
 def row_name(model, weight):
-    """The path of the layer below the model: "dense", "encoder/dense", "lstm/cell"."""
-    # Of the variables, it is this one that the layer has made itself.
+    """Return the path of the weight's layer below the model: "dense", "encoder/dense", "lstm/cell"."""
+    # The layer always creates the log variance itself; `loc` may belong to another layer.
     parts = weight.log_variance.path.split("/")[:-1]
     if len(parts) > 1 and parts[0] == model.name:
         parts = parts[1:]

@@ -1,4 +1,4 @@
-"""When and from what variational layers draw: the `sampling()` scope, and the generators of their noise."""
+"""The `sampling()` scope, in which variational layers draw, and the generators of their noise."""
 
 import contextlib
 import contextvars
@@ -9,10 +9,10 @@ from keras import ops
 
 from keras_vdrop.functional import noise, tracing
 
-# The innermost scope of this thread, or None outside of all.
+# The innermost scope of this thread, or None outside any scope.
 _scope = contextvars.ContextVar("keras_vdrop_sampling", default=None)
 
-# The scopes that the main thread has open, which the threads that it starts belong to; outermost first.
+# The scopes that the main thread has open, outermost first. Threads that start within a scope belong to it.
 _open = []
 
 _GENERATOR_NAME = "variational_noise"
@@ -31,16 +31,16 @@ _UNUSED_MESSAGE = (
 
 
 class _Scope:
-    """What layers draw by, from when it is opened until it is closed.
+    """The state of an open scope, which tells layers how to draw.
 
     Attributes:
-        consistent: Whether all calls draw the same.
-        repeated: The ids of the states of generators whose layers an example uses more than once: an example keeps its
-            draw of them from call to call.
-        held: Of the generators that are to advance when the scope ends, the states, by their id.
+        consistent: Whether all calls share one draw.
+        repeated: The ids of the generator states of layers that an example uses more than once: an example keeps its
+            draw of these layers from call to call.
+        held: The generator states to advance when the scope ends, by id.
         used: Whether anything was drawn.
-        around: Whether functions can be compiled within it that outlive it.
-        threads: Those that ran when it was opened.
+        around: Whether functions compiled within the scope outlive it, as it was opened outside of them.
+        threads: The threads that were running when the scope was opened.
     """
 
     def __init__(self, consistent, repeated=()):
@@ -54,28 +54,28 @@ class _Scope:
 
 @contextlib.contextmanager
 def sampling(consistent=False):
-    """Within the scope, variational layers draw their weights although `training` is False.
+    """Make variational layers draw their weights within the scope, even if `training` is False.
 
     Everything else (BatchNormalization, Keras's own Dropout) stays in inference mode. `predict`, `evaluate` and `fit`
-    of a model draw within the scope and not outside of it, wherever they were called first: Keras compiles a function
-    for each. A function that you compile (`tf.function`, `jax.jit`) must open the scope itself: one that is compiled
-    within a scope is refused, and one that was compiled before does not notice it.
+    of a model follow the scope, wherever they were called first: a separate function is compiled for each kind of
+    scope. A function that you compile yourself (`tf.function`, `jax.jit`) must open the scope inside: compiling one
+    within a scope raises an error, and one that was compiled before ignores the scope.
 
     Threads that start while the main thread is within the scope belong to it, and so do replicas
-    (`tf.distribute.Strategy.run`). Other threads do not, nor do those that start while another than the main thread is
-    within it: open the scope in them.
+    (`tf.distribute.Strategy.run`). Other threads do not, such as those that start while a thread other than the main
+    one is within the scope: open a scope in them.
 
-    An RNN draws once a sequence. A recurrent cell that you call step by step draws anew at every step, unless
+    An RNN draws once per sequence. A recurrent cell that you call step by step draws again at every step, unless
     `consistent`.
 
     Args:
-        consistent: Whether one draw of the weights and masks serves all examples, all calls, all threads and all
-            replicas within the scope, whatever the layers' estimators: what is computed is then one function, drawn
-            from the posterior. The next scope draws another.
+        consistent: If True, all examples, calls, threads and replicas within the scope share one draw of the weights
+            and masks, whatever the layers' estimators. The model is then one function, drawn from the posterior. The
+            next scope draws another one.
 
     Raises:
-        ValueError: If a function that is not Keras's is compiled within the scope; and at its end, if nothing was drawn
-            within it.
+        ValueError: If a function that is not Keras's is compiled within the scope; or, when the scope ends, if nothing
+            was drawn in it.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -105,9 +105,13 @@ def sampling(consistent=False):
 
 @contextlib.contextmanager
 def drawing(consistent=False, repeated=()):
-    """The same for this thread alone, and for who sees to it that the next scope finds other states of generators.
+    """Open a scope for this thread alone, which does not advance generators when it ends.
 
-    A function that is compiled must have it inside. `repeated`: see `_Scope`.
+    The caller must make sure that the next scope finds other generator states. A compiled function must open the scope
+    inside.
+
+    Args:
+        consistent, repeated: As for `_Scope`.
     """
     take_part()
     scope = _Scope(consistent, repeated)
@@ -120,9 +124,10 @@ def drawing(consistent=False, repeated=()):
 
 @contextlib.contextmanager
 def _open_to_threads(scope):
-    """Have the threads that start from now on find the scope, if the main thread opens it.
+    """Let threads that start from now on find the scope, if the main thread opens it.
 
-    Python does not tell who has started a thread. A scope of another thread could be taken for that of its siblings.
+    Python does not tell which thread started another one. If any other thread could do this, threads that its siblings
+    start would find the scope too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -136,35 +141,35 @@ def _open_to_threads(scope):
 
 
 def _current():
-    """The scope in which the caller is, or None."""
+    """Return the scope in which the caller runs, or None."""
     scope = _scope.get()
     return _of_the_main_thread() if scope is None and _open else scope
 
 
 def _of_the_main_thread():
-    """The innermost of its scopes within which this thread was started, or None."""
+    """Return the main thread's innermost scope within which this thread was started, or None."""
     thread = threading.current_thread()
     return next((scope for scope in reversed(_open) if thread not in scope.threads), None)
 
 
 def is_sampling():
-    """True within a scope."""
+    """Return whether the caller runs within a scope."""
     return _current() is not None
 
 
 def is_consistent():
-    """True within a scope of consistent draws."""
+    """Return whether the caller runs within a scope of consistent draws."""
     scope = _current()
     return scope is not None and scope.consistent
 
 
 def use_scope():
-    """Whether the caller draws by a scope; what has noise to draw asks at every call.
+    """Return whether a scope makes the caller draw. Layers with noise ask at every call.
 
-    The function that is being compiled, if any, becomes one for each kind of scope if it is Keras's.
+    If a function of Keras's (`predict_function` and the like) is being compiled, it becomes a `CompiledByScope`.
 
     Raises:
-        ValueError: If it is another, and the scope was opened outside of it.
+        ValueError: If another function is being compiled, and the scope was opened outside of it.
     """
     scope = _current()
     if scope is None or scope.around:
@@ -174,7 +179,7 @@ def use_scope():
 
 
 def take_part():
-    """Tell the scope in which the caller is, if any, that it serves a purpose."""
+    """Mark the caller's scope, if any, as used."""
     scope = _current()
     if scope is not None and not scope.used:
         scope.used = True
@@ -201,16 +206,16 @@ def _kind(scope):
 
 
 class CompiledByScope:
-    """`model.predict_function` (or that of test or train) that calls one compiled function for each kind of scope.
+    """A `model.predict_function` (or that of test or train) with one compiled function for each kind of scope.
 
     Args:
         model: The model.
         name: "predict", "test" or "train".
-        kind: None outside of a scope, else whether it is consistent.
-        function: What Keras is compiling there.
+        kind: None outside any scope, otherwise whether the scope is consistent.
+        function: The function that Keras is compiling for this kind.
 
     Attributes:
-        reached: The kinds of scopes that the layers found when their functions were compiled.
+        reached: The kinds of scope that layers found while the functions were compiled.
     """
 
     def __init__(self, model, name, kind, function):
@@ -230,7 +235,7 @@ class CompiledByScope:
             scope.held.update((id(state), state) for state in generator_states(self._model))
         result = self._functions[kind](*args, **kwargs)
         if kind not in self.reached:
-            raise ValueError(_UNUSED_MESSAGE)  # its replicas are threads, and not the main thread's
+            raise ValueError(_UNUSED_MESSAGE)  # layers ran in replica threads that a non-main thread started
         take_part()
         return result
 
@@ -239,18 +244,18 @@ class CompiledByScope:
 
 
 def repeated():
-    """The ids of the states of generators of which an example keeps its draw from one call to the next."""
+    """Return the ids of the generator states of layers whose draw an example keeps from call to call."""
     scope = _current()
     return frozenset() if scope is None else scope.repeated
 
 
 def is_repeated(generator):
-    """Whether the generator is one of those."""
+    """Return whether an example keeps its draw from this generator from call to call."""
     return id(generator.state) in repeated()
 
 
 def advance(generator):
-    """Have a layer's generator of noise move on: now, or where draws are consistent, when the scope ends."""
+    """Advance a layer's generator: when the scope ends if draws are consistent, otherwise now unless it is repeated."""
     if is_consistent():
         _current().held[id(generator.state)] = generator.state
     elif not is_repeated(generator):
@@ -258,12 +263,12 @@ def advance(generator):
 
 
 def seeds(generator, purpose):
-    """Where a layer's next seed comes from.
+    """Return the source of a layer's next seed.
 
     Args:
-        generator: The layer's.
-        purpose: What it is drawn for, by a name: where draws are consistent or repeated, all that is drawn for one
-            thing is the same, and what is drawn for two is independent.
+        generator: The layer's generator of noise.
+        purpose: A name for what is drawn. If draws are consistent or repeated, all draws for one purpose are the same,
+            and draws for different purposes are independent.
     """
     if not (is_consistent() or is_repeated(generator)):
         return generator
@@ -272,38 +277,37 @@ def seeds(generator, purpose):
 
 
 def mask_shape(shape):
-    """The shape of a mask for inputs of that shape: one for each example, or one for all of them."""
+    """Return the shape of a mask for inputs of a shape: a mask per example, or one for all if draws are consistent."""
     return (1, *shape[1:]) if is_consistent() else tuple(shape)
 
 
 class FixedSeeds(keras.random.SeedGenerator):
-    """The seeds that follow from one state: the same ones however often they are asked for anew.
+    """A source of seeds that follow from one fixed state: every new instance gives the same seeds.
 
     Attributes:
-        same_on_replicas: Whether the replicas of a strategy draw the same by them, as they do where draws are
-            consistent.
+        same_on_replicas: Whether all replicas of a strategy draw the same, as they do if draws are consistent.
     """
 
     def __init__(self, state, salt=0):
-        # No variable, so not Keras's own constructor.
+        # Keras's constructor would create a variable.
         self.same_on_replicas = is_consistent()
         self._state = state
         self._salt = salt
         self._draws = 0
 
     def next(self, ordered=True):
-        # Far from the states of other calls, which count up by one.
+        # Stay far from the states of other calls, which increase by one.
         offset = ops.convert_to_tensor([self._salt, self._draws << 24], dtype=self._state.dtype)
         self._draws += 1
         return self._state + offset
 
 
 def seed_generator(seed, *salt):
-    """A layer's source of noise. Equal arguments give equal noise, unless `seed` is None."""
+    """Create a layer's generator of noise. Equal arguments give equal noise, unless `seed` is None."""
     hashed = None if seed is None else noise.hash_seed(seed, *salt)
     return keras.random.SeedGenerator(hashed, name=_GENERATOR_NAME)
 
 
 def generator_states(model):
-    """The state variables of every such generator in a model: what changes when its layers draw."""
+    """Return the state variables of all generators of noise in a model; they change when its layers draw."""
     return [variable for variable in model.non_trainable_variables if f"{_GENERATOR_NAME}/" in variable.path]

@@ -1,4 +1,4 @@
-"""Which threshold to prune at: what it costs in a metric on validation data."""
+"""Choice of the threshold for pruning, by what it costs in a metric on validation data."""
 
 import dataclasses
 
@@ -12,14 +12,14 @@ from keras_vdrop.pruning import sparsity
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A row of the table: a model pruned at one threshold.
+    """A row of the table: the model pruned at one threshold.
 
     Attributes:
-        threshold: On log alpha.
-        left: How many weights are left, biases not counted.
-        ratio: weights ÷ left; infinite where none is left.
-        value: The metric.
-        within: Whether that is within the tolerance.
+        threshold: The threshold on log alpha.
+        left: The number of kept weights, without biases.
+        ratio: weights / kept weights; infinite if none is kept.
+        value: The value of the metric.
+        within: Whether the value is within the tolerance.
     """
 
     threshold: float
@@ -31,14 +31,14 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class ThresholdChoice:
-    """What `select_threshold` found; prints as a table, and `plots.metric_against_ratio` draws it.
+    """The result of `select_threshold`; prints as a table, and `plots.metric_against_ratio` plots it.
 
     Attributes:
-        metric: Name of the metric.
-        reference: Its value for the model as it is.
+        metric: The name of the metric.
+        reference: The value of the metric for the model before this pruning.
         limit: The worst value within the tolerance.
-        candidates: Tuple of `Candidate`, by falling threshold.
-        chosen: The `Candidate` of the highest ratio within the tolerance, or None.
+        candidates: Tuple of `Candidate`, from the highest threshold to the lowest.
+        chosen: The `Candidate` with the highest ratio within the tolerance, or None.
     """
 
     metric: str
@@ -52,7 +52,7 @@ class ThresholdChoice:
         """The chosen threshold, for `prune` and `compact`.
 
         Raises:
-            ValueError: Where no candidate is within the tolerance.
+            ValueError: If no candidate is within the tolerance.
         """
         if self.chosen is None:
             raise ValueError(
@@ -70,7 +70,7 @@ class ThresholdChoice:
         return "\n".join([*lines, lines[1], f"{'as it is':>9}  {'':>11}  {'':>9}  {self.reference:>12.4f}"])
 
 
-# Parts of the names of Keras's metrics, of which less is better, and more.
+# Parts of the names of metrics: those of which lower values are better, and those of which higher values are better.
 _LESS = (
     "loss",
     "error",
@@ -95,29 +95,31 @@ _MORE = ("acc", "auc", "precision", "recall", "f1", "score", "iou", "true_", "si
 def select_threshold(
     model, x, y=None, tolerance=0.01, metric="accuracy", mode="auto", thresholds=None, batch_size=None, prepare=None
 ):
-    """Find the threshold of the highest ratio at which a metric is no worse than the model's by more than a tolerance.
+    """Find the threshold that prunes the most weights while a metric gets worse by at most a tolerance.
 
-    The model is pruned at each threshold, evaluated, and put back: it ends as it was.
+    The function prunes the model at each threshold, evaluates it and restores it: the model does not change.
 
     Args:
         model: A compiled model with at least one variational kernel.
-        x, y: Validation data, as for `model.evaluate`: none that it was trained on, and none that is to judge it.
-        tolerance: Float ≥ 0, in units of the metric: 0.01 of an accuracy is one point.
-        metric: Its name among what `model.evaluate` returns. Not "loss", which has the KL in it.
-        mode: "max" where more is better, "min" where less is, or "auto", which goes by the metric's name.
-        thresholds: The candidates, floats in units of log alpha; None for the highest of the layers' own, 3 for single
-            weights, and the 20 below it, each of which leaves four fifths of the weights that the one before leaves.
-        batch_size: As for `model.evaluate`, which takes 32 rows at once: a small network is several times as fast with
-            1,000.
-        prepare: None, or a function of the model that is called before every evaluation. With BatchNormalization,
+        x, y: Validation data, as for `model.evaluate`. Use neither training data nor the test data that judge the model
+            in the end.
+        tolerance: Float ≥ 0, in units of the metric: 0.01 is one percentage point of accuracy.
+        metric: Name of a metric that `model.evaluate` returns. Not "loss", which includes the KL.
+        mode: "max" if higher is better, "min" if lower is better, or "auto" to tell by the metric's name.
+        thresholds: The candidates, floats in units of log alpha. None for the highest threshold of the layers (3 by
+            default for single weights) and up to 20 below it, each of which keeps four fifths of the weights that the
+            one above keeps.
+        batch_size: As for `model.evaluate`, whose default is 32 rows. With 1,000, a small network is several times as
+            fast.
+        prepare: None, or a function of the model that is called before every evaluation. With BatchNormalization, use
             `lambda model: update_batch_normalization(model, x_train)`.
 
     Returns:
         `ThresholdChoice`, with `.threshold`, `.chosen` and `.candidates`.
 
     Raises:
-        ValueError: For a tolerance or thresholds out of range, a metric that is unknown or of which it is unknown
-            whether more is better, or a model without a weight that could be pruned.
+        ValueError: For a tolerance or a threshold out of range; for an unknown metric, or one whose better direction is
+            unknown; or for a model without prunable weights.
     """
     check_non_negative("tolerance", tolerance)
     if mode not in ("auto", "max", "min"):
@@ -170,7 +172,7 @@ def select_threshold(
 
 
 def _candidates(weights, count=20, factor=0.8):
-    """Thresholds that leave fewer weights in equal ratios, below the highest of the weights' own."""
+    """Return the highest threshold of the weights, and lower ones that each keep `factor` times as many weights."""
     highest = max(weight.threshold for weight in weights)
     log_alpha = np.concatenate(
         [ops.convert_to_numpy(weight.log_alpha())[ops.convert_to_numpy(weight.mask)] for weight in weights]

@@ -1,18 +1,19 @@
-"""Posteriors and priors as TensorFlow Probability distributions, for whoever computes with those.
+"""Posteriors and priors as TensorFlow Probability distributions.
 
-TFP takes seconds to import, so it is imported on use.
+TFP takes seconds to import, so it is imported on first use.
 """
 
 import functools
 
 
 def posterior(weight):
-    """The posterior of a `VariationalWeight`: independent N(loc, exp(log_variance)), one event of the weight's shape.
+    """Return the posterior of a `VariationalWeight`: independent N(loc, exp(log_variance)), one event of its shape.
 
-    What pruning set to 0 is not part of it.
+    The pruning mask is ignored: pruned weights have a distribution too.
 
     Returns:
-        A `tfp.distributions.Independent`; `tfd.kl_divergence(posterior(w), prior(w))` equals `w.kl()`.
+        A `tfp.distributions.Independent`. If nothing is pruned, `tfd.kl_divergence(posterior(w), prior(w))` equals
+        `w.kl()`.
     """
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
@@ -22,9 +23,9 @@ def posterior(weight):
 
 
 def prior(weight):
-    """The prior of a `VariationalWeight`, one event of the weight's shape.
+    """Return the prior of a `VariationalWeight`, one event of the weight's shape.
 
-    The ARD prior is the one that is fitted to the posterior as it is now.
+    An ARD prior is fitted to the current posterior.
 
     Returns:
         A `tfp.distributions.Independent`.
@@ -39,9 +40,10 @@ def prior(weight):
 
 
 def _broadcast(distribution, shape):
-    """The same distribution for every entry of a shape.
+    """Return the same distribution with the given batch shape.
 
-    By way of a parameter where there is one, since KLs are registered for that and not for `BatchBroadcast`.
+    It broadcasts a parameter if that suffices, since TFP registers KLs for the distribution itself but not for
+    `BatchBroadcast`.
     """
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
@@ -70,14 +72,14 @@ def _log_uniform():
     from keras_vdrop import priors
 
     class LogUniform(tfd.Distribution):
-        """p(|w|) ∝ 1/|w| over all real w: improper, so it has a log density up to a constant, and no samples.
+        """The prior p(|w|) ∝ 1/|w| over all real w. It is improper: a log density up to a constant, and no samples.
 
-        Its KL from `tfd.Normal` is registered, normalised to 0 for variance / loc² → ∞.
+        The KL of a `tfd.Normal` to it is registered, normalised to 0 for variance / loc² → ∞.
 
         Args:
-            batch_shape: Tuple of ints, independent copies.
-            form: How the KL is computed, as in `priors.LogUniform`.
-            dtype: Of its values.
+            batch_shape: Tuple of ints, the shape of independent copies.
+            form: Approximation of the KL, as in `priors.LogUniform`.
+            dtype: Dtype of the values.
         """
 
         def __init__(self, batch_shape=(), form="sigmoid", dtype="float32", name="LogUniform"):

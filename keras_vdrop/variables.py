@@ -1,4 +1,4 @@
-"""Tensors that are made of variables, and answer like one."""
+"""Tensors that are computed from variables and behave like a variable."""
 
 import keras
 from keras import ops
@@ -11,9 +11,9 @@ _OPERATORS = (
 
 
 class VariableLike:
-    """Mixin for what has a `value`, a tensor made of variables, and takes its place in operations and in NumPy.
+    """Mixin for objects with a `value`, a tensor computed from variables, which stand for it in operations and NumPy.
 
-    In PyTorch, `keras.ops` turn it into a constant: give them `value`, through which gradients flow.
+    In PyTorch, `keras.ops` convert such an object to a constant. Pass them its `value`, through which gradients flow.
     """
 
     @property
@@ -22,15 +22,15 @@ class VariableLike:
         raise NotImplementedError
 
     def assign(self, value):
-        """Give it that value, and return it."""
+        """Set the value and return it."""
         raise NotImplementedError
 
     def assign_add(self, value):
-        """Add to its value, and return the sum."""
+        """Add to the value and return the sum."""
         return self.assign(self + value)
 
     def assign_sub(self, value):
-        """Subtract from its value, and return the difference."""
+        """Subtract from the value and return the difference."""
         return self.assign(self - value)
 
     @property
@@ -45,7 +45,7 @@ class VariableLike:
     def ndim(self):
         return len(self.shape)
 
-    # It compares number by number, and is in a dict or a set as itself.
+    # `==` compares elementwise, so dicts and sets have to go by identity.
     __hash__ = object.__hash__
 
     def __bool__(self):
@@ -82,10 +82,10 @@ for _name in _OPERATORS:
 
 
 class Scaled(VariableLike):
-    """`factor` times a variable: the same number in units in which an optimizer's step is of the right size.
+    """`factor` times a variable, which rescales the steps of an optimizer.
 
-    An optimizer such as Adam moves a variable by about a learning rate a step, whatever the variable means. It moves
-    this one by `factor` learning rates.
+    An optimizer such as Adam moves every variable by about one learning rate a step, whatever the variable's units. It
+    moves this value by about `factor` learning rates.
 
     Args:
         variable: The `keras.Variable` that is stored and trained.
@@ -134,14 +134,14 @@ class Scaled(VariableLike):
 
 
 class LogScaleOf(keras.initializers.Initializer):
-    """power·log(rms of a variable) + offset, with the root mean square of the values that the variable has by then.
+    """Initializer (power·log(rms) + offset) / unit, with the root mean square of a variable at the time of the call.
 
     Args:
-        variable: The `keras.Variable`, made before whatever this initializes.
+        variable: The `keras.Variable`. It must exist before the variable that this initializes.
         power: Float, 1 for the logarithm of a scale and 2 for that of a variance.
         offset: Float.
-        unit: Float > 0, by which the result is divided: the factor of a `Scaled`.
-        zeros: Float > 0, what takes the place of the root mean square of a variable that is 0, as biases are.
+        unit: Float > 0, the factor of the `Scaled` that the initialized variable belongs to.
+        zeros: Float > 0, replaces the root mean square of a variable that is all 0, as biases are.
     """
 
     def __init__(self, variable, power, offset, unit=1.0, zeros=0.1):

@@ -1,4 +1,4 @@
-"""Every public layer, listed once with an input and its Keras twin. The conformance tests run over all of them."""
+"""Test cases for every public layer: arguments, an input and the Keras twin. All conformance tests run over them."""
 
 import dataclasses
 
@@ -14,17 +14,17 @@ from keras_vdrop.posterior import posteriors as all_posteriors
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layer of ours as the conformance tests use it.
+    """One of our layers, configured for the conformance tests.
 
     Attributes:
-        name: Of the case.
-        cls: The layer's class.
-        twin: The Keras layer that it stands for: what it is without noise. Of a wrapper, the layer that it wraps.
-        shape: Of an input, with the batch.
-        keras: Arguments of both.
-        ours: Arguments of our layer alone.
-        vocabulary: Where inputs are indices, how many there are.
-        has_kl: Whether there is a KL.
+        name: Name of the case.
+        cls: Class of our layer.
+        twin: Keras layer that our layer equals without noise. For a wrapper, the layer that it wraps.
+        shape: Shape of an input, including the batch axis.
+        keras: Arguments of both layers.
+        ours: Arguments of our layer only.
+        vocabulary: Number of indices if the inputs are indices, else 0.
+        has_kl: Whether the layer has a KL.
     """
 
     name: str
@@ -37,31 +37,31 @@ class Case:
     has_kl: bool = True
 
     def make(self, **arguments):
-        """Our layer; a cell within `keras.layers.RNN`, a wrapper round a Keras layer."""
+        """Return our layer: a cell inside `keras.layers.RNN`, a wrapper around its Keras layer."""
         ours = {"kl_weight": 0.01, **self.ours, **arguments}
         if self.is_wrapper:
             dtype = {"dtype": ours["dtype"]} if "dtype" in ours else {}
             if self.cls is kv.Variational:
-                ours.pop("dtype", None)  # it has none of its own
+                ours.pop("dtype", None)  # `Variational` has no such argument
             return self.cls(self.twin(**self.keras, **dtype), **ours)
         layer = self.cls(**{**self.keras, **ours})
         return layers.RNN(layer, dtype=arguments.get("dtype")) if self.is_cell else layer
 
     def make_twin(self, dtype=None):
-        """The Keras layer with the same arguments; a cell within `keras.layers.RNN`."""
+        """Return the Keras layer with the same arguments: a cell inside `keras.layers.RNN`."""
         layer = self.twin(**self.keras, dtype=dtype)
         return layers.RNN(layer, dtype=dtype) if self.is_cell else layer
 
     def call(self, layer, x, **arguments):
-        """The layer on an input: attention, of the input to itself."""
+        """Call the layer on an input. Attention layers attend from the input to itself."""
         return layer(x, x, **arguments) if self.is_attention else layer(x, **arguments)
 
     def input(self, shape=None):
-        """A symbolic input."""
+        """Return a symbolic input."""
         return keras.Input((shape or self.shape)[1:], dtype="int32" if self.vocabulary else None)
 
     def model(self, layer=None, **arguments):
-        """A model of the layer alone."""
+        """Return a model that consists of the layer only."""
         x = self.input()
         return keras.Model(x, self.call(layer or self.make(**arguments), x))
 
@@ -72,23 +72,23 @@ class Case:
         return rng.normal(size=shape or self.shape).astype("float32")
 
     def built(self, **arguments):
-        """Our layer, built."""
+        """Return our layer after building it."""
         layer = self.make(**arguments)
         self.call(layer, self.inputs())
         return layer
 
     def replace(self, **ours):
-        """The case with other arguments of our own."""
+        """Return the case with some of the arguments in `ours` replaced."""
         return dataclasses.replace(self, ours={**self.ours, **ours})
 
     def with_prior(self, prior):
-        """The case with a prior wherever it has one."""
+        """Return the case with `prior` as its kernel prior, and as its bias prior if it sets one."""
         names = [name for name in ("kernel_prior", "prior") if name in self.own_arguments]
         return self.replace(**dict.fromkeys([*names, *({"bias_prior"} & set(self.ours))], prior))
 
     @property
     def own_arguments(self):
-        """The names of the arguments that Keras's layer does not have."""
+        """Names of the arguments that the Keras layer does not have."""
         if issubclass(self.cls, VariationalLayer) or self.is_rnn:
             return (
                 *("kernel_prior", "bias_prior", "estimator", "kl_weight"),
@@ -106,12 +106,12 @@ class Case:
 
     @property
     def is_cell(self):
-        """Whether it is one step of an RNN."""
+        """Whether the layer is an RNN cell."""
         return self.name.endswith("_cell")
 
     @property
     def is_rnn(self):
-        """Whether it is a whole RNN."""
+        """Whether the layer is a complete RNN layer."""
         return issubclass(self.cls, layers.RNN)
 
     @property
@@ -124,7 +124,7 @@ class Case:
 
     @property
     def is_kernel(self):
-        """Whether its weights are distributions, and not only its noise."""
+        """Whether the layer is one of our classes with variational weights (wrappers and dropout layers are not)."""
         return issubclass(self.cls, VariationalLayer) or self.is_rnn
 
     def __str__(self):
@@ -132,13 +132,13 @@ class Case:
 
 
 def case(name, cls, shape, keras_arguments, ours=None, **more):
-    """A case whose twin is the Keras layer that the class extends."""
+    """Return a case whose twin is by default the Keras layer that the class extends."""
     twin = next((base for base in cls.__mro__ if base.__module__.startswith("keras.")), None)
     return Case(name, cls, more.pop("twin", twin), shape, keras_arguments, ours or {}, **more)
 
 
 def block(units, dtype=None):
-    """A model as a layer: attention, a shortcut and a normalization."""
+    """Return a model to use as a layer: attention, a residual connection, normalization and a dense layer."""
     x = keras.Input((4, 6))
     attended = layers.MultiHeadAttention(2, 3, dtype=dtype)(x, x)
     normalized = layers.LayerNormalization(dtype=dtype)(layers.Add(dtype=dtype)([x, attended]))
@@ -266,7 +266,7 @@ CASES = [
         "variational_lstm",
         kv.Variational,
         (3, 4, 5),
-        # Keras's initializer fails in half precision on JAX.
+        # Keras's default recurrent initializer fails in half precision on JAX.
         {"units": 3, "return_sequences": True, "recurrent_initializer": "glorot_uniform"},
         twin=layers.LSTM,
     ),
@@ -284,17 +284,17 @@ CASES = [
 
 
 def posteriors(layer_or_model):
-    """The variational weights."""
+    """Return the posteriors that are variational weights."""
     return [posterior for posterior in all_posteriors(layer_or_model) if isinstance(posterior, VariationalWeight)]
 
 
 def rates(layer_or_model):
-    """The posteriors of rates."""
+    """Return the posteriors that are not variational weights: those of dropout rates."""
     return [posterior for posterior in all_posteriors(layer_or_model) if not isinstance(posterior, VariationalWeight)]
 
 
 def randomize(layer_or_model, log_variance=(-4.0, 1.0)):
-    """Give every posterior means of size 1 and log variances in a range, so that all its terms matter."""
+    """Set standard normal means and uniform log variances, so that every term matters."""
     rng = np.random.default_rng(0)
     for weight in posteriors(layer_or_model):
         if weight.loc.trainable:
@@ -305,15 +305,15 @@ def randomize(layer_or_model, log_variance=(-4.0, 1.0)):
 
 
 def array(tensor):
-    """Any tensor or variable as a float NumPy array."""
+    """Convert any tensor or variable to a float32 NumPy array."""
     return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32")))
 
 
 def scale_of(raw_scale):
-    """The scale that a raw scale stands for, of NumPy arrays."""
+    """Return softplus(raw_scale) + 1e-3, the scale that a raw scale encodes, in NumPy."""
     return np.log1p(np.exp(np.asarray(raw_scale, "float64"))) + 1e-3
 
 
 def stock(model):
-    """Whether a model is of Keras's own layers, at every depth."""
+    """Return whether a model has only Keras's own layers, at every depth."""
     return not any(type(layer).__module__.startswith("keras_vdrop") for layer in model._flatten_layers())

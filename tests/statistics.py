@@ -1,4 +1,4 @@
-"""Statistical assertions whose tolerance is computed: five standard errors."""
+"""Statistical assertions with a computed tolerance of five standard errors."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ STANDARD_ERRORS = 5.0
 
 
 def draws(function, count):
-    """`count` evaluations of a function without arguments that returns a tensor; as a graph in TensorFlow."""
+    """Stack `count` results of a function without arguments that returns a tensor. TensorFlow runs it as a graph."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -16,8 +16,10 @@ def draws(function, count):
 
 
 def sample(layer, x, count=1500):
-    """The outputs of that many calls in training, of one input or a tuple of them; in one loop in JAX, where single
-    calls are slow."""
+    """Return the outputs of `count` training-mode calls on one input or a tuple of inputs.
+
+    JAX runs them in one `scan`, because single calls are slow there.
+    """
     inputs = x if isinstance(x, tuple) else (x,)
     if keras.backend.backend() != "jax":
         return draws(lambda: layer(*inputs, training=True), count)
@@ -32,7 +34,7 @@ def sample(layer, x, count=1500):
 
 
 def assert_mean(samples, expected):
-    """The mean over the first axis is `expected`, within five standard errors, everywhere."""
+    """Assert that every mean over the first axis is within five standard errors of `expected`."""
     samples = np.asarray(samples, "float64")
     error = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
     deviation = np.abs(samples.mean(axis=0) - expected) / np.maximum(error, 1e-12)
@@ -40,7 +42,10 @@ def assert_mean(samples, expected):
 
 
 def assert_variance(samples, expected):
-    """The variance over the first axis is `expected`, within five standard errors of a normal variable's."""
+    """Assert that every variance over the first axis is within five standard errors of `expected`.
+
+    The standard error is that of the sample variance of a normal variable.
+    """
     samples = np.asarray(samples, "float64")
     expected = np.asarray(expected, "float64")
     error = expected * np.sqrt(2.0 / (len(samples) - 1))
@@ -49,6 +54,6 @@ def assert_variance(samples, expected):
 
 
 def assert_uncorrelated(one, other):
-    """Pairs of draws, along the first axis, have no correlation: within five standard errors of 0."""
+    """Assert that the correlation of two flattened arrays is within five standard errors of 0."""
     one, other = np.ravel(one), np.ravel(other)
     assert abs(np.corrcoef(one, other)[0, 1]) < STANDARD_ERRORS / np.sqrt(len(one))

@@ -7,7 +7,7 @@ import keras_vdrop
 
 ROOT = pathlib.Path(keras_vdrop.__file__).parent
 FLOORS = [
-    ["functional", "files", "variables", "version"],
+    ["functional", "files", "layouts", "variables", "version"],
     ["sampling", "priors"],
     ["posterior"],
     ["layers"],

@@ -1,4 +1,4 @@
-"""The smaller model of Keras's own layers, which predicts the same."""
+"""`compact` returns a smaller model of Keras's own layers that predicts the same."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from tests.cases import array, posteriors, stock
 
 
 def sparse(model, share=0.3, whole=0.5, seed=0):
-    """Give a model of Keras's layers random weights, most of them 0: single ones, and whole inputs and outputs."""
+    """Give a model of Keras layers random weights, most of them 0: single weights and whole inputs and outputs."""
     rng = np.random.default_rng(seed)
 
     def thin(variable):
@@ -38,7 +38,7 @@ def sparse(model, share=0.3, whole=0.5, seed=0):
 
 
 def data(model, seed=0, examples=6):
-    """Random inputs: numbers, indices, or masks, mostly True."""
+    """Return random inputs: numbers for float inputs, else integers (nonzero mostly, so that masks are mostly True)."""
     rng = np.random.default_rng(seed)
 
     def random(x):
@@ -50,7 +50,7 @@ def data(model, seed=0, examples=6):
 
 
 def compacted(model):
-    """The smaller model, seen to predict the same on other inputs than `compact` looks at."""
+    """Compact a model and assert that the result predicts the same on inputs that `compact` has not seen."""
     small = kv.compact(model)
     x = data(model)
     for expected, found in zip(keras.tree.flatten(model(x)), keras.tree.flatten(small(x))):
@@ -64,9 +64,9 @@ def compacted(model):
 def test_units_that_nothing_reads_and_units_that_read_nothing():
     model = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)])
     first = np.ones((3, 4), "float32")
-    first[:, 1] = 0  # constant: tanh(0.5)
+    first[:, 1] = 0  # a constant unit: tanh(0.5)
     second = np.ones((4, 2), "float32")
-    second[2] = 0  # read by nobody
+    second[2] = 0  # a unit that nothing reads
     model.layers[0].set_weights([first, np.full(4, 0.5)])
     model.layers[1].set_weights([second, np.zeros(2)])
     small = compacted(model)
@@ -111,7 +111,7 @@ def test_convolutional_network_with_branches():
 
 
 def residual_network():
-    """A ResNet of two stages, with BatchNormalization and a projection where the shape changes."""
+    """Return a ResNet of two stages with BatchNormalization, and a projection where the shape changes."""
 
     def normalized(h, filters, size, strides=1):
         h = layers.Conv2D(filters, size, strides=strides, padding="same", use_bias=False)(h)
@@ -149,7 +149,7 @@ def test_a_trained_resnet_stays_the_same_from_conversion_to_compaction(group_axi
     np.testing.assert_allclose(array(small(x)), pruned, rtol=1e-5, atol=1e-5 * np.abs(pruned).max())
     assert stock(small)
     firsts = [layer.filters for layer in small.layers if isinstance(layer, layers.Conv2D)]
-    if group_axis == -2:  # filters that the next layer does not read, behind any normalization
+    if group_axis == -2:  # filters that the next layer does not read go, even before a normalization
         assert small.count_params() < 0.6 * trained.count_params() and firsts[1] < 6
 
 
@@ -213,7 +213,7 @@ def test_shared_layers_and_models_within_models():
 def test_shared_on_inputs_of_other_lengths_and_for_other_outputs():
     table, lstm = layers.Embedding(9, 8), layers.LSTM(7, return_state=True)
     a, b = keras.Input((5,), dtype="int32"), keras.Input((3,), dtype="int32")
-    joined = layers.Concatenate()([a, b])  # of indices, which are no channels
+    joined = layers.Concatenate()([a, b])  # the axis holds indices, not channels
     h, *_ = lstm(table(a))
     _, *states = lstm(table(joined))
     model = keras.Model([a, b], [layers.Dense(2)(h), layers.Dense(1)(states[1])])
@@ -233,14 +233,14 @@ def test_layers_of_which_nothing_is_known_keep_their_shape():
 
 
 def attention(*arguments, x=(5, 6), call=None, **keywords):
-    """A model of attention of its input to itself and a dense layer."""
+    """Return a model of self-attention and a dense layer."""
     x = keras.Input(x)
     h = layers.MultiHeadAttention(*arguments, name="attention", **keywords)(x, x, **(call or {}))
     return keras.Model(x, layers.Dense(2)(h[0] if isinstance(h, tuple) else h))
 
 
 def change(layer, weight, index, value):
-    """Let some numbers of one of its weights be `value`."""
+    """Set the elements at `index` of one of the layer's weights to `value`."""
     weights = layer.get_weights()
     weights[weight][index] = value
     layer.set_weights(weights)
@@ -259,9 +259,9 @@ def test_heads_and_their_sizes():
     change(layer, OUTPUT, np.s_[0], 0)  # a head that nothing reads
     change(layer, VALUE, np.s_[:, :, :2], 0)  # constant values
     change(layer, VALUE_BIAS, np.s_[:], 0.7)
-    change(layer, KEY, np.s_[:, :, 3], 0)  # the same for all keys
+    change(layer, KEY, np.s_[:, :, 3], 0)  # equal for all keys, so the softmax ignores it
     change(layer, KEY_BIAS, np.s_[:], 0.5)
-    change(layer, QUERY, np.s_[:, :, :2], 0)  # the same for all queries: one number of a head
+    change(layer, QUERY, np.s_[:, :, :2], 0)  # equal for all queries, so both can merge into one number per head
     change(layer, QUERY_BIAS, np.s_[:], 0.3)
     small = compacted(model).get_layer("attention")
     assert (small.num_heads, small.key_dim, small.value_dim) == (2, 2, 2)
@@ -281,7 +281,7 @@ def test_inputs_and_outputs_of_attention():
     for kernel in (QUERY, 1, 2):
         change(layer, kernel, np.s_[4:], 0)
     change(model.layers[-1], 0, np.s_[:5], 0)
-    change(model.get_layer("narrow"), 0, np.s_[:, 0], 0)  # of which a bias has to be made
+    change(model.get_layer("narrow"), 0, np.s_[:, 0], 0)  # a constant unit, which must become a bias
     change(model.get_layer("narrow"), 1, np.s_[0], 1.0)
     small = compacted(model)
     assert small.get_layer("narrow").units == 3
@@ -328,7 +328,7 @@ def test_attention_of_which_more_is_read_than_its_output():
 
 
 def test_attention_that_jax_can_compute():
-    """Its own attention asks for values of the size of the keys."""
+    """JAX's attention requires keys and values of one size, so `key_dim` stays at `value_dim`."""
     model = dense_weights(attention(2, 4))
     change(model.get_layer("attention"), KEY, np.s_[:, :, 1:], 0)
     small = compacted(model).get_layer("attention")
@@ -360,8 +360,8 @@ def test_both_ways_keep_what_one_needs():
     x = keras.Input((4, 5))
     model = dense_weights(keras.Model(x, layers.Dense(2)(layers.Bidirectional(layers.SimpleRNN(3))(x))))
     for name in ("forward_layer", "backward_layer"):
-        change(getattr(model.layers[1], name), 1, np.s_[:], 0)  # no unit needs another
-    change(model.layers[2], 0, np.s_[:2], 0)  # of forward one is read, of backward two
+        change(getattr(model.layers[1], name), 1, np.s_[:], 0)  # no unit reads another
+    change(model.layers[2], 0, np.s_[:2], 0)  # reads one forward unit and, with the next line, two backward units
     change(model.layers[2], 0, np.s_[3], 0)
     small = compacted(model)
     assert small.layers[1].forward_layer.units == small.layers[1].backward_layer.units == 2
@@ -405,7 +405,7 @@ def test_places_that_move():
             4,
             8,
             12,
-        )  # of 3 channels, at 4 places each
+        )  # up to 3 channels, at 4 positions each
         assert small.count_params() < model.count_params() / 2
 
 
@@ -417,7 +417,7 @@ def test_a_reshape_that_is_called_on_channels_of_other_sizes():
 
 
 def words(model, alive=0.1):
-    """Give all but a few words of each table nothing but zeros."""
+    """Set the embeddings of all but a random share `alive` of the words to 0, and randomise the other weights."""
     rng = np.random.default_rng(0)
     sparse(model, share=1.0, whole=1.0)
     for layer in model.layers:
@@ -427,7 +427,7 @@ def words(model, alive=0.1):
 
 
 def after_words(model):
-    """What the layers after an embedding of 60 words predict: of some words, of padding and of nothing but padding."""
+    """Predict for sequences of 60 words with padding, one of which is only padding."""
     x = np.random.default_rng(0).integers(0, 60, (8, 7))
     x[:, 4:] = 0
     x[0] = 0
@@ -489,7 +489,7 @@ def test_words_stay_where_that_is_no_smaller_or_not_the_same():
         return words(keras.Sequential([*first, layers.LSTM(3)]))
 
     one_number = model("int32", output_dim=1)
-    numbers = model("float32", output_dim=8, mask_zero=True)  # 0.5 is the word 0, but not masked
+    numbers = model("float32", output_dim=8, mask_zero=True)  # 0.5 is cast to word 0, but is not masked
     two = words(keras.Sequential([keras.Input((None, None)), layers.Embedding(60, 8), layers.Dense(2)]))
     for each in (one_number, numbers, two):
         assert isinstance(compacted(each).layers[0], layers.Embedding)

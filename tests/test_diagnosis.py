@@ -1,5 +1,7 @@
 """What is said of a posterior by the way that it has gone."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -137,3 +139,35 @@ def test_looks_are_few_however_many_steps():
             record.look()
             looks += 1
     assert 50 < looks < 150
+
+
+def with_normalization(first, frozen=False):
+    return keras.Sequential(
+        [keras.Input((20,)), first, keras.layers.BatchNormalization(trainable=not frozen), kv.VariationalDense(2)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (lambda: with_normalization(kv.VariationalDense(10)), True),
+        (lambda: with_normalization(kv.Variational(keras.layers.Dense(10))), True),
+        (lambda: with_normalization(kv.VariationalDense(10), frozen=True), False),
+        (lambda: with_normalization(keras.layers.Dense(10)), False),  # the noise comes after it
+        (lambda: keras.Sequential([keras.Input((20,)), kv.VariationalDense(10)]), False),
+    ],
+)
+@pytest.mark.parametrize("steps", [10, 60])
+def test_statistics_of_noise_are_said(model, expected, steps):
+    model = model()
+    model.compile(keras.optimizers.SGD(1e-3), "mse", jit_compile=False)
+    x, y = np.zeros((steps, 20)), np.zeros((steps, *model.output_shape[1:]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        elbo = kv.ELBO(steps, start_epoch=0, warmup_epochs=0)
+        model.fit(x, y, batch_size=1, epochs=2, callbacks=[elbo], verbose=0)
+        model.fit(x, y, batch_size=1, epochs=2, callbacks=[elbo], verbose=0)
+    found = [str(each.message) for each in caught if "BatchNormalization" in str(each.message)]
+    assert len(found) == (expected and 2 * steps >= 50)
+    if found:
+        assert "update_batch_normalization" in found[0] and "batch_normalization" in found[0]

@@ -1,4 +1,4 @@
-"""What `ELBO` does by itself, what it refuses and what it says, however the model is made and trained."""
+"""Defaults, errors and warnings of `ELBO`, for models made and trained in different ways."""
 
 import re
 import warnings
@@ -29,7 +29,7 @@ def weight(model):
 
 @pytest.mark.parametrize("epochs, start, warmup", [(1, 0, 0), (3, 0, 0), (4, 0, 1), (10, 1, 3), (29, 2, 8)])
 def test_warmup_by_default(epochs, start, warmup):
-    """A tenth of the epochs without, three tenths rising; the same for a `fit` that resumes."""
+    """About a tenth of the epochs has no KL, then β rises for three tenths. A resumed `fit` keeps that schedule."""
     seen = []
     for initial_epoch in {0, epochs // 2}:
         model, elbo = built(), kv.ELBO(64)
@@ -48,12 +48,12 @@ def test_a_loop_of_fits_goes_on_with_the_schedule():
     model, elbo = built(), kv.ELBO(64, start_epoch=1, warmup_epochs=2)
     betas = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the first `fit`, which has no KL
+        warnings.simplefilter("ignore")  # the first `fit` warns that it has no KL
         for _ in range(4):
             model.fit(X, Y, epochs=1, callbacks=[elbo], verbose=0)
             betas.append(weight(model) * 64)
         np.testing.assert_allclose(betas, [0, 0, 0.5, 1])
-        # another model begins anew
+        # Another model starts the schedule again.
         other = built()
         other.fit(X, Y, epochs=1, callbacks=[elbo], verbose=0)
     assert weight(other) == 0
@@ -68,7 +68,7 @@ def test_a_fit_without_any_kl_is_said():
 
 
 def test_a_weight_of_one_example_is_said():
-    """`kl_weight=1`, as if there was one training example."""
+    """`kl_weight=1` is the weight for a single training example."""
     with pytest.warns(RuntimeWarning, match=r"one training example.*kl_weight=1"):
         built(kl_weight=1.0).fit(X, Y, verbose=0)
     built(kl_weight=1 / 64).fit(X, Y, verbose=0)
@@ -109,7 +109,7 @@ def test_an_epoch_of_fewer_examples_than_there_are_is_said():
 
 
 def test_the_kl_of_the_logs_is_that_of_the_loss():
-    """Without what is frozen, which is in the loss no more."""
+    """The logged KL excludes frozen layers, whose KL is not in the loss."""
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(8), kv.VariationalDense(1)])
     model.layers[0].trainable = False
     model.compile("sgd", "mse")
@@ -143,7 +143,7 @@ class Subclassed(keras.Model):
 
 @pytest.mark.parametrize("make", [unbuilt, Subclassed])
 def test_a_model_that_is_built_by_its_first_batch(make):
-    """Twice, with callbacks of their own, and with two labels an example."""
+    """Train twice, with new callbacks each time and two labels per example."""
     model = make(2)
     model.compile(keras.optimizers.SGD(0.0), "mse")
     y = np.tile(Y, 2)
@@ -158,7 +158,7 @@ def test_a_model_that_is_built_by_its_first_batch(make):
 
 
 def test_a_layer_that_keras_does_not_find_is_said():
-    """Once, and of that layer alone: within a `Lambda` it neither learns nor is its KL in the loss."""
+    """A layer called inside a `Lambda` does not learn and adds no KL: one warning names it, and only it."""
     hidden = kv.VariationalDense(8, name="hidden")
     model = keras.Sequential([keras.Input((4,)), keras.layers.Lambda(lambda x: hidden(x)), kv.VariationalDense(1)])
     model.compile("sgd", "mse")
@@ -169,7 +169,7 @@ def test_a_layer_that_keras_does_not_find_is_said():
 
 
 class Lists(keras.Model):
-    """Layers in a list, in a wrapper, in a cell and in a model, which Keras finds."""
+    """A model with layers in a list, a dict, a wrapper, a cell and an inner model, all of which Keras tracks."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +200,7 @@ class OwnLoss(Subclassed):
 
 
 class OwnMetrics(OwnLoss):
-    """As Keras's guides do it: without the metrics of the model."""
+    """A model that overrides `compute_metrics` without the metrics of the model, as in Keras's guides."""
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         return {"mine": keras.ops.mean(y_pred)}
@@ -240,12 +240,12 @@ def test_a_layers_own_weight_is_not_replaced_without_a_word():
     with pytest.warns(RuntimeWarning, match=r"0.0156 in place of the 0.25 .*'mine'"):
         model.fit(X, Y, callbacks=[elbo], verbose=0)
     assert weight(model) == 1 / 64
-    model.fit(X, Y, callbacks=[elbo], verbose=0)  # once
-    built(kl_weight=1 / 64).fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)  # the same
+    model.fit(X, Y, callbacks=[elbo], verbose=0)  # no second warning
+    built(kl_weight=1 / 64).fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)  # no warning for an equal weight
 
 
 def decayed(optimizer, make=built, **arguments):
-    """The change of a model's (log variance, mean, bias) by weight decay alone."""
+    """Return the mean ratio new/old of the log variance, mean and bias after training with weight decay."""
     model = make(use_bias=True, kernel_prior="ard", **arguments) if make is built else make(1)
     model.compile(optimizer, "mse")
     if not model.built:
@@ -262,21 +262,21 @@ def decayed(optimizer, make=built, **arguments):
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "LossScaleOptimizer"])
 @pytest.mark.parametrize("make", [built, unbuilt])
 def test_weight_decay_leaves_log_variances(make, scaled):
-    optimizer = keras.optimizers.SGD(1e-6, weight_decay=1e5)  # a tenth a step, and no gradient to speak of
+    optimizer = keras.optimizers.SGD(1e-6, weight_decay=1e5)  # decays by 0.1 per step; gradient steps are negligible
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     if scaled:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=1.0)
     log_variance, loc, bias = decayed(optimizer, make)
     assert log_variance == pytest.approx(1.0, abs=1e-3)
     assert loc == pytest.approx(0.9**2, abs=1e-3)
-    assert bias == pytest.approx(1.0, abs=1e-3)  # as the user has it
+    assert bias == pytest.approx(1.0, abs=1e-3)  # the user's own exclusion still holds
 
 
-# What is said at the end
+# Warnings at the end of training
 
 
 def line(prior="normal", start=-40.0, known=True):
-    """A regression whose outputs are a distribution, with a posterior that begins certain."""
+    """Return a regression model with the parameters of a normal distribution as outputs and little initial noise."""
     arguments = {"kernel_prior": prior, "initial_log_variance": start}
     parts = [kv.VariationalDense(20, "relu", **arguments), kv.VariationalDense(2, **arguments)]
     return keras.Sequential([*[keras.Input((4,))] * known, *parts])
@@ -286,7 +286,7 @@ TARGET = X @ np.float32([[1.0], [-1.0], [0.5], [0.0]]) + 0.1 * Y
 
 
 def learn(model, rate, fits=1, epochs=1, copies=1, batch_size=1, steps_per_execution=1, **arguments):
-    """Its end, `fits` times with one callback: what was said of the posterior, word for word."""
+    """Call `fit` `fits` times with one callback and return its messages about the posterior and the KL."""
     optimizer = keras.optimizers.Adam(rate, **arguments)
     model.compile(optimizer, kv.losses.NormalNLL(), steps_per_execution=steps_per_execution)
     elbo = kv.ELBO(64 * copies, start_epoch=0, warmup_epochs=0)
@@ -314,7 +314,7 @@ STAYS = r"hardly moved.*KL/num_examples is .* NLL of .*learning rate"
     ids=["one epoch", "two", "forty of two steps", "a loop", "a loop of two steps"],
 )
 def test_a_posterior_that_stays_is_said(arguments, known):
-    """Once, however the steps are shared among epochs and `fit`s."""
+    """There is one warning, however the steps are divided into epochs and calls of `fit`."""
     (message,) = learn(line(known=known), 1e-4, **arguments)
     assert re.search(STAYS, message)
 
@@ -342,7 +342,7 @@ def test_nothing_is_said_of_a_posterior_that_has_arrived():
 
 
 def test_a_kl_that_dwarfs_the_data_is_said_without_a_trend():
-    """Where the posterior comes from somewhere, which it did not in this training."""
+    """The posterior has moved from its start, but not in this training, so no trend shows."""
     model = line()
     for weight in posteriors(model):
         weight.log_variance.assign(RNG.uniform(-80.0, -70.0, size=weight.shape))
@@ -351,7 +351,7 @@ def test_a_kl_that_dwarfs_the_data_is_said_without_a_trend():
 
 
 def test_another_training_between_begins_a_new_course():
-    """As the callback sees it: what others have moved was not moved by its steps."""
+    """Log variances that changed between two calls of `fit` do not count as moved by the callback's steps."""
     model, elbo = line(), kv.ELBO(64, start_epoch=0, warmup_epochs=0)
     model.compile(keras.optimizers.Adam(1e-4), kv.losses.NormalNLL())
     fit = {"batch_size": 2, "epochs": 1, "callbacks": [elbo], "verbose": 0}
@@ -364,7 +364,7 @@ def test_another_training_between_begins_a_new_course():
 
 
 def test_a_collapse_is_said():
-    """A KL of a thousand times its weight leaves no weight."""
+    """With a KL 1000 times too large, no weight is kept."""
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(1, name="gone", threshold=0.0)])
     model.compile(keras.optimizers.Adam(0.3), "mse")
     elbo = kv.ELBO(64, start_epoch=10, warmup_epochs=5, temperature=1000.0)

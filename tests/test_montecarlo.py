@@ -1,4 +1,4 @@
-"""Monte-Carlo prediction: distinct draws, right moments, an untouched model."""
+"""Monte Carlo prediction: distinct draws, correct moments, an unchanged model."""
 
 import keras
 import numpy as np
@@ -39,12 +39,12 @@ def test_every_layer_draws_distinct_samples(case):
     model = case.model()
     randomize(model)
     x = case.inputs()
-    mean = model.predict(x, verbose=0)
+    mean = array(model(x))
     draws = samples(model, x, 5)
     assert draws.shape == (len(x), 5, *mean.shape[1:])
     for i in range(5):
         assert not any(np.array_equal(draws[:, i], draws[:, j]) for j in range(i))
-    np.testing.assert_array_equal(model.predict(x, verbose=0), mean)
+    np.testing.assert_array_equal(array(model(x)), mean)
 
 
 def test_batches_and_calls_draw_anew():
@@ -52,18 +52,6 @@ def test_batches_and_calls_draw_anew():
     x = np.repeat(X[:1], 4, axis=0)
     one, other = model.predict(x, batch_size=2, verbose=0), model.predict(x, batch_size=2, verbose=0)
     assert len(np.unique(np.concatenate([one, other])[..., 0])) == 16
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_consistent_draws_are_one_function_for_all_rows(case):
-    model = case.model()
-    randomize(model)
-    x = np.repeat(case.inputs()[:1], 5, axis=0)
-    sampler = kv.MonteCarlo(model, 6, output="samples", consistent=True)
-    draws = sampler.predict(x, batch_size=2, verbose=0)
-    np.testing.assert_allclose(draws, np.repeat(draws[:1], 5, axis=0), rtol=1e-4, atol=1e-5)
-    assert np.ptp(draws, axis=1).max() > 1e-3
-    np.testing.assert_allclose(sampler.predict(x, batch_size=3, verbose=0), draws, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("estimator", ["local_reparameterization", "flipout", "reparameterization"])
@@ -170,7 +158,7 @@ def test_every_step_of_a_sequence_has_its_statistics():
 @pytest.mark.parametrize("sample_batch_size", [1, 4, 16, 64])
 @pytest.mark.parametrize("consistent", [False, True])
 def test_side_by_side_are_the_draws_that_follow_each_other(sample_batch_size, consistent):
-    """With a remainder, without one, and with fewer samples than fit."""
+    """The sample batch size may divide the number of draws, leave a remainder, or exceed it."""
     arguments = dict(seed=3, consistent=consistent)
     model = network()
     draws = samples(model, X, 16, sample_batch_size=3, **arguments)
@@ -196,7 +184,8 @@ def test_side_by_side_in_every_kind_of_layer(case):
 
 @pytest.mark.parametrize("estimator", ["auto", "local_reparameterization"])
 def test_a_layer_draws_the_same_however_often_it_is_called(estimator):
-    """For an example, unless its noise is not a draw of its weights; and for all of them where it is consistent."""
+    """Two calls see the same draw per example, unless the noise is not a draw of the weights. With `consistent` they
+    always do."""
     layer = kv.VariationalDense(4, estimator=estimator, kl_weight=0.1)
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Subtract()([layer(inputs), layer(inputs)]))
@@ -279,7 +268,7 @@ def expected_loss(likelihood, y, statistics):
 @pytest.mark.parametrize("likelihood", TARGETS)
 @pytest.mark.parametrize("weight", [None, np.array([1.0, 0.5, 3.0])], ids=["plain", "weighted"])
 def test_evaluate_gives_the_nll_of_the_prediction(likelihood, weight):
-    """And not the KL of the wrapped model, which has a `kl_weight`."""
+    """The loss excludes the KL of the wrapped model, although that has a `kl_weight`."""
     sampler = kv.MonteCarlo(network(), 8, likelihood=likelihood, seed=3, consistent=True)
     sampler.compile()
     y = TARGETS[likelihood]
@@ -291,7 +280,7 @@ def test_evaluate_gives_the_nll_of_the_prediction(likelihood, weight):
 
 @pytest.mark.parametrize("likelihood", ["normal", "bernoulli"])
 def test_evaluate_weighs_rows_and_not_batches(likelihood):
-    """Of outputs with one number a row, in batches of two and one."""
+    """Every row counts equally in batches of two rows and one row, for outputs with one number per row."""
     inputs = keras.Input((4,))
     outputs = kv.VariationalDense(2, kl_weight=0.1)(inputs)
     model = keras.Model(inputs, outputs if likelihood == "normal" else outputs[:, 0])
@@ -324,7 +313,7 @@ def test_a_compiled_one_evaluates_after_loading(tmp_path):
     again = keras.saving.load_model(tmp_path / "model.keras")
     assert again.optimizer is None
     after = again.evaluate(X, TARGETS["categorical"], verbose=0, return_dict=True)
-    # The same functions, though it has no seed.
+    # The loaded model draws the same functions, although it has no seed.
     assert before.keys() == after.keys()
     np.testing.assert_allclose([after[key] for key in before], list(before.values()), rtol=1e-4)
 
@@ -340,7 +329,7 @@ def test_after_loading_it_goes_on_where_it_was(tmp_path):
 
 def test_a_global_policy_is_the_wrapped_models_matter():
     model = network()
-    x = np.full((3, 4), 2023.0, "float32")  # 2024 in bfloat16
+    x = np.full((3, 4), 2023.0, "float32")  # bfloat16 would round it to 2024
     expected = samples(model, x, 2, seed=3)
     policy = keras.config.dtype_policy()
     try:
@@ -352,7 +341,7 @@ def test_a_global_policy_is_the_wrapped_models_matter():
 
 @keras.saving.register_keras_serializable(package="tests")
 class Subclassed(keras.Model):
-    """Its `call` takes no `training`, and the layer that comes last is not the one assigned last."""
+    """A model whose `call` takes no `training`, and whose output layer is not the layer assigned last."""
 
     def __init__(self):
         super().__init__()
@@ -574,7 +563,7 @@ def test_what_the_wrapped_model_was_compiled_with_need_not_load(tmp_path):
 
 
 def two_outputs(structure=dict):
-    """A regression "a" and a classification "b" of one input; "a" comes last in a list."""
+    """Return a model with a regression output "a" and a classification output "b". As a list it is [b, a]."""
     inputs = keras.Input((4,))
     a = kv.VariationalDense(2, kl_weight=0.1, name="a")(inputs)
     b = kv.VariationalDense(3, kl_weight=0.1, name="b")(inputs)
@@ -615,7 +604,8 @@ def test_a_likelihood_for_each_output(structure, tmp_path):
 
 
 def test_likelihoods_by_name_of_any_kind(tmp_path):
-    """A loss, None, probabilities; of one output; and from a file."""
+    """The likelihood per output may be a loss, None or a name, with logits or probabilities. It survives saving, and a
+    model with a single output takes a dict too."""
     inputs = keras.Input((4,))
     h = kv.VariationalDense(3, kl_weight=0.1)(inputs)
     heads = {
@@ -681,7 +671,10 @@ STEPS = {
 @pytest.mark.parametrize("rows", [3, 5])
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_evaluate_counts_weights_and_masks_of_steps(likelihood, rows, masked):
-    """As many rows as steps, too; of numbers the sum over an example, of classes the mean over labels that count."""
+    """The loss is the sum over an example for numbers, and the mean over unmasked labels for classes.
+
+    One batch has as many rows as time steps, so a mix-up of the axes would raise no error.
+    """
     rng = np.random.default_rng(0)
     size, nll = STEPS[likelihood]
     x, mask = rng.normal(size=(rows, 5, 4)).astype("float32"), rng.uniform(size=(rows, 5)) < 0.6
@@ -708,13 +701,13 @@ def test_evaluate_counts_weights_and_masks_of_steps(likelihood, rows, masked):
 @pytest.mark.parametrize("likelihood", [None, *TARGETS])
 @pytest.mark.parametrize("loss", [None, "mse"])
 def test_evaluate_refuses_y_and_weights_of_another_layout(likelihood, loss):
-    """Sums over what is broadcast would be numbers, too."""
+    """Other layouts are refused, because broadcasting would silently give a wrong sum."""
     size = 4 if likelihood is None else STEPS[likelihood][0]
     if likelihood is None and loss is None:
         return
 
     def compiled():
-        """One that has not failed yet: on JAX, Keras leaves a model without its variables where a step fails."""
+        """Return a new compiled sampler: on JAX, Keras leaves a model without its variables when a step fails."""
         sampler = kv.MonteCarlo(sequence_model(size, masked=False), 2, likelihood)
         sampler.compile(loss=loss)
         return sampler
@@ -743,7 +736,7 @@ def test_evaluate_sees_logits_and_rows_with_nan():
     x[[1, 7], 0] = np.nan
     sampler = kv.MonteCarlo(network(), 2, "normal")
     sampler.compile(metrics=["mse"])
-    for _ in range(2):  # counted anew
+    for _ in range(2):  # each call counts from 0
         with pytest.warns(UserWarning, match="2 of 9 rows"):
             assert set(sampler.evaluate(x, np.zeros(9), batch_size=4, verbose=0, return_dict=True)) >= {"loss", "mse"}
 
@@ -760,7 +753,7 @@ def test_targets_that_were_not_standardised_are_said():
     model.layers[0].kernel.loc.assign([[1.0, 0.0]] + [[0.0, 0.0]] * 3)
     fitting = kv.MonteCarlo(model, 4, "normal")
     fitting.compile()
-    fitting.evaluate(x, x[:, 0], verbose=0)  # no word
+    fitting.evaluate(x, x[:, 0], verbose=0)  # no warning
 
 
 def test_an_activation_before_a_raw_scale_is_said():
@@ -777,6 +770,7 @@ def keras_dropout(**arguments):
         "dropout": lambda: layers.Dropout(0.2)(x),
         "spatial": lambda: layers.SpatialDropout1D(0.2)(x),
         "gaussian": lambda: layers.GaussianDropout(0.2)(x),
+        "gaussian_noise": lambda: layers.GaussianNoise(0.2)(x),
         "rnn": lambda: layers.LSTM(4, dropout=0.2, return_sequences=True)(x),
         "state": lambda: layers.GRU(4, recurrent_dropout=0.2, return_sequences=True)(x),
         "attention": lambda: layers.MultiHeadAttention(2, 2, dropout=0.2)(x, x),
@@ -812,7 +806,7 @@ def test_rates_of_our_own_layers_are_drawn():
 
 @pytest.mark.parametrize("likelihood", STATISTICS)
 def test_predictions_are_what_every_entry_gives(likelihood):
-    """Of arrays, batches, generators and dicts."""
+    """Arrays in a dict, single batches and generators of batches give the same `Predictions`."""
     model = network()
     inputs = keras.Input((4,), name="x")
     by_name = keras.Model({"x": inputs}, model(inputs))
@@ -842,7 +836,7 @@ def test_stddev_and_interval():
         np.testing.assert_allclose([lower, upper], stats.norm(normal.mean, stddev).interval(coverage), rtol=1e-5)
     assert plain.interval()[0].shape == plain.mean.shape
     one = kv.montecarlo.Predictions({name: np.append(values, np.nan) for name, values in normal.items()})
-    np.testing.assert_allclose(one.interval()[1][:-1], normal.interval()[1])  # a row with NaN harms no other
+    np.testing.assert_allclose(one.interval()[1][:-1], normal.interval()[1])  # a row with NaN changes no other row
     for likelihood in ("categorical", "bernoulli"):
         for method in ("stddev", "interval"):
             with pytest.raises(ValueError, match="no standard deviation"):
@@ -934,7 +928,7 @@ def test_a_data_set_without_a_batch_is_refused_and_leaves_the_model_as_it_was():
 
 
 def _data_set(change):
-    """TensorFlow's, which models take on every backend."""
+    """Return a changed `tf.data.Dataset` of the test data as arguments. Models accept it on every backend."""
     import tensorflow as tf
 
     return (change(tf.data.Dataset.from_tensor_slices((X, TARGETS["categorical"]))),)
@@ -960,7 +954,7 @@ def test_evaluating_no_rows_is_refused_and_leaves_the_model_as_it_was(kind, befo
     sampler.compile(metrics=["accuracy"])
     if before:
         sampler.evaluate(X, TARGETS["categorical"], verbose=0)
-    # Of generators Keras says it in time, and no less clearly.
+    # Keras itself refuses an empty generator, with a clear message.
     with pytest.raises(ValueError, match=r"no rows to evaluate.*Received: x=|empty generator"):
         sampler.evaluate(*NOTHING[kind](), verbose=0)
     np.testing.assert_array_equal(array(model(X)), mean)
@@ -977,7 +971,7 @@ def test_testing_on_a_batch_of_no_rows_is_refused():
 
 
 def test_an_evaluation_that_fails_leaves_the_model_as_it_was():
-    """On JAX, Keras has taken its weights out by then."""
+    """On JAX, Keras has already taken the weights out of the model when the evaluation fails."""
     model = network()
     mean = array(model(X))
     sampler = kv.MonteCarlo(model, 3, likelihood="categorical")
@@ -1004,7 +998,7 @@ def test_metrics_of_parameters_are_refused_by_name_with_a_way_out(name, argument
     sampler = kv.MonteCarlo(network(), 3, likelihood="normal")
     with pytest.raises(ValueError, match=rf"`mean`.*{name!r} {remedy}.*Received: .*{type(metric).__name__}"):
         sampler.compile(**{argument: ["mse", metric]})
-    kv.MonteCarlo(network(), 3).compile(metrics=[metric])  # of the mean of whatever the outputs are
+    kv.MonteCarlo(network(), 3).compile(metrics=[metric])  # without a likelihood it measures the mean output
 
 
 def test_metrics_of_logits_are_refused():

@@ -1,4 +1,4 @@
-"""From Keras's own layers to variational ones, and to draws of them."""
+"""Conversion of Keras layers to variational layers, and of variational models to draws."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ from tests.statistics import assert_mean, assert_variance
 
 @keras.saving.register_keras_serializable(package="tests_of_conversion")
 class Doubled(layers.Wrapper):
-    """A wrapper as users write them."""
+    """A user-defined wrapper."""
 
     def call(self, x):
         return 2.0 * self.layer(x)
@@ -22,7 +22,7 @@ class Doubled(layers.Wrapper):
 
 @keras.saving.register_keras_serializable(package="tests_of_conversion")
 class OwnCell(layers.Layer):
-    """A cell as users write them."""
+    """A user-defined RNN cell."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -41,7 +41,7 @@ class OwnCell(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="tests_of_conversion")
 class OwnDense(layers.Layer):
-    """A layer as users write them, for which no name is registered but its own."""
+    """A user-defined layer without a counterpart, whose weight `w` has none of the names that Keras uses."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -62,7 +62,7 @@ class OwnDense(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="tests_of_conversion")
 class Block(layers.Layer):
-    """A block as users write them: its parts are made in its constructor."""
+    """A user-defined block that creates its sublayers in its constructor."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -80,7 +80,7 @@ class Block(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="tests_of_conversion")
 class Subclassed(keras.Model):
-    """A model whose own code puts its layers together."""
+    """A subclassed model, whose `call` connects its layers."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -107,7 +107,7 @@ def sequential():
 
 
 def branches():
-    """Two inputs, two outputs by name, a layer that is called twice, and operations that are no layers."""
+    """Return a model with two inputs, two named outputs, a layer called twice, and operations that are not layers."""
     inputs = {"a": keras.Input((4,), name="a"), "b": keras.Input((4,), name="b")}
     shared = layers.Dense(5, activation="tanh", name="shared")
     a, b = shared(inputs["a"]), shared(inputs["b"])
@@ -117,7 +117,7 @@ def branches():
 
 
 def nested():
-    """Models within a model, of which a layer is in both and outside too."""
+    """Return a model with two inner models and a layer that both of them and the outer model share."""
     shared = layers.Dense(4, name="shared")
     one = keras.Sequential([keras.Input((4,)), shared, layers.BatchNormalization()], name="one")
     x = keras.Input((4,), name="x")
@@ -126,7 +126,7 @@ def nested():
 
 
 def words():
-    """Masks, recurrent layers and attention."""
+    """Return a model with masks, recurrent layers and attention."""
     x = keras.Input((None,), dtype="int32")
     h = layers.Embedding(9, 4, mask_zero=True)(x)
     h = layers.LSTM(3, return_sequences=True, dropout=0.2)(h)
@@ -151,7 +151,7 @@ def wrappers():
 
 
 def others():
-    """Layers for which there is no class of ours, in wrappers too."""
+    """Return a model of layers that have no counterpart, some of them in wrappers."""
     x = keras.Input((4, 6))
     h = layers.RNN(OwnCell(3, name="own"), return_sequences=True, name="rnn")(Block(6, name="block")(x))
     h = layers.TimeDistributed(OwnDense(4, name="own_dense"), name="each")(h)
@@ -170,7 +170,7 @@ MODELS = [sequential, branches, nested, words, wrappers, others, subclassed]
 
 
 def data(model):
-    """Inputs of a model."""
+    """Return random inputs for a model."""
     rng = np.random.default_rng(0)
 
     def one(x):
@@ -185,7 +185,7 @@ def data(model):
 
 
 def shake(model):
-    """Give every weight another value than it starts with, as training does."""
+    """Move every floating-point weight away from its initial value, as training would."""
     rng = np.random.default_rng(1)
     for variable in model.weights:
         if "float" in variable.dtype:
@@ -193,7 +193,7 @@ def shake(model):
 
 
 def assert_same(one, *others):
-    """The models predict the same, to 1e-6."""
+    """Assert that the models predict the same, within 1e-6."""
     x = data(one)
     expected = [array(each) for each in keras.tree.flatten(one(x))]
     for model in others:
@@ -203,7 +203,7 @@ def assert_same(one, *others):
 
 @contextlib.contextmanager
 def left_alone(model):
-    """Nothing of the model is changed."""
+    """Assert that the code in the context does not change the model."""
 
     def state():
         layers_within = model._flatten_layers()
@@ -229,7 +229,7 @@ def left_alone(model):
 
 
 def converted(model, *args, **kwargs):
-    """What `to_variational` makes of a model that it leaves alone, and what it says."""
+    """Return the model that `to_variational` makes and the lines it prints, and assert that `model` is unchanged."""
     lines = []
     with left_alone(model):
         return kv.to_variational(model, *args, print_fn=lines.append, **kwargs), lines
@@ -394,7 +394,7 @@ def test_low_rank_updates():
     assert not np.allclose(array(drawn(x)), array(twin(x)), atol=1e-3)
 
 
-# What else is kept
+# Other properties that conversion keeps
 
 
 def test_what_is_frozen():
@@ -403,7 +403,7 @@ def test_what_is_frozen():
     model.get_layer("other").get_layer("own").kernel.trainable = False
     twin, lines = converted(model)
     assert not twin.get_layer("one").trainable and twin.get_layer("other").trainable
-    assert len(twin.trainable_variables) == len(model.trainable_variables) == 1  # a bias
+    assert len(twin.trainable_variables) == len(model.trainable_variables) == 1  # the bias of "own"
     assert sum("frozen" in line for line in lines) == 2
     twin.get_layer("one").trainable = True
     assert twin.get_layer("shared").kernel.log_variance.trainable
@@ -421,7 +421,7 @@ def test_policies_and_states():
         ]
     )
     model.layers[1].adapt(np.random.default_rng(0).normal(2.0, 3.0, (20, 3)))
-    model(np.zeros((2, 4), "float32"), training=True)  # which moves the dropout's state
+    model(np.zeros((2, 4), "float32"), training=True)  # advances the state of the dropout's seed generator
     twin, _ = converted(model)
     assert [layer.dtype_policy.name for layer in twin.layers] == [layer.dtype_policy.name for layer in model.layers]
     states = [array(each.layers[2].seed_generator.state) for each in (model, twin)]
@@ -437,7 +437,7 @@ def test_states_and_lambdas():
 
 
 class OwnLoss:
-    """A loss that no config can hold."""
+    """A loss that cannot be serialized to a config."""
 
     def __call__(self, y, outputs):
         return ops.mean(ops.square(y - outputs))
@@ -540,7 +540,7 @@ def test_dropout_that_learns():
     assert sum("stays" in line for line in lines) == 3
 
 
-# A draw
+# Draws
 
 
 def test_draws_fit_the_posterior():
@@ -589,7 +589,7 @@ def test_names():
     assert [layer.name for layer in kv.compact(model).layers[1:]] == names
 
 
-# What is refused
+# Models and arguments that are refused
 
 
 def test_bad_arguments():
@@ -637,7 +637,7 @@ def test_low_rank_adaptations_stay():
 
 
 class Halved(keras.Model):
-    """A model that is made of inputs and outputs, and does something else."""
+    """A functional model with a `call` of its own."""
 
     def __init__(self):
         x = keras.Input((3,))
@@ -654,7 +654,7 @@ def test_models_whose_call_a_copy_would_not_have():
 
 
 class Unknown(layers.Layer):
-    """A class of which no config makes another."""
+    """A layer that cannot be recreated from its config."""
 
     def __init__(self, function):
         super().__init__(name="unknown")
@@ -683,3 +683,32 @@ def test_layers_that_cannot_be_made_again():
         model = keras.Sequential([keras.Input((3,), dtype="int64"), lookup, layers.Embedding(4, 2)])
         with pytest.raises(ValueError, match="'lookup' has its vocabulary"):
             kv.to_variational(model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.Bidirectional(layers.LSTM(3), name="outer"),
+        lambda: layers.RNN(layers.LSTMCell(3), name="outer"),
+        lambda: layers.RNN([layers.GRUCell(3), layers.LSTMCell(2)], name="outer"),
+        lambda: layers.TimeDistributed(layers.DepthwiseConv1D(2), name="outer"),
+    ],
+)
+def test_low_rank_of_layers_without_it_within_a_wrapper(make):
+    """Recurrent wrappers need attributes that `Variational` lacks, so `Variational` wraps the whole wrapper."""
+    shape = (4, 6, 5) if "TimeDistributed" in type(make()).__name__ else (4, 5)
+    model = keras.Sequential([keras.Input(shape), make()])
+    shake(model)
+    twin, lines = converted(model, rank=2)
+    assert any("-> Variational(" in line for line in lines)
+    assert all(weight.update is not None for weight in posteriors(twin))
+    assert_same(model, twin, kv.to_deterministic(twin))
+
+
+def test_a_kl_weight_that_was_never_set_is_not_set_by_training_and_conversion():
+    model = keras.Sequential([keras.Input((3,)), kv.VariationalDense(4, name="ours"), layers.Dense(2)])
+    with pytest.warns(UserWarning, match="was never set"):
+        model(np.ones((2, 3), "float32"), training=True)
+    twin, _ = converted(model)
+    with pytest.warns(UserWarning, match="was never set"):
+        twin(np.ones((2, 3), "float32"), training=True)

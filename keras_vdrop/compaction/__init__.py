@@ -1,9 +1,9 @@
 """`compact`: a smaller model of Keras's own layers that computes the same function.
 
-A channel is an index on the last axis of a tensor. Two things are found out about each: whether it is the same number
-for every input, and whether anything needs it. How they go through a layer of a known kind, its `Rule` says. Constants
-run forward, once. Needs run both ways until nothing changes; they only grow, so they end at the smallest set that is
-consistent. Then weights are cut, and what constants contribute goes into the next bias.
+A channel is an index on the last axis of a tensor. For each channel, the algorithm determines whether it is the same
+number for every input, and whether anything needs it. The `Rule` of a layer says how both pass through it. Constants
+are propagated forward, once. Needs are propagated both ways until nothing changes; they only grow, so the result is
+the smallest consistent set. Then the weights are cut, and the next bias absorbs what constant channels contribute.
 """
 
 import contextlib
@@ -19,29 +19,31 @@ from keras_vdrop.pruning import sparsity, warn_of_empty_layers
 
 
 def compact(model, threshold=None, x=None):
-    """A model of stock Keras layers with smaller shapes and the same predictions.
+    """Return a model of Keras's own layers with smaller shapes and the same predictions.
 
-    Units, filters and channels on which nothing depends vanish, and those whose output is constant go into the next
-    bias; embeddings lose dimensions, recurrent layers hidden units, and attention heads and their sizes in the same
-    way. This goes through activations, pooling, padding, BatchNormalization, dropout, Flatten, Reshape, merging layers,
-    wrappers, branches, shared layers and models within the model (of which each has its own copy of a layer that they
-    share with others). An embedding with many words of the same row becomes two, in a Sequential model of its name:
-    the first has the number of the row. Any other layer keeps its shape, and so do inputs and outputs. What is left
-    unstructured stays zero in the smaller kernels.
+    Units, filters and channels on which nothing depends are removed, and those with a constant output are folded into
+    the next bias. In the same way, embeddings lose columns, recurrent layers hidden units, and attention layers heads
+    and key and value dimensions. This works through activations, pooling, padding, BatchNormalization, dropout,
+    Flatten, Reshape, merging layers, wrappers, branches, shared layers and models within the model (each gets its own
+    copy of a layer that it shares with another model). An embedding in which many words have equal rows becomes a
+    Sequential model of the same name with two embeddings: the first maps a word to the index of its row. Every other
+    layer keeps its shape, and so do inputs and outputs. Zeros that do not fill a whole unit stay in the smaller
+    kernels.
 
     Args:
-        model: A built Functional or Sequential model of our layers, or of Keras's with zeros in their kernels. It stays
-            as it is.
+        model: A built Functional or Sequential model of our layers, or of Keras's with zeros in their kernels. It does
+            not change.
         threshold: As for `sparsity`: weights whose log alpha is above it are zero in the result.
-        x: Arrays, as `model` takes them, on the first 256 rows of which the two are compared, besides made-up ones.
+        x: Arrays in the structure that `model` takes. The predictions of both models are compared on the first 256
+            rows, and on generated inputs.
 
     Returns:
-        A model of the same kind, not compiled, whose layers `to_deterministic` has named.
+        A model of the same kind, not compiled, with the layer names that `to_deterministic` gives.
 
     Raises:
-        ValueError: As `to_deterministic`; and where no made-up inputs will do and `x` is None.
-        RuntimeError: If the two do not predict the same, to 1e-5 of the largest output (with layers that compute in
-            float16 to 1e-2, in bfloat16 to 5e-2).
+        ValueError: As `to_deterministic`; and if the model does not run on generated inputs and `x` is None.
+        RuntimeError: If the predictions differ by more than 1e-5 of the largest output (1e-2 with layers that compute
+            in float16, 5e-2 in bfloat16).
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -74,7 +76,7 @@ _ROWS = 256
 
 
 def _compare(large, small, inputs):
-    """Raise a `RuntimeError` unless both models predict the same."""
+    """Raise a `RuntimeError` unless both models predict the same on all inputs."""
     tolerance = max(_TOLERANCE.get(layer.compute_dtype, 1e-5) for layer in large._flatten_layers())
     for x in inputs:
         with _forgetting(large), _forgetting(small):
@@ -97,7 +99,7 @@ def _floats(tensor):
 
 @contextlib.contextmanager
 def _forgetting(model):
-    """Recurrent layers that keep their state begin without one, and have their own again afterwards."""
+    """Reset the states of stateful recurrent layers, and restore them afterwards."""
     keeping = [layer for layer in model._flatten_layers() if isinstance(layer, layers.RNN) and layer.stateful]
     states = [state for layer in keeping for state in keras.tree.flatten(layer.states)]
     before = [ops.convert_to_numpy(state) for state in states]
@@ -111,7 +113,7 @@ def _forgetting(model):
 
 
 def _inputs(model, x):
-    """On which models are compared: the first rows of `x`, and made-up ones where the model can take them."""
+    """Return the inputs for the comparison: the first rows of `x`, and generated ones if the model runs on them."""
     given = [] if x is None else [keras.tree.map_structure(lambda each: ops.convert_to_tensor(each[:_ROWS]), x)]
     for length in (8, 64):
         try:
@@ -131,7 +133,7 @@ def _inputs(model, x):
 
 
 def _made_up_inputs(model, length, examples=4):
-    """Normal numbers, or indices into the smallest table; `length` where the model leaves the size open."""
+    """Generate normal numbers, or indices into the smallest table; `length` replaces every unknown size."""
     rng = np.random.default_rng(0)
     tables = [layer.input_dim for layer in model._flatten_layers() if isinstance(layer, layers.Embedding)]
 

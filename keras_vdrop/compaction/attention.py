@@ -1,4 +1,4 @@
-"""How channels go through attention."""
+"""How channels pass through attention."""
 
 import dataclasses
 
@@ -9,17 +9,17 @@ from keras_vdrop.compaction.rules import Rule, first, is_as_built, most
 
 
 class Attention(Rule):
-    """MultiHeadAttention: heads, and the numbers that a head compares (`key_dim`) and carries (`value_dim`).
+    """MultiHeadAttention: removes heads, and numbers that a head compares (`key_dim`) or carries (`value_dim`).
 
-    What is the same for all keys, such as the bias of a key, adds the same to all scores of a query, which softmax does
-    not see. Queries that are the same everywhere, but for 0, weigh the keys alike: one number of a head is enough for
-    all of those. And as weights sum to 1, values that are the same everywhere are what comes out, and go into the
-    output's bias.
+    What is the same for all keys, such as the key bias, adds the same number to all scores of a query, and softmax
+    ignores it. Query numbers that are constant and not 0 weight the key numbers by constants: one number of the head
+    can hold the sum. As the attention weights sum to 1, constant values come out unchanged, and the output bias
+    absorbs them.
     """
 
     @classmethod
     def inputs(cls, call):
-        """Those of query, value and key."""
+        """Return the keys of query, value and key; None for a call with other tensors, or one that returns scores."""
         if call.options.get("return_attention_scores"):
             return None
         places = {0: "query", 1: "value", 2: "key"}
@@ -38,16 +38,16 @@ class Attention(Rule):
 
     @property
     def _is_fused(self):
-        """Whether Keras leaves it to the backend, and does not compute scores itself."""
+        """Whether Keras calls the attention function of the backend, and does not compute the scores itself."""
         return not self.layer.dropout and all(len(shape) == 3 for each in self.shapes for shape in each)
 
     @property
     def _weights_sum_to_1(self):
-        """They do, but for queries that are kept from all keys: their weights are 0 where Keras computes the scores."""
+        """Whether a query's weights sum to 1. Where Keras computes the scores, they are 0 if all keys are masked."""
         return self._is_fused or not (self.masked or self.layer.get_config().get("sliding_window"))
 
     def _needed(self, known):
-        """The `_Projections` with zeros wherever a number changes nothing."""
+        """Return the `_Projections`, with zeros wherever a number does not affect the output."""
         layer = self.layer
         parts = (layer.query_dense, layer.value_dense, layer.key_dense)
         query, value, key = (_projection(part, values) for part, values in zip(parts, known))
@@ -85,12 +85,12 @@ class Attention(Rule):
         alive = [(parts.query.alive | parts.key.alive)[heads], parts.value.alive[heads]]
         sizes = [most(each) for each in alive]
         if self._is_fused and self.layer.key_dim == self.layer.value_dim:
-            sizes = [max(sizes), max(sizes)]  # for which JAX asks
+            sizes = [max(sizes), max(sizes)]  # JAX requires both sizes to be equal
         scored, carried = map(first, alive, sizes)
         query, value, key = (
             part.cut(mask, heads, kept) for part, mask, kept in zip(parts.inputs, ins, (scored, carried, scored))
         )
-        # Scores are divided by the root of the size, which is another now.
+        # Keras divides scores by the square root of `key_dim`, which changes here.
         rescale = np.sqrt(sizes[0] / self.layer.key_dim)
         query = _Projection(query.kernel * rescale, query.bias * rescale)
         kernel = np.take_along_axis(parts.output.kernel[heads], carried[..., None], axis=1)[..., outs[0]]
@@ -108,29 +108,29 @@ class Attention(Rule):
 
 @dataclasses.dataclass
 class _Projection:
-    """A kernel (inputs, heads, size) and a bias (heads, size); of the output, (heads, size, outputs) and (outputs,)."""
+    """Kernel (inputs, heads, size) and bias (heads, size); for the output, (heads, size, outputs) and (outputs,)."""
 
     kernel: np.ndarray
     bias: np.ndarray
 
     @property
     def alive(self):
-        """Of which numbers of which heads not everything is zero."""
+        """Boolean array (heads, size), True where kernel or bias is not zero."""
         return self.kernel.any(axis=0) | (self.bias != 0)
 
     def keep(self, mask):
-        """Let everything else be zero."""
+        """Set kernel and bias to zero where the mask is False."""
         self.kernel *= mask
         self.bias *= mask
 
     def cut(self, into, heads, kept):
-        """For these inputs and heads, and of each head the numbers of these indices."""
+        """Return the part for these inputs and heads, and for the indices `kept` within each head."""
         kernel = np.take_along_axis(self.kernel[into][:, heads], kept[None], axis=2)
         return _Projection(kernel, np.take_along_axis(self.bias[heads], kept, axis=1))
 
 
 def _projection(dense, known=None):
-    """With what constants contribute in the bias."""
+    """Return a layer's `_Projection` in float64, with the contribution of constant inputs folded into the bias."""
     kernel = ops.convert_to_numpy(dense.kernel).astype("float64")
     shape = kernel.shape[-1:] if known is None else kernel.shape[1:]
     bias = np.zeros(shape) if dense.bias is None else ops.convert_to_numpy(dense.bias).astype("float64")
@@ -150,11 +150,11 @@ class _Projections:
 
     @property
     def inputs(self):
-        """Those of the inputs, in the order of the inputs."""
+        """The projections of the inputs, in the order of `Attention.inputs`."""
         return self.query, self.value, self.key
 
     def of(self, out):
-        """With zeros also where only other outputs than these need something."""
+        """Set to zero, in place, what the outputs `out` do not need; return the same object."""
         carried = self.output.kernel[..., out].any(axis=-1)
         self.value.keep(carried)
         for part in (self.query, self.key):

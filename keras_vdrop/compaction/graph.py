@@ -1,4 +1,4 @@
-"""Who calls whom in a model."""
+"""The calls of the layers of a model, and the tensors between them."""
 
 import dataclasses
 
@@ -8,14 +8,16 @@ from keras import layers
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A layer at one place of the graph.
+    """One call of a layer.
+
+    The key of a tensor is (name of the layer that returns it, index of the call, index of the output).
 
     Attributes:
-        name: Of the layer.
-        arguments: Dict from an argument's position or name to what is in it: keys of tensors, None for all else.
-        masks: Keys of the tensors that it was given as masks: of places, not of channels.
-        options: Dict from a name to an argument that is no tensor.
-        outputs: Keys of tensors: (name of the layer that it comes from, call, index).
+        name: Name of the layer.
+        arguments: Dict from the position or name of an argument to a list: keys of its tensors, None for anything else.
+        masks: Keys of the tensors passed as masks, which are masks of positions and not of channels.
+        options: Dict from a name to an argument without tensors.
+        outputs: Keys of the outputs.
     """
 
     name: str
@@ -26,22 +28,22 @@ class Call:
 
     @property
     def inputs(self):
-        """Keys of all tensors that it was given, but for the masks."""
+        """Keys of all input tensors except the masks."""
         return [key for keys in self.arguments.values() for key in keys if key]
 
     @property
     def plain(self):
-        """Whether the inputs are all that it was given, and none of them by name."""
+        """Whether all arguments are tensors and positional; masks and options do not count."""
         return all(isinstance(place, int) and all(keys) for place, keys in self.arguments.items())
 
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """Who calls whom in a model.
+    """The calls of the layers of a model.
 
     Attributes:
-        calls: List of `Call`, each after those that it needs.
-        shapes: Dict from a tensor's key to its shape.
+        calls: List of `Call`, each after those that compute its inputs.
+        shapes: Dict from the key of a tensor to its shape.
         outputs: Keys of the model's outputs.
     """
 
@@ -51,7 +53,7 @@ class Graph:
 
 
 def graph_of(model):
-    """The `Graph` of a Functional or Sequential model."""
+    """Return the `Graph` of a Functional or Sequential model."""
     return _sequential_graph(model) if isinstance(model, keras.Sequential) else _functional_graph(model)
 
 
@@ -73,7 +75,7 @@ def _functional_graph(model):
     shapes = {}
 
     def leaves(value):
-        """Of a serialized value, the key of each tensor, and None for everything else."""
+        """Return the key of each tensor in a serialized value, and None for each other leaf."""
         if isinstance(value, (list, tuple)):
             return [leaf for each in value for leaf in leaves(each)]
         if not isinstance(value, dict):
@@ -107,7 +109,7 @@ def _functional_graph(model):
                 if call.plain and isinstance(by_name.get(call.name), (layers.RNN, layers.Bidirectional)):
                     every = _flat(by_name[call.name].compute_output_shape(shapes[call.inputs[0]]))
                     shapes.update({(*place, index): shape for index, shape in enumerate(every)})
-                # Of any other layer, those that something reads.
+                # For any other layer, only the outputs that something reads are known.
                 keys = sorted(key for key in shapes if key[:2] == place)
                 calls.append(dataclasses.replace(call, outputs=keys))
                 done.add(place)
@@ -115,14 +117,14 @@ def _functional_graph(model):
 
 
 def _flat(shapes):
-    """A list of shapes, of one or of nested ones."""
+    """Return a list of shapes from one shape or a nested structure of shapes."""
     if all(size is None or isinstance(size, int) for size in shapes):
         return [tuple(shapes)]
     return [shape for each in shapes for shape in _flat(each)]
 
 
 def _keys(value):
-    """The keys in what Keras writes down for a model's outputs, which may be nested."""
+    """Return the keys in the `output_layers` of a config, which may be nested."""
     if isinstance(value, dict):
         value = [value[name] for name in sorted(value)]
     if isinstance(value[0], str):

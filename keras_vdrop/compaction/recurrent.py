@@ -1,4 +1,4 @@
-"""How channels go through recurrent layers."""
+"""How channels pass through recurrent layers."""
 
 import numpy as np
 from keras import layers
@@ -7,11 +7,12 @@ from keras_vdrop.compaction.rules import Rule, is_elementwise, rewrapped, tie
 
 
 class Recurrent(Rule):
-    """LSTM, GRU, SimpleRNN: hidden units, whose outputs and states are channels.
+    """LSTM, GRU, SimpleRNN: a hidden unit is a channel of the outputs and of the states.
 
     A unit whose candidate for the new state is always 0 has a state that is always 0.
     """
 
+    # The index of the candidate among the gates.
     _CANDIDATE = {layers.LSTM: 2, layers.GRU: 2, layers.SimpleRNN: 0}  # noqa: RUF012
 
     @classmethod
@@ -24,7 +25,7 @@ class Recurrent(Rule):
         kernel, recurrent, *bias = layer.get_weights()
         self.units = layer.units
         self.kernel, self.recurrent = (each.reshape(len(each), -1, self.units) for each in (kernel, recurrent))
-        # The rows of a GRU's bias: of the product with the inputs, and of that with the state.
+        # A GRU may have two rows of biases: for the product with the inputs and for that with the state.
         gates = self.kernel.shape[1]
         self.bias = bias[0].reshape(-1, gates, self.units) if bias else np.zeros((1, gates, self.units), "float32")
 
@@ -74,7 +75,7 @@ class Recurrent(Rule):
 
 
 class TwoWays(Rule):
-    """Bidirectional, around one of those: both ways have the same number of units."""
+    """Bidirectional around one of these layers. Both directions have, and keep, the same number of units."""
 
     @classmethod
     def fits(cls, layer, inputs):
@@ -87,7 +88,7 @@ class TwoWays(Rule):
         self.ways = [Recurrent(way, *place) for way in (layer.forward_layer, layer.backward_layer)]
 
     def _outputs(self, outs):
-        """The outputs of each way: what it hands over, in which the other may have a part, and its states."""
+        """Return, for each direction, its output (the same for both if they are merged elementwise) and its states."""
         mode = self.layer.merge_mode
         if mode == "concat":
             handed, states = np.split(outs[0], 2), outs[1:]

@@ -1,4 +1,4 @@
-"""How channels go through layers, kind by kind."""
+"""How channels pass through layers, one `Rule` for each kind of layer."""
 
 import keras
 import numpy as np
@@ -6,17 +6,17 @@ from keras import activations, layers, ops
 
 
 class Rule:
-    """How channels go through a layer. This one stands for any layer, of which nothing is known: it needs them all.
+    """How channels pass through a layer. This base class is for an unknown layer, which needs all channels.
 
-    In all methods, `known` is a list of arrays, one an input, the value of a channel where that is constant, else NaN;
-    `ins` and `outs` are lists of boolean arrays, one an input and one an output, True for a channel that is kept.
+    In all methods, `known` is a list of one array for each input: the values of constant channels, and NaN for the
+    others. `ins` and `outs` are lists of one boolean array for each input and output, True for a channel that is kept.
 
     Attributes:
-        layer: The layer, one of Keras's own; or the operation, as `x + y` and `keras.ops` make them.
-        shapes: A list for each call, of the shapes of its inputs.
-        masked: Whether a mask of places may reach it.
-        reads_channels: Whether what is on the last axis of the inputs are channels.
-        has_sizes: Whether some of the layer's arguments are sizes, though it has no weights.
+        layer: The layer, one of Keras's own; or the operation, such as `x + y` and `keras.ops` make.
+        shapes: List of the calls; of each, a list of the shapes of its inputs.
+        masked: Whether a mask of positions may reach the layer.
+        reads_channels: Whether the last axis of the inputs holds channels.
+        has_sizes: Whether some arguments of the layer are sizes, even if it has no weights.
     """
 
     reads_channels = True
@@ -29,42 +29,42 @@ class Rule:
 
     @classmethod
     def inputs(cls, call):
-        """The keys of the inputs of a call; None for a call that it does not know."""
+        """Return the keys of the inputs of a call; None if the rule does not know this form of call."""
         return call.inputs if call.plain else None
 
     @classmethod
     def fits(cls, layer, inputs):
-        """Whether the rule holds for a layer of its kind on inputs of these shapes."""
+        """Return whether the rule holds for a layer of its kind on inputs of these shapes."""
         return True
 
     def constants(self, known, sizes):
-        """The outputs' own `known`, of these sizes."""
+        """Return `known` of the outputs, which have these numbers of channels."""
         return [np.full(size, np.nan) for size in sizes]
 
     def need(self, known, ins, outs):
-        """Set to True, in `ins` and `outs`, what the layer asks for."""
+        """Set to True, in `ins` and `outs`, the channels that the layer needs."""
         for mask in (*ins, *outs):
             mask[:] = True
 
     def settle(self, outs):
-        """Set to True, in `outs`, what shapes ask for when nothing else needs more: a tensor has a channel."""
+        """Set to True, in `outs`, what shapes need once all other needs are met: one channel in each tensor."""
         for mask in outs:
             mask[:1] |= not mask.any()
 
     def cut(self, known, ins, outs):
-        """The arguments that change, or another layer instead; and the weights."""
+        """Return a dict of the arguments that change, or a new layer; and the list of its weights."""
         return {}, self.layer.get_weights()
 
 
 class PassThrough(Rule):
-    """Channels stay what they are, each by itself."""
+    """A layer that does not mix channels: output channel i depends only on input channel i."""
 
     @classmethod
     def fits(cls, layer, inputs):
         return one_input(layer, inputs) and is_elementwise(getattr(layer, "activation", None))
 
     def of_constants(self, value):
-        """What becomes of constants; here nothing."""
+        """Return what the layer makes of constants; here, the same values."""
         return value
 
     def constants(self, known, sizes):
@@ -75,21 +75,21 @@ class PassThrough(Rule):
 
 
 class Elementwise(PassThrough):
-    """A function of each number."""
+    """A function that is applied to each number."""
 
     def of_constants(self, value):
         return np.where(np.isnan(value), np.nan, _apply(self.layer, value))
 
 
 class Padding(PassThrough):
-    """Zeros come in from the border."""
+    """Padding with zeros: a constant channel stays constant only if it is 0."""
 
     def of_constants(self, value):
         return zeros_only(value)
 
 
 class Scaling(PassThrough):
-    """Rescaling: a scale and an offset for all channels, or for each."""
+    """Rescaling: one scale and one offset for all channels, or one for each channel."""
 
     has_sizes = True
 
@@ -129,9 +129,9 @@ class Normalization(PassThrough):
 
 
 class Merge(Rule):
-    """A function of the numbers at one place of several tensors."""
+    """An elementwise function of several tensors."""
 
-    # Layers and operations go by the same names.
+    # By class name, which is the same for layers and operations.
     _OF = {  # noqa: RUF012
         "Add": lambda values: values.sum(axis=0),
         "Subtract": lambda values: values[0] - values[1],
@@ -157,7 +157,7 @@ class Merge(Rule):
 
 
 class Concatenation(Rule):
-    """Channels side by side."""
+    """Concatenation on the channel axis."""
 
     @classmethod
     def fits(cls, layer, inputs):
@@ -174,9 +174,9 @@ class Concatenation(Rule):
 
 
 class Places(Rule):
-    """Flatten and Reshape: of the last axes before and after, the longer has each channel of the shorter several times.
+    """Flatten and Reshape: the longer of the last axes before and after holds each channel of the shorter repeatedly.
 
-    The numbers stay in their order, so a channel is an index modulo the shorter of the two.
+    The numbers keep their order, so a channel is an index modulo the length of the shorter axis.
     """
 
     has_sizes = True
@@ -209,7 +209,7 @@ class Places(Rule):
 
 
 class Permutation(PassThrough):
-    """The last axis stays the last."""
+    """Permute, if the last axis stays last."""
 
     @classmethod
     def fits(cls, layer, inputs):
@@ -217,7 +217,7 @@ class Permutation(PassThrough):
 
 
 class Affine(Rule):
-    """Dense layers and convolutions: activation(Σ x·W + b), with a matrix W, or one for every tap."""
+    """Dense layers and convolutions: activation(Σ x·W + b), with one matrix W, or one for each tap of a filter."""
 
     @classmethod
     def fits(cls, layer, inputs):
@@ -233,19 +233,19 @@ class Affine(Rule):
         return isinstance(self.layer, (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose))
 
     def _taps(self):
-        """The kernel as (taps, inputs, outputs)."""
+        """Return the kernel as an array (taps, inputs, outputs)."""
         kernel = ops.convert_to_numpy(self.layer.kernel)
         kernel = np.swapaxes(kernel, -1, -2) if self._is_transposed else kernel
         return kernel.reshape(-1, *kernel.shape[-2:])
 
     def _kernels(self, into, out):
-        """The kernels of what is kept, and the arguments that change with them."""
+        """Return the arguments that change, and the kernels of the channels that are kept."""
         kernel = ops.convert_to_numpy(self.layer.kernel)
         rows, columns = (out, into) if self._is_transposed else (into, out)
         return {}, [kernel[..., rows, :][..., columns]]
 
     def _usable(self, known):
-        """A constant is one only as long as the border does not show."""
+        """Return the constants that hold at the borders too: only 0 with padding or in a transposed convolution."""
         borders = self._is_transposed or getattr(self.layer, "padding", "valid") != "valid"
         return zeros_only(known[0]) if borders else known[0]
 
@@ -258,12 +258,12 @@ class Affine(Rule):
         return [np.where(varies, np.nan, constant) for _ in sizes]
 
     def _folded(self, value, channels):
-        """The bias with what these channels, which are constant, contribute."""
+        """Return the bias plus the contribution of these constant channels."""
         return self.bias + np.einsum("c,tcu->u", value[channels], self.taps[:, channels].astype("float64"))
 
     def need(self, known, ins, outs):
         (out,) = outs
-        out |= not is_elementwise(self.layer.activation)  # which, as softmax, looks at them all
+        out |= not is_elementwise(self.layer.activation)  # such as softmax, which depends on all channels
         ins[0] |= (self.taps[:, :, out] != 0).any(axis=(0, 2)) & np.isnan(self._usable(known))
 
     def cut(self, known, ins, outs):
@@ -277,10 +277,10 @@ class Affine(Rule):
 
 
 class Separable(Affine):
-    """A depthwise convolution, and a matrix after it."""
+    """A depthwise convolution followed by a matrix."""
 
     def _parts(self):
-        """The two kernels as (taps, inputs, multiplier) and (inputs, multiplier, outputs)."""
+        """Return the two kernels as (taps, inputs, multiplier) and (inputs, multiplier, outputs)."""
         depthwise, pointwise = map(ops.convert_to_numpy, (self.layer.depthwise_kernel, self.layer.pointwise_kernel))
         depthwise = depthwise.reshape(-1, *depthwise.shape[-2:])
         return depthwise, pointwise.reshape(*depthwise.shape[1:], -1)
@@ -303,7 +303,7 @@ class Separable(Affine):
 
 
 class Depthwise(Rule):
-    """A convolution of each channel by itself, into as many as `depth_multiplier`."""
+    """Depthwise convolution: each input channel gives `depth_multiplier` output channels."""
 
     @classmethod
     def fits(cls, layer, inputs):
@@ -321,9 +321,9 @@ class Depthwise(Rule):
 
 
 class Table(Rule):
-    """An embedding: its inputs are indices, its outputs the columns of a table.
+    """An embedding: its inputs are indices, and its output channels are the columns of a table.
 
-    Where that is smaller, rows that are the same become one: a first embedding, into one number, has the row's index.
+    Equal rows are merged if that is smaller: a first embedding then maps a word to the index of its row.
     """
 
     reads_channels = False
@@ -337,12 +337,12 @@ class Table(Rule):
         return [np.where((table == table[0]).all(axis=0), table[0], np.nan) for _ in sizes]
 
     def need(self, known, ins, outs):
-        """It needs nothing, and the table can lose any column."""
+        """Need nothing: the table can lose any column."""
 
     def cut(self, known, ins, outs):
         (table,) = self.layer.get_weights()
         table = table[:, outs[0]]
-        alone = int(self.layer.mask_zero)  # the first row is then like no other, as it is masked
+        alone = int(self.layer.mask_zero)  # the row of word 0 is then masked, so it stays separate
         rows, index = np.unique(table[alone:] + np.zeros((), table.dtype), axis=0, return_inverse=True)
         rows = np.concatenate([table[:alone], rows])
         index = np.concatenate([np.arange(alone), index.reshape(-1) + alone])
@@ -352,11 +352,11 @@ class Table(Rule):
         return self._in_two(shape, rows), [index[:, None].astype("float32"), rows]
 
     def _common_shape(self):
-        """The shape of the inputs of all calls, with None where sizes differ; or None where that will not do."""
+        """Return the input shape of all calls, with None for sizes that differ; or None if a split is impossible."""
         shapes = [inputs[0] for inputs in self.shapes]
         if len({len(shape) for shape in shapes}) != 1:
             return None
-        if self.layer.mask_zero and "int" not in self.layer.input.dtype:  # 0.5 is the word 0, but not masked
+        if self.layer.mask_zero and "int" not in self.layer.input.dtype:  # 0.5 selects word 0 without being masked
             return None
         shape = [sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes)]
         return None if shape[1:].count(None) > 1 else tuple(shape)
@@ -376,7 +376,7 @@ class Table(Rule):
 
 _ELEMENTWISE = """celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear log_sigmoid
     mish relu relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus squareplus tanh tanh_shrink threshold"""
-_EXACT_INTEGERS = 2**24  # in float32
+_EXACT_INTEGERS = 2**24  # float32 holds all integers up to this
 
 
 def one_input(layer, inputs):
@@ -384,12 +384,12 @@ def one_input(layer, inputs):
 
 
 def is_as_built(layer):
-    """Whether its weights are those that it was built with: neither quantized nor split in two."""
+    """Return whether a layer has the weights it was built with: neither quantized nor with a low-rank adaptation."""
     return getattr(layer, "quantization_mode", None) is None and not getattr(layer, "lora_enabled", False)
 
 
 def _of_channels(shape):
-    """The shapes of numbers of which each channel of such an input has one."""
+    """Return the shapes of arrays that broadcast to an input of this shape with one number for each channel."""
     return [(*[1] * more, shape[-1]) for more in range(len(shape))]
 
 
@@ -398,7 +398,7 @@ def is_elementwise(activation):
 
 
 def _apply(function, values):
-    """A function of a tensor, of each number by itself, on an array."""
+    """Apply an elementwise function of tensors to an array."""
     return ops.convert_to_numpy(function(ops.convert_to_tensor(values, "float32"))).astype("float64")
 
 
@@ -407,24 +407,24 @@ def zeros_only(value):
 
 
 def most(alive):
-    """How many are alive in the row in which most are, but at least 1."""
+    """Return the largest number of True values in a row, but at least 1."""
     return max(int(alive.sum(axis=-1).max()), 1)
 
 
 def first(alive, width):
-    """Along the last axis, the indices of what is alive in each row, and then of others, so many that it is `width`."""
+    """Return `width` indices into each row (the last axis): those of the True values first, then others."""
     return np.argsort(~alive, axis=-1, kind="stable")[..., :width]
 
 
 def tie(*masks):
-    """What is kept in one is kept in all."""
+    """Set each mask, in place, to the union of all: what one keeps, all keep."""
     union = np.logical_or.reduce(masks)
     for mask in masks:
         mask |= union
 
 
 def rewrapped(serialized, changes):
-    """What Keras serialized of a layer within another, with other arguments."""
+    """Return a serialized inner layer with changed arguments."""
     return {
         **{name: value for name, value in serialized.items() if name != "build_config"},
         "config": {**serialized["config"], **changes},

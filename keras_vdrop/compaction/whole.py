@@ -1,4 +1,4 @@
-"""All layers together: what each needs of the others, until nothing changes."""
+"""Propagate constants and needs through all layers of a model, and cut the layers."""
 
 import keras
 import numpy as np
@@ -28,7 +28,12 @@ from keras_vdrop.conversion import is_graph, known_layers, take_over
 
 
 def shrink(model, masked=None):
-    """A model of fewer channels, of one that has only Keras's layers; `masked`: whether inputs may have masks."""
+    """Return a smaller copy of a model of Keras's own layers.
+
+    Args:
+        model: A Functional or Sequential model.
+        masked: Whether its tensors may have masks; None to find out from its layers.
+    """
     masked = _makes_masks(model) if masked is None else masked
     graph = graph_of(model)
     sizes = {key: (shape[-1] if shape else None) or 0 for key, shape in graph.shapes.items()}
@@ -57,7 +62,7 @@ def shrink(model, masked=None):
             changes[group.name], weights[group.name] = group.rule.cut(group.known(known), *group.masks(kept))
     config = model.get_config()
     for entry in config["layers"]:
-        entry.pop("build_config", None)  # of the sizes before
+        entry.pop("build_config", None)  # it holds the old sizes
         change = changes.get(entry["config"].get("name"), {})
         if isinstance(change, layers.Layer):
             entry.update(keras.saving.serialize_keras_object(change))
@@ -72,7 +77,7 @@ def shrink(model, masked=None):
 
 
 def _makes_masks(model):
-    """Whether any layer may mask places: it says so, or is one of the user's own."""
+    """Return whether any layer may make a mask of positions: by its arguments, or because it runs a user's code."""
     return any(
         isinstance(layer, (layers.Masking, layers.Lambda))
         or getattr(layer, "mask_zero", False)
@@ -82,7 +87,7 @@ def _makes_masks(model):
 
 
 class Nested(Rule):
-    """A model within the model: it keeps its inputs and outputs, and is compacted by itself."""
+    """A model within the model. It keeps its inputs and outputs, and is compacted on its own."""
 
     reads_channels = False
 
@@ -96,7 +101,7 @@ class Nested(Rule):
 
 
 class Wrapped(Rule):
-    """TimeDistributed: what the layer within it does, without the axis of time."""
+    """TimeDistributed: the rule of the wrapped layer, with input shapes without the time axis."""
 
     has_sizes = True
 
@@ -148,7 +153,7 @@ _RULES = {
 }
 _RULE_OF = {getattr(layers, name): rule for rule, names in _RULES.items() for name in names.split()}
 
-# Of Keras's operations, by the names of their types, which are not public.
+# Rules of Keras's operations, by class name, because the classes are not public.
 _OPERATIONS = {
     Merge: "Add Subtract Multiply Maximum Minimum",
     Concatenation: "Concatenate",
@@ -158,7 +163,7 @@ _OPERATION_RULE_OF = {name: rule for rule, names in _OPERATIONS.items() for name
 
 
 def _kind(operation):
-    """The rule of a layer or of another operation."""
+    """Return the class of the rule of a layer or another operation."""
     if isinstance(operation, layers.Layer):
         nested = isinstance(operation, keras.Model) and is_graph(operation)
         return Nested if nested else _RULE_OF.get(type(operation), Rule)
@@ -167,11 +172,11 @@ def _kind(operation):
 
 
 class Group:
-    """A layer that is cut, with all its calls, for which it is cut alike; or one call of any other layer.
+    """A layer that is cut, with all its calls, because the cut is the same for all; or one call of any other layer.
 
     Attributes:
-        name: Of the layer.
-        calls: Those calls.
+        name: Name of the layer.
+        calls: List of its calls in this group.
         rule: Its `Rule`.
     """
 
@@ -185,7 +190,7 @@ class Group:
         self.rule = kind(layer, [[shapes[key] for key in keys] for keys in self._inputs], masked)
 
     def _known_inputs(self, kind, layer, shapes):
-        """The inputs of each call, in the order of the rule; None where the rule does not hold."""
+        """Return the keys of each call's inputs, in the order of the rule; None if the rule does not hold."""
         inputs = [kind.inputs(call) for call in self.calls]
         if None in inputs:
             return None
@@ -197,12 +202,12 @@ class Group:
         return inputs if all(kind.fits(layer, each) for each in of_calls) else None
 
     def known(self, known):
-        """What is known of the inputs: of several calls' nothing, as it need not be the same."""
+        """Return the constants of the inputs; with several calls none, because constants may differ between calls."""
         values = [known[key] for key in self._inputs[0]]
         return values if len(self.calls) == 1 else [np.full_like(value, np.nan) for value in values]
 
     def masks(self, kept):
-        """What any of the calls keeps of inputs and of outputs, of which a call may have more than another."""
+        """Return what any call keeps of its inputs and outputs; calls may differ in their number of outputs."""
 
         def union(every):
             longest = max(map(len, every))
@@ -215,7 +220,7 @@ class Group:
         return union(inputs), union([call.outputs for call in self.calls])
 
     def grow(self, known, kept):
-        """Add what the layer needs to `kept`, of all calls alike."""
+        """Add what the layer needs to `kept`, the same for all calls."""
         ins, outs = self.masks(kept)
         self.rule.need(self.known(known), ins, outs)
         self._keep(kept, ins, outs)
@@ -224,7 +229,7 @@ class Group:
                 kept[key][:] = True
 
     def settle(self, kept):
-        """Add what the shapes of the layer need."""
+        """Add what the shapes of the layer need to `kept`."""
         ins, outs = self.masks(kept)
         self.rule.settle(outs)
         self._keep(kept, ins, outs)
@@ -236,7 +241,7 @@ class Group:
 
 
 def _groups(model, graph, masked):
-    operations = getattr(model, "operations", model.layers)  # a Sequential model has layers alone
+    operations = getattr(model, "operations", model.layers)  # a Sequential model has only layers
     by_name = {operation.name: operation for operation in operations}
     groups = []
     for name in dict.fromkeys(call.name for call in graph.calls):
@@ -253,7 +258,7 @@ def _groups(model, graph, masked):
 
 
 def _grow(groups, known, kept):
-    """Add what is needed for what is needed."""
+    """Propagate needs until nothing changes."""
     before = None
     while before != _count(kept):
         before = _count(kept)

@@ -1,4 +1,4 @@
-"""From Keras's own layers to variational ones, and back."""
+"""Convert models of Keras's own layers to variational models, and back."""
 
 from keras_vdrop.conversion.deterministic import stock_twin, to_deterministic
 from keras_vdrop.conversion.graphs import input_structure, is_graph, known_layers, take_over

@@ -1,4 +1,4 @@
-"""What a copy of a model is given of it: weights, states, what is frozen, and what it was compiled with."""
+"""Copy weights, states, `trainable` flags and the compile configuration from a model to its twin, a converted copy."""
 
 import math
 from types import MappingProxyType
@@ -14,8 +14,10 @@ from keras_vdrop.posterior import VariationalWeight, posteriors
 
 
 def stock_weights(layer):
-    """The weights of a model or layer that Keras's own layers have too: of a posterior its mean, of noise nothing, and
-    of a low-rank update the weight that it is of."""
+    """Return the weights of a model or layer that the corresponding layers of Keras have too.
+
+    Of a posterior that is the mean, of noise nothing, and of a low-rank update only the weight that it updates.
+    """
     ours_alone = set()
     for posterior in posteriors(layer):
         owner = posterior.owner
@@ -28,20 +30,20 @@ def stock_weights(layer):
 
 
 def _update(posterior):
-    """The low-rank update that a posterior is a part of, or None."""
+    """Return the low-rank update that a posterior belongs to, or None."""
     return getattr(posterior, "update", None)
 
 
 def _origins(layer, value):
-    """What stands in the places of variables that layers of Keras's do not have.
+    """Return the values that replace the weights with a posterior in a twin made of Keras's own layers.
 
     Args:
         layer: A model or layer.
-        value: Function from a `VariationalWeight` to what stands for it, a tensor.
+        value: Function from a `VariationalWeight` to the tensor that replaces it.
 
     Returns:
-        Dict from the id of a variable to a function that gives its place a value, and the variable that tells whether
-        it is frozen.
+        Dict from the id of a variable (`loc`, or the weight that has a low-rank update) to a pair: a function that
+        returns the value to copy, and the variable whose `trainable` flag the target takes over.
     """
     found = {}
     for posterior in posteriors(layer):
@@ -53,29 +55,30 @@ def _origins(layer, value):
 
 
 def array(variable):
-    """The values of a variable or tensor: a copy, because JAX gives away what a variable holds."""
+    """Return the values of a variable or tensor as a copy: JAX may donate the buffer of a variable."""
     return np.array(ops.convert_to_numpy(variable))
 
 
 def carry_over(model, twin, made, value=None):
-    """Give a twin, in which some layers are of other classes, the weights of the model, its states and what is frozen.
+    """Copy weights, states and `trainable` flags from a model to a twin in which some layers have other classes.
 
     Args:
         model: The model.
         twin: The twin.
-        made: Dict from ids of layers of the model to those of the twin, as `graph_copy` returns it.
-        value: Function from a `VariationalWeight` of the model to what its place is given where it has none.
+        made: Dict from the ids of the model's layers to the layers of the twin, as `graph_copy` returns it.
+        value: Function from a `VariationalWeight` of the model to the tensor that replaces it in a twin without
+            posteriors; None if the twin keeps the posteriors of the model.
 
     Returns:
-        List of the posteriors that the model does not have.
+        List of the posteriors of the twin that the model does not have.
 
     Raises:
-        ValueError: Where the twin has other weights.
+        ValueError: If the weights of the twin do not match those of the model.
     """
     origins = {} if value is None else _origins(model, value)
     pairs = list(_pairs(model, twin, made))
     for old, new in pairs:
-        new.trainable = old.trainable  # and so is all within it, until its own turn
+        new.trainable = old.trainable  # sets all sublayers too, which come later in `pairs`
     fresh = []
     for old, new in pairs:
         if _is_alike(old, new):
@@ -83,7 +86,7 @@ def carry_over(model, twin, made, value=None):
             _keep_kl_weight(old, new)
             continue
         fresh += posteriors(new)
-        if not _is_wrapped(old, new):  # whose layer is in another pair
+        if not _is_wrapped(old, new):  # the layer in the wrapper is a pair of its own
             _assign(old, _by_name(stock_weights(old)), _by_name(stock_weights(new)), origins)
             _assign(old, _recurrent_states(old), _recurrent_states(new))
     _check_shared(model, twin)
@@ -96,7 +99,7 @@ def carry_over(model, twin, made, value=None):
 
 
 def _pairs(old, new, made):
-    """Every layer of a model with that of its twin, after those that it is in; within layers of one class alone."""
+    """Yield pairs of a layer and its twin, outer layers first; sublayers only if both have the same parts."""
     yield old, new
     for pair in _within(old, new, made):
         yield from _pairs(*pair, made)
@@ -106,7 +109,7 @@ def _within(old, new, made):
     if _is_wrapped(old, new):
         return [(old, new.layer)]
     if id(old) in made and is_graph(old):
-        # A class of models may hold its layers in another order than that of the graph.
+        # A subclass of `Functional` may hold its layers in another order than the graph.
         return [(layer, made[id(layer)]) for layer in old.layers if id(layer) in made]
     if not _is_alike(old, new):
         return []
@@ -120,7 +123,7 @@ def _within(old, new, made):
 
 
 def _is_alike(old, new):
-    """Whether the twin of a layer has the same parts."""
+    """Return whether a layer and its twin have the same parts: both are of one class, or both are graphs."""
     return type(new) is type(old) or (is_graph(old) and is_graph(new))
 
 
@@ -129,24 +132,24 @@ def _is_wrapped(old, new):
 
 
 def _own_variables(layer):
-    """The variables of a layer that are not of the layers within it; the states of generators among them."""
+    """Return the variables of a layer without those of its sublayers, but with the states of its seed generators."""
     within = {id(variable) for each in children(layer) for variable in each.variables}
     return [variable for variable in layer.variables if id(variable) not in within]
 
 
 def _recurrent_states(layer):
-    """What a recurrent layer keeps from one batch to the next."""
+    """Return the states that a stateful recurrent layer keeps from one batch to the next."""
     kept = isinstance(layer, keras.layers.RNN) and layer.stateful and layer.states is not None
     return keras.tree.flatten(layer.states) if kept else []
 
 
 def _by_name(variables):
-    """The order in which a layer of ours has the variables of Keras's, though some are frozen in only one of them."""
+    """Sort variables by name: the order in a layer depends on which are frozen, and that may differ between twins."""
     return sorted(variables, key=lambda variable: variable.name.removesuffix("_loc"))
 
 
 def _assign(layer, sources, targets, origins=MappingProxyType({})):
-    """Give variables the values of others, or what stands for those, and freeze those whose others are frozen."""
+    """Copy values (or their replacements in `origins`) and `trainable` flags from `sources` to `targets`."""
     shapes, expected = ([tuple(each.shape) for each in variables] for variables in (targets, sources))
     if shapes != expected:
         raise ValueError(
@@ -160,7 +163,7 @@ def _assign(layer, sources, targets, origins=MappingProxyType({})):
 
 
 def _check_shared(model, twin):
-    """Raise a `ValueError` where the twin has two of what is one in the model."""
+    """Raise a `ValueError` if the twin has separate copies of weights that the model shares."""
     sizes = [sum(math.prod(each.shape) for each in stock_weights(each_model)) for each_model in (model, twin)]
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -170,16 +173,16 @@ def _check_shared(model, twin):
 
 
 def _keep_kl_weight(old, new):
-    """Let a layer know that its KL weight has been set, by a callback, if that is so."""
+    """Mark the KL weight of the new layer as set if that of the old one is set, for example by a callback."""
     if isinstance(old, StochasticLayer) and old._kl_weight is not None and not is_unset(old):
         new.kl_weight = float(array(old.kl_weight))
 
 
 def compile_as(model, twin):
-    """Compile a twin with what a model was compiled with: an optimizer of the same arguments, and copies of metrics.
+    """Compile a twin as its model was compiled, with a new optimizer of the same arguments and copies of the metrics.
 
     Returns:
-        None, or the reason why it cannot be done.
+        None, or the reason why the twin could not be compiled.
     """
     if not model.compiled:
         return None
@@ -191,7 +194,7 @@ def compile_as(model, twin):
         metrics = {name: _copied_metrics(given[name]) for name in ("metrics", "weighted_metrics")}
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         twin.compile(**{**given, **metrics, "optimizer": optimizer, "auto_scale_loss": scaled})
-    except Exception as error:  # of a class of the user's own, whose config may fail in any way
+    except Exception as error:  # the config of a user's class may fail with any exception
         return f"of its optimizer or metrics there is no copy ({type(error).__name__}: {error})"
     return None
 
@@ -201,7 +204,7 @@ def _again(thing):
 
 
 def _copied_metrics(value):
-    """What `compile` takes as metrics, with copies of those that have a state."""
+    """Copy the `metrics` argument of `compile`; only `Metric` objects, which have a state, become new objects."""
     if isinstance(value, dict):
         return {name: _copied_metrics(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):

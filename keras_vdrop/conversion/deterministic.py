@@ -1,4 +1,4 @@
-"""Back to Keras's own layers: the same predictions without the distributions, or one draw of them."""
+"""Convert back to Keras's own layers: the model at the posterior mean, or one draw of it."""
 
 import collections
 import inspect
@@ -23,28 +23,29 @@ from keras_vdrop.layers.base import DropIn, StochasticLayer
 
 
 def to_deterministic(model, sample=False, seed=None):
-    """The same model of Keras's own layers: w = loc, or with `sample` one draw w ~ N(loc, exp(log_variance)) of each
-    weight; 0 where pruned.
+    """Return the same model made of Keras's own layers, with w = loc, or one draw w ~ N(loc, exp(log_variance)).
 
-    Nothing of this package is needed to load or serve it. At the mean it predicts what `model` predicts. A draw is one
-    network of the posterior: several calls make an ensemble, each of them in a plain file. Layers that only make noise
-    become what they are without it, and `ConcreteDropout` the layer that it wraps. A low-rank update is in the kernel
-    that it is of. A layer that was named after its class is named after its new one (`variational_dense_3`, `dense_3`),
-    unless another has that name; a name that you gave stays.
+    Pruned weights are 0. The result loads and runs without this package. At the mean, it predicts what `model`
+    predicts. With `sample`, it is one draw from the posterior: several calls make an ensemble, each member of which can
+    be saved to a plain file. Layers that only add noise are replaced by their noise-free form, and `ConcreteDropout` by
+    the layer that it wraps. A low-rank update is merged into its kernel. A layer that Keras named after its class is
+    renamed after its new class (`variational_dense_3` to `dense_3`), unless that name is taken; a name that you gave
+    stays.
 
     Args:
-        model: A built Functional or Sequential model, or a `Variational` of any other; models and wrappers within it
-            are converted too.
-        sample: Whether weights are drawn.
+        model: A built Functional or Sequential model, or a `Variational` around any other model. Models and wrappers
+            within it are converted too.
+        sample: Whether to draw the weights.
         seed: Int for the same draw every time, or None.
 
     Returns:
         A model of the same kind, not compiled.
 
     Raises:
-        ValueError: For a subclassed model, whose layers its own code puts together; one that has not been built; or
-            one with a layer that cannot be made again from its arguments and weights: a subclass of one of ours, one
-            with a function that is not registered, or a lookup that has learned its vocabulary.
+        ValueError: For a subclassed model, because only its own code knows how the layers are connected; for a model
+            that has not been built; or for a layer that cannot be made again from its arguments and weights: a
+            subclass of one of our layers, a layer with a function that is not registered, or a lookup layer that has
+            learned its vocabulary.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -66,10 +67,10 @@ def to_deterministic(model, sample=False, seed=None):
 
 
 def stock_twin(model, value):
-    """The model of Keras's own layers in which every `VariationalWeight` is `value(weight)`, a tensor."""
+    """Return the model made of Keras's own layers in which each `VariationalWeight` is the tensor `value(weight)`."""
     inside = model.layer if isinstance(model, Variational) else model
     if not is_graph(inside) and inside is model:
-        if isinstance(getattr(model, "model", None), keras.Model):  # as `MonteCarlo` does
+        if isinstance(getattr(model, "model", None), keras.Model):  # such as `MonteCarlo`
             raise ValueError(
                 f"{model.name!r}, a {type(model).__name__}, wraps another model: pass that one, its `model` "
                 f"({model.model.name!r})."
@@ -109,12 +110,12 @@ def stock_twin(model, value):
     return twin
 
 
-# A low-rank update is in the kernel of the twin.
+# Arguments without a use in the twin, where low-rank updates are merged into the kernels.
 _OF_UPDATES = {"lora_rank", "lora_alpha"}
 
 
 class _Names:
-    """Names after Keras's classes for layers that were named after ours; all others stay, and none is given twice."""
+    """Name layers after Keras's classes if they were named after ours. Other names stay, and all stay unique."""
 
     def __init__(self, model):
         layers_within = model._flatten_layers()
@@ -123,7 +124,7 @@ class _Names:
         self._uses = collections.Counter(every.values())
 
     def __call__(self, name, cls, new):
-        """The name of what takes the place of a layer of class `cls`: something of the class `new`."""
+        """Return the name of the layer of class `new` that replaces a layer `name` of class `cls`."""
         named_after = re.fullmatch(rf"(forward_|backward_)?{_snake_case(cls)}(_\d+)?", name)
         if named_after is None:
             return name
@@ -131,7 +132,7 @@ class _Names:
         return self._unless_taken(f"{before}{_snake_case(new)}{number}", name, 0)
 
     def of_wrapper(self, name, cls, within):
-        """The name of what takes the place of a wrapper of class `cls`: the layer that was within it."""
+        """Return the name of the layer that replaces its wrapper `name` of class `cls`; its own name is `within`."""
         named_after = re.fullmatch(rf"{_snake_case(cls)}(_\d+)?", name)
         return name if named_after is None else self._unless_taken(within, name, 1)
 
@@ -143,7 +144,7 @@ class _Names:
 
 
 class _SameNames:
-    """Every name stays."""
+    """Keep every name."""
 
     def __call__(self, name, cls, new):
         return name
@@ -152,13 +153,13 @@ class _SameNames:
 
 
 def _snake_case(cls):
-    """The name that Keras gives to the first layer of a class."""
+    """Return the name that Keras gives to the first layer of a class."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", cls.__name__)
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
 def _stock(value, names):
-    """What Keras serialized, with its own layers in the places of ours, at every depth."""
+    """Replace our layers by Keras's in a serialized value, at every depth."""
     if isinstance(value, (list, tuple)):
         return [_stock(each, names) for each in value]
     if not isinstance(value, dict):
@@ -166,16 +167,16 @@ def _stock(value, names):
     name = value.get("registered_name")
     cls = name and keras.saving.get_registered_object(name)
     if "inbound_nodes" in value:
-        names = _SameNames()  # the calls of other layers refer to them
+        names = _SameNames()  # the calls of other layers refer to these names
     if not (isinstance(cls, type) and issubclass(cls, (DropIn, StochasticLayer))):
-        # Sizes of variables that the twin does not have are no use to it.
+        # The build config describes variables that the twin may not have.
         return {key: _stock(each, names) for key, each in value.items() if key != "build_config"}
     calls = {key: value[key] for key in ("name", "inbound_nodes") if key in value}
     return {**calls, **_stock_of_ours(cls, value["config"], names)}
 
 
 def _stock_of_ours(cls, config, names):
-    """The same of one of our layers."""
+    """Return the serialized layer of Keras that replaces one of our layers."""
     if not cls.__module__.startswith("keras_vdrop."):
         raise ValueError(
             f"{config['name']!r} is a {cls.__name__}, of which only its own code knows how it differs from the layer "
@@ -202,7 +203,7 @@ def _stock_of_ours(cls, config, names):
 
 
 def _stock_gaussian_dropout(layer, value, names):
-    """Without noise it is x, and 0 in the units that are pruned; of a draw, x times a number for each unit."""
+    """Return `Identity`, or `Rescaling` by a factor for each unit: 0 for a pruned unit, or the drawn factor."""
     scale = None if layer.alpha == "fixed" else ops.convert_to_numpy(value(layer.scale))
     plain = scale is None or (scale == 1.0).all()
     stock = layers.Identity if plain else layers.Rescaling

@@ -1,4 +1,4 @@
-"""Models of which Keras knows how their layers are put together, and their copies of other layers."""
+"""Graphs, which are Functional and Sequential models, and copies of them with other layers."""
 
 import contextlib
 import warnings
@@ -8,12 +8,12 @@ from keras import layers
 
 
 def is_graph(model):
-    """Whether it is a model of which Keras knows how its layers are put together."""
+    """Return whether a model is a graph, Functional or Sequential: Keras knows how its layers are connected."""
     return _graph_class(model) is not None
 
 
 def is_plain_graph(model):
-    """The same, where the model's own code does not put them together in another way."""
+    """Return whether a model is a graph and does not override `call`, which could connect the layers differently."""
     base = _graph_class(model)
     return base is not None and type(model).call is base.call
 
@@ -23,44 +23,44 @@ def _graph_class(model):
 
 
 def children(layer):
-    """The layers that a layer holds itself, in the order in which it was given them."""
+    """Return the direct sublayers of a layer, in the order in which they were assigned."""
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
 def serialized(layer):
-    """A layer as Keras serializes it."""
+    """Return the dict to which Keras serializes a layer."""
     with _without_warnings():
         return keras.saving.serialize_keras_object(layer)
 
 
 def config_of(layer):
-    """The config of a layer."""
+    """Return the config of a layer without warnings."""
     with _without_warnings():
         return layer.get_config()
 
 
 @contextlib.contextmanager
 def _without_warnings():
-    """Of a lambda there is no need to warn: it stays in this process."""
+    """Suppress warnings, such as that about a serialized lambda: the config does not leave this process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def graph_copy(model, make):
-    """A model of the same graph, not compiled.
+    """Copy a model's graph with other layers. The copy is not compiled.
 
     Args:
-        model: A Functional or Sequential model, built.
-        make: Function from a layer, or another operation, at any depth of models within models, to what takes its
-            place.
+        model: A built Functional or Sequential model.
+        make: Function from a layer or another operation to its replacement. It is called at every depth of nested
+            models.
 
     Returns:
-        The model, whose weights are those that its layers start with; and a dict from the ids of layers and models to
-        what takes their places.
+        The copy, with freshly initialized weights; and a dict from the ids of the layers and models to their
+        replacements.
 
     Raises:
-        ValueError: For a model within it whose copy would have another `call`.
+        ValueError: For a model, or a model within it, whose copy would lose its own `call`.
     """
     made, inputs = {}, {}
 
@@ -85,9 +85,9 @@ def graph_copy(model, make):
 
 
 def model_copy(model):
-    """A model of the same class and arguments, built if Keras can, and not compiled."""
+    """Return a model of the same class and arguments, not compiled, and built if Keras can build it."""
     config = {name: value for name, value in serialized(model).items() if name != "compile_config"}
-    with _without_warnings():  # that it cannot be built, `check_built` says
+    with _without_warnings():  # `check_built` reports a model that cannot be built
         return keras.saving.deserialize_keras_object(config, safe_mode=False)
 
 
@@ -101,7 +101,7 @@ def check_built(copy, model):
 
 
 def known_layers(model):
-    """A scope in which the types of the model's layers are found by their names, registered or not."""
+    """Return a scope in which Keras finds the classes of the model's layers by name, registered or not."""
     types = [type(layer) for layer in model._flatten_layers()]
     return keras.saving.custom_object_scope(
         {cls.__name__: cls for cls in types if not cls.__module__.startswith("keras.")}
@@ -109,12 +109,12 @@ def known_layers(model):
 
 
 def input_structure(model):
-    """The symbolic inputs as the model takes them: one, a list or a dict."""
+    """Return the symbolic inputs in the structure that the model takes: one tensor, a list or a dict."""
     return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
 
 
 def check_lookup(layer):
-    """Raise a `ValueError` for a layer that has learned what neither its arguments nor its weights hold."""
+    """Raise a `ValueError` for a lookup layer: neither its arguments nor its weights hold the learned vocabulary."""
     if isinstance(layer, (layers.IntegerLookup, layers.StringLookup, layers.TextVectorization)):
         raise ValueError(
             f"{layer.name!r} has its vocabulary neither in its arguments nor in its weights. Leave it out of the "
@@ -123,7 +123,7 @@ def check_lookup(layer):
 
 
 def take_over(model):
-    """Let layers that do not compute with their weights, but with what they once took from them, take it again."""
+    """Let `Normalization` layers recompute the values that they derive from their weights and compute with."""
     for layer in model._flatten_layers():
         if isinstance(layer, layers.Normalization):
             layer.finalize_state()
@@ -131,7 +131,7 @@ def take_over(model):
 
 @contextlib.contextmanager
 def _not_compiled(model):
-    """Keras would compile a clone too, by way of a config that cannot hold every loss."""
+    """Mark models as not compiled: Keras would compile the clone from a config, which cannot hold every loss."""
     compiled = [each for each in model._flatten_layers() if getattr(each, "compiled", False)]
     for each in compiled:
         each.compiled = False
@@ -143,11 +143,11 @@ def _not_compiled(model):
 
 
 def _same_inputs(model, made):
-    """Inputs of the same names, which Keras would give new ones; None for a Sequential model, where it does not.
+    """Return new inputs of the same names; None for a Sequential model, where Keras keeps the names itself.
 
     Args:
         model: A Functional or Sequential model.
-        made: Dict from the ids of inputs to those in their places, to which these are added: models may share them.
+        made: Dict from the ids of inputs to the new inputs. New ones are added to it, because models may share inputs.
     """
     if isinstance(model, keras.Sequential):
         return None

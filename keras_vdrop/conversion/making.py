@@ -1,4 +1,4 @@
-"""Layers that take the places of others: variational ones, noise that can be sampled, and copies."""
+"""Make the layers that replace others: variational layers, noise that can be sampled, and copies."""
 
 import dataclasses
 import textwrap
@@ -11,7 +11,7 @@ from keras_vdrop.conversion.graphs import check_built, check_lookup, children, c
 from keras_vdrop.conversion.survey import COUNTERPARTS, exchange
 from keras_vdrop.layers import MonteCarloDropout, Variational, VariationalDense, VariationalGaussianDropout
 
-# Of which ours can have a low-rank update.
+# Keras's layers whose counterparts can have a low-rank update.
 _ADAPTABLE = (
     *(layers.Dense, layers.EinsumDense, layers.Embedding, layers.MultiHeadAttention),
     *(layers.Conv1D, layers.Conv2D, layers.Conv3D),
@@ -22,7 +22,7 @@ NOISE_KINDS = (None, "monte_carlo", "variational")
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Those of variational layers, as they are given to each.
+    """The arguments that all new variational layers share.
 
     Raises:
         ValueError: For a value that is out of range.
@@ -42,7 +42,7 @@ class Arguments:
         VariationalDense(1, name="arguments", **vars(self))
 
     def of(self, cls):
-        """For a class, which may not have that estimator, and knows of ranks where one is given."""
+        """Return the arguments for a class: "auto" if it lacks the estimator, `lora_*` only if there is a rank."""
         known = getattr(cls, "_cell_class", cls)._estimators()
         given = {**vars(self), "estimator": self.estimator if self.estimator in known else "auto"}
         if self.lora_rank is None:
@@ -51,10 +51,10 @@ class Arguments:
 
 
 def counterpart(layer, arguments):
-    """Our layer of the arguments of Keras's, not built.
+    """Return the counterpart of a layer of Keras, with the same arguments, not built.
 
     Raises:
-        ValueError: Where ours does not take what Keras's does, or has no low-rank update and is to have one.
+        ValueError: If the counterpart does not support the arguments, or a low-rank update that is asked for.
     """
     cls, rank = COUNTERPARTS[type(layer)], arguments.lora_rank
     if rank is not None and (type(layer) not in _ADAPTABLE or getattr(layer, "groups", 1) != 1):
@@ -68,15 +68,15 @@ def counterpart(layer, arguments):
 
 
 def wrapped(layer, arguments):
-    """A copy of the layer in a `Variational`, not built."""
+    """Return a copy of a layer in a `Variational`, not built."""
     return _variational(copied(layer), arguments)
 
 
 def wrapped_model(model, arguments):
-    """A copy of a model in a `Variational`, built.
+    """Return a copy of a model in a `Variational`, built.
 
     Raises:
-        ValueError: For a model whose config does not make it again.
+        ValueError: For a model that cannot be made again from its config.
     """
     try:
         copy = model_copy(model)
@@ -93,16 +93,16 @@ def _variational(layer, arguments):
 
 
 def copied(layer):
-    """A layer of the same class and arguments, not built.
+    """Return a layer of the same class and arguments, not built.
 
     Raises:
-        ValueError: For one whose config does not make it again.
+        ValueError: For a layer that cannot be made again from its config.
     """
     check_lookup(layer)
     try:
         own_code = {"safe_mode": False} if isinstance(layer, layers.Lambda) else {}
         return type(layer).from_config(config_of(layer), **own_code)
-    except Exception as error:  # of a class of the user's own, whose config may fail in any way
+    except Exception as error:  # the config of a user's class may fail with any exception
         raise _not_copied(layer, error) from error
 
 
@@ -119,12 +119,12 @@ def _shortened(error):
 
 
 def remade(layer, new_layers):
-    """A layer that takes the place of another in a copy of its model, not built.
+    """Return the layer that replaces another in a copy of its model, not built.
 
     Args:
-        layer: Of the model, or another operation of its graph.
-        new_layers: Dict from the ids of layers to a function that makes what takes their place. They are this layer or
-            within it; all else is copied.
+        layer: A layer of the model, or another operation of its graph.
+        new_layers: Dict from the ids of layers to functions that make their replacements. If neither this layer nor
+            one of its sublayers is among them, the layer is copied.
     """
     if id(layer) in new_layers:
         return new_layers[id(layer)]()
@@ -138,7 +138,7 @@ def remade(layer, new_layers):
 
 
 def _remade_config(layer, config, new_layers):
-    """The config of a layer with those of new ones within it."""
+    """Return the serialized layer with the replacements of itself or its sublayers in it."""
     if id(layer) in new_layers:
         new = serialized(new_layers[id(layer)]())
     else:
@@ -151,15 +151,15 @@ def _remade_config(layer, config, new_layers):
 
 
 def noise(layer, kind, kl_weight):
-    """What takes the place of one of Keras's layers of noise.
+    """Return the layer that replaces one of Keras's noise layers.
 
     Args:
-        layer: One of `survey.NOISES`.
-        kind: "monte_carlo" for the same noise, that can be sampled; "variational" for noise that learns its strength.
-        kl_weight: As the layers take it.
+        layer: A layer of one of the classes in `survey.NOISES`.
+        kind: "monte_carlo" for the same noise, which can be sampled; "variational" for noise that learns its strength.
+        kl_weight: As in `VariationalGaussianDropout`.
 
     Raises:
-        ValueError: With the reason why nothing can.
+        ValueError: If no layer can replace it; the message is the reason.
     """
     if isinstance(layer, (layers.AlphaDropout, layers.GaussianNoise)):
         raise ValueError("there is no such noise here")
@@ -175,7 +175,7 @@ def noise(layer, kind, kl_weight):
 
 
 def _noise_shape(layer):
-    """Of a dropout, the shape of its mask as `keras.layers.Dropout` takes it."""
+    """Return the mask shape of a dropout layer, in the format of `noise_shape` of `keras.layers.Dropout`."""
     ranks = {layers.SpatialDropout1D: 3, layers.SpatialDropout2D: 4, layers.SpatialDropout3D: 5}
     if type(layer) not in ranks:
         return layer.noise_shape
@@ -189,7 +189,7 @@ def _channel_axis(layer):
 
 
 def _axis_of_units(layer):
-    """The axis of what a dropout drops as a whole, or of the channels."""
+    """Return the axis of the units that a dropout layer drops as a whole; the last axis if it drops single numbers."""
     noise_shape = _noise_shape(layer) if isinstance(layer, layers.Dropout) else None
     axis = -1
     if noise_shape is not None:

@@ -1,4 +1,4 @@
-"""Which layers of a model have weights that can be distributions, where they are, and which of them are meant."""
+"""Find the layers of a model that can be converted, their places in it, and those that the user chose."""
 
 import dataclasses
 import inspect
@@ -14,8 +14,8 @@ from keras_vdrop.layers.recurrent import RecurrentLayer
 from keras_vdrop.layers.variational import trained_variables
 from keras_vdrop.posterior import posteriors
 
-# What is at a place: a layer for whose class there is one of ours; another with kernels; one that is variational; one
-# with a low-rank adaptation; noise.
+# The kinds of places: a layer that has a counterpart; another layer with kernels; a variational layer; a layer with a
+# low-rank adaptation of Keras's; a noise layer.
 COUNTERPART, OTHER, VARIATIONAL, ADAPTED, NOISE = "counterpart", "other", "variational", "adapted", "noise"
 
 NOISES = (
@@ -23,7 +23,7 @@ NOISES = (
     *(layers.GaussianDropout, layers.GaussianNoise, layers.AlphaDropout),
 )
 
-# Of these a weight is a scale or a shift, of however many axes.
+# Layers whose weights are scales or shifts, whatever their number of axes.
 _NO_KERNELS = tuple(
     getattr(layers, name)
     for name in ("BatchNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization", "PReLU")
@@ -37,18 +37,18 @@ def _counterparts():
     return {next(base for base in cls.__mro__ if base.__module__.startswith("keras.")): cls for cls in kernels}
 
 
-# Our classes, by Keras's that they stand for.
+# Dict from a class of Keras to its counterpart.
 COUNTERPARTS = _counterparts()
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A layer of a model that could be another.
+    """A layer of a model that may be replaced, and where it is.
 
     Attributes:
         layer: The layer.
-        path: The names of the models and wrappers around it, below the model, and its own: "encoder/dense".
-        around: Those models and wrappers, the outermost first.
+        path: The names of the models and wrappers around it, without the model itself, and its own: "encoder/dense".
+        around: Those models and wrappers, outermost first.
         kind: One of the constants above.
     """
 
@@ -58,18 +58,23 @@ class Place:
     kind: str
 
     def is_within(self, layer):
-        """Whether the layer is this one, or around it."""
+        """Return whether `layer` is this layer or one around it."""
         return any(each is layer for each in (*self.around, self.layer))
 
     def __str__(self):
         return f"{self.path} ({type(self.layer).__name__})"
 
 
-def survey(model):
-    """The places of a model, in its order; of a layer that is at several, the first."""
+def survey(model, has_counterpart=lambda layer: True):
+    """Return the places of a model, in its order. A layer that is at several places is listed at the first.
+
+    Args:
+        model: A built model.
+        has_counterpart: Function from a layer of a class in `COUNTERPARTS` to whether the counterpart supports it.
+    """
     if is_plain_graph(model):
-        every = _in_graph(model, "", ())
-    else:  # of its own code, which alone knows its layers
+        every = _in_graph(model, "", (), has_counterpart)
+    else:  # a subclassed model, where only its own code knows how its layers are used
         every = [Place(model, model.name, (), VARIATIONAL if posteriors(model) else OTHER)]
     found = {}
     for place in every:
@@ -77,12 +82,12 @@ def survey(model):
     return list(found.values())
 
 
-def _in_graph(graph, path, around):
-    return [place for layer in graph.layers for place in _visit(layer, path + layer.name, around)]
+def _in_graph(graph, path, around, has_counterpart):
+    return [place for layer in graph.layers for place in _visit(layer, path + layer.name, around, has_counterpart)]
 
 
-def _visit(layer, path, around):
-    """The places within a layer, or the one that it is."""
+def _visit(layer, path, around, has_counterpart):
+    """Return the places within a layer, or the layer itself as one place."""
 
     def here(kind):
         return [Place(layer, path, around, kind)]
@@ -90,14 +95,18 @@ def _visit(layer, path, around):
     if isinstance(layer, (DropIn, StochasticLayer)):
         return here(VARIATIONAL) if posteriors(layer) else []
     if is_graph(layer):
-        return _in_graph(layer, f"{path}/", (*around, layer))
+        return _in_graph(layer, f"{path}/", (*around, layer), has_counterpart)
     if type(layer) in COUNTERPARTS:
         return here(ADAPTED if getattr(layer, "lora_enabled", False) else COUNTERPART)
     if type(layer) in NOISES:
         return here(NOISE)
     exchangeable = layers_in_config(layer)
-    inner = [place for each in exchangeable for place in _visit(each, f"{path}/{each.name}", (*around, layer))]
-    if inner and _hold_all_kernels(exchangeable, layer) and _can_hold(layer, inner):
+    inner = [
+        place
+        for each in exchangeable
+        for place in _visit(each, f"{path}/{each.name}", (*around, layer), has_counterpart)
+    ]
+    if inner and _hold_all_kernels(exchangeable, layer) and _can_hold(layer, inner, has_counterpart):
         return inner
     if posteriors(layer):
         return here(VARIATIONAL)
@@ -109,13 +118,19 @@ def _hold_all_kernels(some, layer):
     return all(id(kernel) in held for kernel in kernels(layer))
 
 
-def _can_hold(layer, inner):
-    """Whether a layer can be given `Variational`s in the places within it: others ask for more than a call."""
-    return isinstance(layer, layers.TimeDistributed) or all(place.kind != OTHER for place in inner)
+def _can_hold(layer, inner, has_counterpart):
+    """Return whether the replacements of its sublayers work in a layer.
+
+    Only `TimeDistributed` can hold a `Variational`, which replaces a layer without a counterpart: other wrappers use
+    more of their layers than a call.
+    """
+    if isinstance(layer, layers.TimeDistributed):
+        return True
+    return all(place.kind != OTHER and (place.kind != COUNTERPART or has_counterpart(place.layer)) for place in inner)
 
 
 def kernels(layer):
-    """The variables of a layer, and of all within it, that are matrices or more, and no scales, shifts or biases."""
+    """Return the variables of a layer and its sublayers with at least two axes that are no scales, shifts or biases."""
     none = {
         id(variable) for each in layer._flatten_layers() if isinstance(each, _NO_KERNELS) for variable in each.weights
     }
@@ -127,24 +142,24 @@ def kernels(layer):
 
 
 def layers_in_config(layer):
-    """The layers that a layer's config holds, so that others can take their places: those that a wrapper wraps."""
+    """Return the sublayers in a layer's config, such as those of a wrapper, which can therefore be replaced."""
     found = []
     if children(layer):
         try:
             config = serialized(layer)
-        except Exception:  # of a class of the user's own, whose config may fail in any way
+        except Exception:  # the config of a user's class may fail with any exception
             return []
         exchange(config["config"], children(layer), lambda inner, _: found.append(inner))
     return found
 
 
 def exchange(value, pool, function):
-    """What Keras serialized, with `function(layer, config)` in the place of the config of each layer of the pool.
+    """Return a config in which `function(layer, serialized)` replaces each serialized layer of the pool.
 
     Args:
         value: The config.
-        pool: A list of layers; those that are found are taken out of it.
-        function: Called in the order of the config.
+        pool: List of layers. Those that are found, by class and name, are removed from it.
+        function: Function of a layer and its serialized form, called in the order of the config.
     """
     if isinstance(value, (list, tuple)):
         return [exchange(each, pool, function) for each in value]
@@ -158,18 +173,19 @@ def exchange(value, pool, function):
     return {key: exchange(each, pool, function) for key, each in value.items() if key != "build_config"}
 
 
-# Which are meant
+# Choosing among the places
 
 
 def choose(places, wanted, model):
-    """Those of the places that have kernels and are meant.
+    """Return the places with kernels that the user chose.
 
     Args:
-        places: Of `model`.
-        wanted: As `to_variational` takes `layers`.
+        places: The places of `model`.
+        wanted: As `layers` of `to_variational`.
+        model: The model.
 
     Raises:
-        ValueError: If `wanted` is nothing of the kind, or fits no place.
+        ValueError: If `wanted` is of an unknown kind or fits no place.
     """
     found = [place for place in places if place.kind != NOISE]
     if wanted is None or (isinstance(wanted, (list, tuple)) and not wanted):
@@ -185,7 +201,7 @@ def choose(places, wanted, model):
 
 
 def _filter(wanted):
-    """A function from a place to whether it is meant."""
+    """Return a function from a place to whether it is chosen."""
     if isinstance(wanted, (list, tuple)):
         filters = list(map(_filter, wanted))
         return lambda place: any(fits(place) for fits in filters)
@@ -206,7 +222,7 @@ def _filter(wanted):
 
 
 def _last(model, places):
-    """A function from a place to whether no other comes after it on the way to one of the outputs."""
+    """Return a function from a place to whether no other place follows it on a path to one of the outputs."""
 
     def within(layer):
         if is_plain_graph(layer):
@@ -218,7 +234,7 @@ def _last(model, places):
 
 
 def _ends(graph, within):
-    """What `within(layer)` finds, of the last layers of a graph in which it finds something."""
+    """Return the union of `within(layer)` over the last layers of a graph for which it is not empty."""
     if isinstance(graph, keras.Sequential):
         return next((found for layer in reversed(graph.layers) if (found := within(layer))), set())
     ends, seen, tensors = set(), set(), list(graph.outputs)

@@ -1,4 +1,4 @@
-"""From Keras's own layers to variational ones: the same predictions, of a distribution whose mean they are."""
+"""Convert Keras's own layers to variational layers: the same predictions at the posterior mean."""
 
 import dataclasses
 import functools
@@ -36,48 +36,50 @@ def to_variational(
     dropout=None,
     print_fn=print,
 ):
-    """The same model of variational layers, w ~ N(loc, exp(log_variance)) with the trained weights for `loc`.
+    """Return the same model made of variational layers: w ~ N(loc, exp(log_variance)), loc the trained weights.
 
-    Its predictions are those of `model`, at the posterior mean. Dense, EinsumDense, Embedding, the convolutions,
-    recurrent layers, their cells and MultiHeadAttention become the layers of ours that stand for them, wherever they
-    are: in models within the model, `TimeDistributed`, `Bidirectional` and other wrappers, `RNN` and `StackedRNNCells`.
-    Any other layer with kernels, and a subclassed model as a whole, becomes a `Variational`. Names, what is frozen,
-    dtype policies, regularizers, constraints and masks stay, and the result is compiled with what `model` was compiled
-    with. `model` is left as it is. What becomes of each layer is printed.
+    At the posterior mean it predicts what `model` predicts. Dense, EinsumDense, Embedding, the convolutions, recurrent
+    layers, their cells and MultiHeadAttention are replaced by their counterparts of this package, wherever they are: in
+    models within the model, in `TimeDistributed`, `Bidirectional` and other wrappers, in `RNN` and `StackedRNNCells`.
+    Any other layer with kernels is wrapped in a `Variational`, and so is a subclassed model as a whole. Names,
+    `trainable` flags, dtype policies, regularizers, constraints and masks stay the same. The result is compiled as
+    `model` is. `model` itself does not change. A report says what becomes of each layer.
 
     With `empirical_bayes`, the prior of a weight is centered on its trained value (MOPED): p(w) = N(trained, scale²).
-    It keeps what the network has learned, and it does not prune: noise does not draw a weight to 0. Where the aim is a
-    smaller network, take "ard" or "log_uniform".
+    Such a prior keeps what the network has learned. It does not prune, because noise does not pull a weight towards 0.
+    For a smaller network, use "ard" or "log_uniform".
 
     Args:
         model: A built `keras.Model`.
-        layers: Which layers: a layer class, such as `keras.layers.Dense` (of a wrapper's, what it wraps); a regular
-            expression, searched in their paths, as in "encoder/.*dense"; a function from a layer to a bool; a list of
-            those; or "last", the last with kernels on the way to each output. None for all.
+        layers: Which layers to convert: a layer class, such as `keras.layers.Dense` (a wrapper class selects what it
+            wraps); a regular expression, searched in their paths, as in "encoder/.*dense"; a function from a layer to a
+            bool; a list of those; or "last", the last layer with kernels on the path to each output. None for all.
         prior: The prior of kernels and tables: as `kernel_prior` of `VariationalDense`.
-        bias_prior: The same for biases; None, plain ones. A `Variational` leaves biases plain.
-        estimator: As in `VariationalDense`; "auto" in recurrent layers, if they do not have it.
-        kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
-        initial_log_variance: Float, where log_variance starts; None as in `VariationalDense`, by the trained weights.
-        relative_variance: Float > 0, in its place: each weight's variance starts at that many times its square, as in
-            MOPED (0.01 is a standard deviation of 10 %).
+        bias_prior: The same for biases; None for plain biases. A `Variational` leaves biases plain.
+        estimator: As in `VariationalDense`. Layers that do not have it, such as recurrent ones, use "auto".
+        kl_weight: Float ≥ 0, 1 / (number of training examples); None if the `ELBO` callback sets it.
+        initial_log_variance: Float, the initial log_variance; None for the default of `VariationalDense`, which follows
+            from the trained weights.
+        relative_variance: Float > 0, used in place of `initial_log_variance`: the variance of each weight starts at
+            this factor times its square, as in MOPED (0.01 is a standard deviation of 10 %).
         log_variance_rate, threshold: As in `VariationalDense`.
-        empirical_bayes: Whether a normal prior is centered on the trained weights; else it is on 0.
-        rank: Positive int: the kernels stay as they are, and what is learned, and has a distribution, is an update of
-            so low a rank, W + lora_alpha / rank·A·B, as `lora_rank` of `VariationalDense` has it. Its prior is about 0.
-            Layers for which there is none stay.
+        empirical_bayes: Whether to center a normal prior on the trained weights instead of 0.
+        rank: Positive int: the kernels stay as they are, and a low-rank update of them,
+            W + lora_alpha / rank·A·B, is learned and has a posterior, as with `lora_rank` of `VariationalDense`. Its
+            prior is centered on 0. Layers that cannot have such an update are wrapped in a `Variational`, which can.
         lora_alpha: The factor of the update; None for `rank`.
-        dropout: None leaves dropout as it is. "monte_carlo" makes the layers `Dropout` and `SpatialDropout` into
-            `MonteCarloDropout`, and `GaussianDropout` into `VariationalGaussianDropout(alpha="fixed")`: the same noise,
-            that can be sampled. "variational" makes all of them into `VariationalGaussianDropout`, which learns.
+        dropout: None leaves dropout layers as they are. "monte_carlo" replaces `Dropout` and `SpatialDropout` layers by
+            `MonteCarloDropout`, and `GaussianDropout` by `VariationalGaussianDropout(alpha="fixed")`: the same noise,
+            which can be sampled. "variational" replaces all of them by `VariationalGaussianDropout`, which learns its
+            noise.
         print_fn: Called with each line of the report.
 
     Returns:
-        A model of the same kind; `model` itself, if there is nothing in it that is not variational already.
+        A model of the same kind; `model` itself if everything that could be converted is variational already.
 
     Raises:
         ValueError: For a value that is out of range; a model that has not been built, is quantized, or has nothing to
-            convert; `layers` that fit none; or a layer that cannot be made again from its config.
+            convert; `layers` that fit no layer; or a layer that cannot be made again from its config.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -103,7 +105,7 @@ def to_variational(
         check_positive("relative_variance", relative_variance)
     if rank is not None:
         check_positive_int("rank", rank)
-        empirical_bayes = False  # an update has not been learned yet
+        empirical_bayes = False  # a new update has no trained value to center the prior on
     if dropout not in NOISE_KINDS:
         raise ValueError(f"`dropout` must be one of {NOISE_KINDS}. Received: dropout={dropout!r}")
     arguments = Arguments(
@@ -145,7 +147,7 @@ def to_variational(
 
 
 def _as_it_is(model, changes, print_fn, received):
-    """The model of which no layer is another, where that is no wonder."""
+    """Return the model unchanged if it is variational already; else raise a `ValueError` with the reasons."""
     reasons = [each.line for each in changes if each.place.kind != VARIATIONAL]
     if not posteriors(model):
         lines = "\n".join([f"{model.name!r} has nothing to convert. Received: {received}", *reasons])
@@ -156,7 +158,7 @@ def _as_it_is(model, changes, print_fn, received):
 
 
 def _prior(name, identifier, empirical_bayes):
-    """The prior; a normal one centered on the weights that there are, if it is to be."""
+    """Return the prior; with `empirical_bayes`, a normal prior is centered on the trained weights."""
     prior = priors.get(identifier)
     if prior is None and name == "prior":
         raise ValueError("`prior` is needed: without it, weights are plain. Received: prior=None")
@@ -186,9 +188,9 @@ class _Change:
     """What becomes of a layer.
 
     Attributes:
-        place: Where it is.
-        line: What the report says of it.
-        make: A function without arguments that makes what takes its place; None where it stays.
+        place: The `Place` of the layer.
+        line: Its line of the report.
+        make: Function without arguments that makes the replacement; None if the layer stays.
     """
 
     place: Place
@@ -197,8 +199,8 @@ class _Change:
 
 
 def _changes(model, wanted, arguments, dropout):
-    """The changes, and how many layers with kernels are not wanted."""
-    places = survey(model)
+    """Return the changes, and the number of layers with kernels that `wanted` leaves out."""
+    places = survey(model, lambda layer: _reason_against(layer, arguments) is None)
     chosen = set(map(id, choose(places, wanted, model)))
     changes = []
     for place in places:
@@ -222,16 +224,23 @@ def _change(place, is_model, arguments):
     _check_groups(place, arguments.kernel_prior)
     why_not = "there is no class of ours for it"
     if place.kind == COUNTERPART:
-        try:
+        why_not = _reason_against(layer, arguments)
+        if why_not is None:
             new = counterpart(layer, arguments)
-        except (TypeError, ValueError) as error:
-            why_not = str(error)
-        else:
             notes = _notes(layer, arguments.estimator, new)
             line = f"{place.path}: {cls} -> {type(new).__name__}{notes}"
             return _Change(place, line, functools.partial(counterpart, layer, arguments))
     make = functools.partial(wrapped_model if is_model else wrapped, layer, arguments)
     return _Change(place, f"{place.path}: {cls} -> Variational({cls}), as {why_not}{_notes(layer)}", make)
+
+
+def _reason_against(layer, arguments):
+    """Return why the layer's counterpart cannot replace it, or None if it can."""
+    try:
+        counterpart(layer, arguments)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _check_groups(place, prior):
@@ -262,7 +271,7 @@ def _change_of_noise(place, dropout, arguments):
 
 
 def _twin(model, new_layers):
-    """The copy with new layers, of which the weights are those that layers start with; and what was made of which."""
+    """Return a copy with the new layers, freshly initialized, and a dict from the ids of old layers to new ones."""
     if id(model) in new_layers:
         with known_layers(model):
             return new_layers[id(model)](), {}
@@ -274,7 +283,7 @@ def _trains_by_own_code(model):
     return any(getattr(type(model), name) is not getattr(keras.Model, name) for name in names)
 
 
-# What is said
+# The report
 
 
 def _count(model, posteriors, rank):
@@ -285,7 +294,7 @@ def _count(model, posteriors, rank):
 
 
 def _about(prior, empirical_bayes):
-    """What the report says of the prior."""
+    """Return the line of the report about the prior."""
     name = type(prior).__name__
     prunes = isinstance(prior, priors.ARD) or (isinstance(prior, priors.LogUniform) and prior.form != "cubic")
     if prunes:

@@ -1,4 +1,4 @@
-"""Pure functions on tensors: the mathematics that the layers are made of; and on arrays, how good predictions are."""
+"""Pure functions: the mathematics of the layers, on tensors, and scores of predictions, on arrays."""
 
 from keras_vdrop.functional import (
     calibration,

@@ -1,7 +1,7 @@
-"""How good stated probabilities are, and how to mend them: arrays in, numbers out.
+"""Scores of class probabilities, and temperature scaling: arrays in, numbers out.
 
-`labels` are class numbers, `probability` has a column for each class; of the probability p of 1 make
-`np.stack([1 - p, p], axis=-1)`.
+`labels` are class numbers, and `probability` has a column for each class. For two classes, convert the probability p of
+class 1 to `np.stack([1 - p, p], axis=-1)`.
 """
 
 import typing
@@ -11,12 +11,12 @@ import numpy as np
 
 from keras_vdrop.functional import checks
 
-# What rounding may add to a probability of float32 that lies on the edge of a bin, in widths of a bin.
+# Tolerance for float32 rounding of a probability on the edge of a bin, in widths of a bin.
 EDGE = 1e-5
 
 
 def accuracy(probability, labels):
-    """The fraction of rows whose likeliest class is the label.
+    """Compute the fraction of rows whose most probable class is the label.
 
     Args:
         probability: Array (B, C).
@@ -27,7 +27,7 @@ def accuracy(probability, labels):
 
 
 def negative_log_likelihood(probability, labels):
-    """NLL = mean of −log p(label), in nats a row; infinite where a label was given no probability.
+    """Compute NLL = mean of −log p(label), in nats per row; infinite if a label has probability 0.
 
     Args:
         probability: Array (B, C).
@@ -39,14 +39,14 @@ def negative_log_likelihood(probability, labels):
 
 
 class Reliability(typing.NamedTuple):
-    """Rows by their confidence, a bin an entry; bins without rows are left out.
+    """Statistics of rows that are binned by confidence, one entry per bin. Empty bins are omitted.
 
     Attributes:
-        count: Array (K,), rows in the bin.
-        confidence: Array (K,), the mean probability of their likeliest class.
-        accuracy: Array (K,), the fraction of them of which that is the label.
-        variance: Array (K,), the unbiased estimate of the variance of accuracy − confidence, the gap, over samples of
-            as many rows; infinite where there is one row.
+        count: Array (K,), the number of rows in the bin.
+        confidence: Array (K,), the mean probability of their most probable class.
+        accuracy: Array (K,), the fraction of rows whose label is that class.
+        variance: Array (K,), the unbiased estimate of the variance of the gap, accuracy − confidence, over samples of
+            the same number of rows; infinite for a single row.
     """
 
     count: np.ndarray
@@ -56,7 +56,7 @@ class Reliability(typing.NamedTuple):
 
 
 def reliability(probability, labels, num_bins=15, binning="width"):
-    """Accuracy against confidence, bin by bin: what `plots.reliability_diagram` draws.
+    """Compute accuracy and confidence for each bin, the data of `plots.reliability_diagram`.
 
     Args:
         probability, labels, num_bins, binning: As for `expected_calibration_error`.
@@ -82,23 +82,24 @@ def reliability(probability, labels, num_bins=15, binning="width"):
 
 
 def expected_calibration_error(probability, labels, num_bins=15, binning="width", debiased=False):
-    """ECE = Σ over bins of (rows in the bin ÷ rows)·|accuracy in the bin − mean confidence in the bin|.
+    """Compute ECE = Σ over bins of (rows in the bin ÷ rows)·|accuracy in the bin − mean confidence in the bin|.
 
-    Chance alone makes gaps, so that the ECE of perfect probabilities is above 0: about 0.4·√(bins ÷ rows) where
-    confidence is near ½ and bins are of equal mass. Free of that is the mean square gap less the variance of the gaps,
+    Chance alone causes gaps, so even perfectly calibrated probabilities have an ECE above 0: about 0.4·√(bins ÷ rows)
+    if confidence is near ½ and bins have equal mass. The mean squared gap minus the variance of the gaps,
 
         v = Σ (rows in the bin ÷ rows)·(gap² − variance of the gap),
 
-    which is 0 on average where nothing is wrong, whatever the number of rows. `debiased` gives its root, with its sign:
-    sign(v)·√|v|, a root mean square where the ECE is a mean. It is negative about half the time where nothing is wrong.
+    has no such bias: under perfect calibration it is 0 on average, for any number of rows. `debiased` returns its
+    signed root sign(v)·√|v|, a root mean square where the ECE is a mean. Under perfect calibration it is negative about
+    half the time.
 
     Args:
         probability: Array (B, C).
         labels: Array (B,) of ints in [0, C).
-        num_bins: Positive int, bins over the confidence, the probability of the likeliest class.
-        binning: "width" for bins of equal width, closed on the right; "mass" for bins of about as many rows each, equal
-            confidences in the same.
-        debiased: Whether to give sign(v)·√|v|. A bin of one row has no variance and counts as 0.
+        num_bins: Positive int, the number of bins over the confidence, the probability of the most probable class.
+        binning: "width" for bins of equal width, closed on the right; "mass" for bins with about the same number of
+            rows, where equal confidences share a bin.
+        debiased: Whether to return sign(v)·√|v|. A bin of one row has no variance estimate and counts as 0.
 
     Example:
         >>> from keras_vdrop.functional import calibration
@@ -107,8 +108,8 @@ def expected_calibration_error(probability, labels, num_bins=15, binning="width"
 
     Reference:
         On Calibration of Modern Neural Networks, Guo et al., 2017, https://arxiv.org/abs/1706.04599; debiased:
-        Verified Uncertainty Calibration, Kumar, Liang, Ma, 2019, https://arxiv.org/abs/1909.10155 (there the rows of a
-        bin state one probability; here the variance is that of accuracy − confidence, and so may differ)
+        Verified Uncertainty Calibration, Kumar, Liang, Ma, 2019, https://arxiv.org/abs/1909.10155 (there all rows of a
+        bin have one probability; here they may differ, and the variance is that of accuracy − confidence)
     """
     bins = reliability(probability, labels, num_bins, binning)
     share = bins.count / bins.count.sum()
@@ -121,14 +122,14 @@ def expected_calibration_error(probability, labels, num_bins=15, binning="width"
 
 
 def classwise_calibration_error(probability, labels, num_bins=15, binning="width"):
-    """1/C·Σ over classes and bins of (rows in the bin ÷ rows)·|frequency of the class − its mean probability|.
+    """Compute 1/C·Σ over classes and bins of (rows in the bin ÷ rows)·|frequency of the class − its mean probability|.
 
-    Of all C probabilities of a row, where the ECE looks at the largest alone.
+    It takes all C probabilities of a row into account, whereas the ECE takes only the largest.
 
     Args:
         probability: Array (B, C).
         labels: Array (B,) of ints in [0, C).
-        num_bins, binning: As for `expected_calibration_error`, of the probability of each class in turn.
+        num_bins, binning: As for `expected_calibration_error`, but over the probability of each class in turn.
 
     Reference:
         Beyond temperature scaling, Kull et al., 2019, https://arxiv.org/abs/1910.12656
@@ -142,9 +143,9 @@ def classwise_calibration_error(probability, labels, num_bins=15, binning="width
 
 
 def brier_score(probability, labels):
-    """Brier = mean of Σ over classes of (p − 1[the class is the label])²: from 0, the best, to 2.
+    """Compute Brier = mean of Σ over classes of (p − 1[the class is the label])²: from 0, the best, to 2.
 
-    For two classes that is twice the mean of (p − y)², which some call by the name.
+    For two classes it is twice the mean of (p − y)², which some authors call the Brier score.
 
     Args:
         probability: Array (B, C).
@@ -160,26 +161,26 @@ def brier_score(probability, labels):
 
 
 def brier_decomposition(probability, labels, num_bins=15, binning="width"):
-    """Brier = reliability − resolution + uncertainty + within, exactly; a sum over the classes of each.
+    """Decompose Brier = reliability − resolution + uncertainty + within. The identity is exact.
 
-    Of one class, of which p is stated and y is 1 or 0, with the rows in groups of similar p, n rows in each of the B,
-    and means over a group written ⟨·⟩:
+    Each term is a sum over classes. For one class, let p be its probability in a row and y be 1 if it is the label and
+    0 otherwise. The B rows are divided into groups of similar p; a group has n rows, and ⟨·⟩ is the mean over it:
 
-        reliability = Σ n/B·(⟨p⟩ − ⟨y⟩)², what calibration would save;
+        reliability = Σ n/B·(⟨p⟩ − ⟨y⟩)², the loss that calibration would remove;
         resolution = Σ n/B·(⟨y⟩ − mean y)², how far the groups differ;
-        uncertainty = mean y·(1 − mean y), the score of always stating the frequency;
-        within = Σ n/B·(⟨(p − ⟨p⟩)²⟩ − 2·⟨(p − ⟨p⟩)(y − ⟨y⟩)⟩), what the groups hide, of either sign.
+        uncertainty = mean y·(1 − mean y), the score of always predicting the frequency;
+        within = Σ n/B·(⟨(p − ⟨p⟩)²⟩ − 2·⟨(p − ⟨p⟩)(y − ⟨y⟩)⟩), the effect of differences within groups, of either sign.
 
-    With a group for each distinct p (`num_bins=None`), `within` is 0 and the first three are Murphy's. That takes
-    forecasts of few distinct values: where each row has its own, reliability is the whole score. Bins have more rows
-    each, and what p tells inside of them goes from reliability and resolution to `within`; with few rows a bin, chance
-    raises reliability and resolution alike.
+    With a group for each distinct p (`num_bins=None`), `within` is 0 and the other three are Murphy's terms. This suits
+    forecasts with few distinct values: if every row has its own value, reliability is the whole score. Bins hold more
+    rows each, but move the effect of differences of p within a bin from reliability and resolution to `within`. With
+    few rows per bin, chance raises both reliability and resolution.
 
     Args:
         probability: Array (B, C).
         labels: Array (B,) of ints in [0, C).
-        num_bins, binning: As for `expected_calibration_error`, of the probability of each class in turn;
-            `num_bins=None` for a group for each distinct probability.
+        num_bins, binning: As for `expected_calibration_error`, but over the probability of each class in turn.
+            `num_bins=None` makes a group for each distinct probability.
 
     Returns:
         Dict of floats: `reliability`, `resolution`, `uncertainty`, `within`.
@@ -206,21 +207,21 @@ def brier_decomposition(probability, labels, num_bins=15, binning="width"):
 
 
 def fit_temperature(logits, labels, bounds=(0.01, 100.0)):
-    """T = argmin of the mean of −log softmax(logits / T)[label]: one number that mends how sure a model is.
+    """Fit the temperature T = argmin of the mean of −log softmax(logits / T)[label], to correct a model's confidence.
 
-    Fit it on validation data. It changes no accuracy, and the NLL is convex in 1/T, so the minimum is the only one.
+    Fit it on validation data. It does not change the accuracy. The NLL is convex in 1/T, so the minimum is unique.
 
     Args:
-        logits: Array (B, C), not probabilities (of which the logarithm will do).
+        logits: Array (B, C), not probabilities; the logarithms of probabilities are fine.
         labels: Array (B,) of ints in [0, C).
-        bounds: The least and the greatest T. Where every label has the largest logit, the NLL falls all the way to
-            T = 0, and where logits tell less than nothing, to infinity: the bound is given then, with a warning.
+        bounds: The least and the greatest T. If every label has the largest logit, the NLL is lowest at T = 0; if the
+            logits are worse than uninformative, at T = ∞. In both cases the bound is returned, with a warning.
 
     Returns:
-        Float, T; above 1 for a model that is too sure.
+        Float, T; above 1 for an overconfident model.
 
     Raises:
-        ValueError: For NaN, infinity, labels that are no classes, or bounds that are not 0 < least < greatest.
+        ValueError: For NaN, infinity, labels outside [0, C), or bounds that are not 0 < least < greatest.
 
     Example:
         >>> from keras_vdrop.functional import calibration
@@ -240,7 +241,7 @@ def fit_temperature(logits, labels, bounds=(0.01, 100.0)):
     target = logits[np.arange(len(labels)), labels]
 
     def derivatives(inverse):
-        """The first and second of the NLL with respect to 1/T."""
+        """Return the first and second derivatives of the NLL with respect to 1/T."""
         p = np.exp(inverse * logits)
         p /= p.sum(axis=-1, keepdims=True)
         mean = (p * logits).sum(axis=-1)
@@ -261,7 +262,7 @@ def fit_temperature(logits, labels, bounds=(0.01, 100.0)):
         low, high = (low, inverse) if slope > 0.0 else (inverse, high)
         with np.errstate(divide="ignore", invalid="ignore"):
             step = inverse - slope / curvature
-        # Newton's step, or half of the way (of logarithms) where it would leave the bracket.
+        # Newton's step, or the geometric mean of the bracket if that step would leave it.
         step = step if low < step < high else np.sqrt(low * high)
         if abs(step - inverse) <= 1e-12 * inverse:
             break
@@ -270,14 +271,14 @@ def fit_temperature(logits, labels, bounds=(0.01, 100.0)):
 
 
 def _bins(values, num_bins, binning):
-    """The number of the bin, in [0, num_bins), of every one of the values in [0, 1]."""
+    """Return the index of the bin, in [0, num_bins), of each value in [0, 1]."""
     if num_bins < 1:
         raise ValueError(f"`num_bins` must be at least 1. Received: num_bins={num_bins}")
     if binning == "width":
-        # Closed on the right, so that a confidence of 1 has a bin.
+        # Bins are closed on the right, so that a confidence of 1 has a bin.
         return np.clip(np.ceil(values * num_bins - EDGE).astype(int) - 1, 0, num_bins - 1)
     if binning == "mass":
-        # By rank, with the middle one of equal values for all of them.
+        # Bin by rank. Equal values share the middle one of their ranks.
         first, behind = (np.searchsorted(np.sort(values), values, side) for side in ("left", "right"))
         return (first + behind - 1) // 2 * num_bins // len(values)
     raise ValueError(f'`binning` must be "width" or "mass". Received: binning={binning!r}')

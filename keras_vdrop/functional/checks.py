@@ -1,16 +1,16 @@
-"""What arrays must be like before they are scored: each check returns NumPy arrays, or says what is wrong."""
+"""Checks of the arrays that are scored. Each returns NumPy arrays or numbers, or raises a `ValueError`."""
 
 import numpy as np
 
 
 def numbers(name, values, ndim=None, infinite=False):
-    """Those values as a float64 array with at least one row.
+    """Return the values as a float64 array with at least one row.
 
     Args:
-        name: Of the argument, for the message.
+        name: Name of the argument, for the error message.
         values: Array-like.
-        ndim: The number of axes that it must have, or None for any.
-        infinite: Whether ±∞ may be among them.
+        ndim: The required number of axes, or None for any but 0.
+        infinite: Whether ±∞ is allowed.
 
     Raises:
         ValueError: For NaN, infinity unless allowed, no rows, or another number of axes.
@@ -28,10 +28,10 @@ def numbers(name, values, ndim=None, infinite=False):
 
 
 def alike(**arrays):
-    """Float64 arrays of one shape, in the order given.
+    """Return float64 arrays of equal shape, in the given order.
 
     Raises:
-        ValueError: For shapes that differ, and as `numbers` does.
+        ValueError: If the shapes differ, or for values that `numbers` rejects.
     """
     checked = {name: numbers(name, values) for name, values in arrays.items()}
     if len({values.shape for values in checked.values()}) > 1:
@@ -41,7 +41,7 @@ def alike(**arrays):
 
 
 def positive(name, values):
-    """Those values, once they are all above 0; for standard deviations."""
+    """Return the values, standard deviations, or raise a `ValueError` unless all are above 0."""
     values = np.asarray(values, "float64")
     if not (values > 0).all():
         raise ValueError(
@@ -51,17 +51,17 @@ def positive(name, values):
 
 
 def fraction(name, value):
-    """That number, once it lies in (0, 1)."""
+    """Return the number, or raise a `ValueError` unless it lies in (0, 1)."""
     if not 0.0 < value < 1.0:
         raise ValueError(f"`{name}` must lie between 0 and 1, as 0.9 does. Received: {name}={value}")
     return float(value)
 
 
 def classes(labels, shape):
-    """Labels (B,) as ints, for rows of scores of the shape (B, C).
+    """Return labels (B,) as ints, for scores of shape (B, C).
 
     Raises:
-        ValueError: For other shapes, or a label that is no int in [0, C).
+        ValueError: For other shapes, or a label that is not an int in [0, C).
     """
     labels = np.asarray(labels)
     if len(shape) != 2 or labels.shape != shape[:1] or 0 in shape:
@@ -78,10 +78,10 @@ def classes(labels, shape):
 
 
 def distribution(probability):
-    """Class probabilities (B, C) as float64, once every row is ≥ 0 and sums to 1.
+    """Return class probabilities (B, C) as float64.
 
     Raises:
-        ValueError: For NaN, a sum that is not 1 within 1e-3, or another number of axes.
+        ValueError: For NaN, values below 0, a row whose sum differs from 1 by 1e-3 or more, or another number of axes.
     """
     probability = np.asarray(probability, "float64")
     if probability.ndim != 2 or 0 in probability.shape:
@@ -99,7 +99,7 @@ def distribution(probability):
 
 
 def classification(probability, labels):
-    """Both, as `distribution` and `classes` check them."""
+    """Check probabilities with `distribution` and labels with `classes`, and return both."""
     probability = np.asarray(probability, "float64")
     labels = classes(labels, probability.shape)
     return distribution(probability), labels

@@ -1,12 +1,12 @@
-"""Split-conformal prediction: sets and intervals that hold the truth as often as they say, for any model.
+"""Split-conformal prediction: sets and intervals with guaranteed coverage, for any model.
 
-A threshold comes from n calibration rows on which the model was neither trained nor selected. If they and a new row are
-exchangeable, as independent rows of one distribution are, then
+A threshold is computed from n calibration rows on which the model was neither trained nor selected. If these rows and a
+new row are exchangeable, for example independent rows of one distribution, then
 
     coverage ≤ P(the truth is in the set or interval) ≤ coverage + 1 / (n + 1),
 
-the upper bound where no two scores are equal. The probability is over the calibration rows and the new one together:
-it is no promise for each class or each input by itself, nor for data of another distribution.
+where the upper bound requires that no two scores are equal. The probability is over the calibration rows and the new
+row together. It is not guaranteed for each class or each input separately, nor for data of another distribution.
 
 Reference:
     A Gentle Introduction to Conformal Prediction and Distribution-Free Uncertainty Quantification, Angelopoulos, Bates,
@@ -21,14 +21,14 @@ from keras_vdrop.functional import checks
 
 
 def quantile(scores, coverage=0.9):
-    """The ⌈(n + 1)·coverage⌉-th smallest of n scores: one more score is at most that with probability ≥ coverage.
+    """Return the ⌈(n + 1)·coverage⌉-th smallest of n scores. A new score is at most that with probability ≥ coverage.
 
     Args:
-        scores: Array (n,): how badly each calibration row's truth conforms to its prediction.
+        scores: Array (n,), higher the less the truth of a calibration row conforms to its prediction.
         coverage: Float in (0, 1).
 
     Raises:
-        ValueError: For NaN, or fewer than coverage / (1 − coverage) scores, of which none is large enough.
+        ValueError: For NaN, or fewer than coverage / (1 − coverage) scores, too few for this coverage.
 
     Example:
         >>> from keras_vdrop.functional import conformal
@@ -37,7 +37,7 @@ def quantile(scores, coverage=0.9):
     """
     scores = checks.numbers("scores", scores, ndim=1, infinite=True)
     coverage = checks.fraction("coverage", coverage)
-    # 1e-9: what is a whole number but for rounding stays one.
+    # The 1e-9 keeps rounding from raising a whole number to the next.
     place = math.ceil((len(scores) + 1) * coverage - 1e-9)
     if place > len(scores):
         least = math.ceil(coverage / (1.0 - coverage) - 1e-9)
@@ -49,21 +49,21 @@ def quantile(scores, coverage=0.9):
 
 
 def set_threshold(probability, labels, coverage=0.9, score="lac"):
-    """The threshold for `prediction_sets`: the `quantile` of the scores of the labels.
+    """Compute the threshold for `prediction_sets`: the `quantile` of the scores of the labels.
 
     Args:
         probability: Array (n, C), of calibration rows.
         labels: Array (n,) of ints in [0, C).
-        coverage: Float in (0, 1): how often a set is to hold the label.
-        score: "lac": 1 − p(class), the smallest sets on average; they can be empty.
-            "aps": Σ of the probabilities from the largest down to p(class): sets that grow more with the difficulty of
+        coverage: Float in (0, 1), the desired frequency with which a set contains the label.
+        score: "lac": 1 − p(class). Its sets are the smallest on average, and can be empty.
+            "aps": Σ of the probabilities from the largest down to p(class). Its sets depend more on the difficulty of
                 the row, and are larger on average.
 
     Returns:
         Float.
 
     Raises:
-        ValueError: As `quantile` does; for logits, and labels that are no classes.
+        ValueError: As for `quantile`; for logits, and for labels outside [0, C).
 
     Example:
         >>> import numpy as np
@@ -83,11 +83,11 @@ def set_threshold(probability, labels, coverage=0.9, score="lac"):
 
 
 def prediction_sets(probability, threshold, score="lac"):
-    """The classes whose score is at most the threshold.
+    """Return the classes whose score is at most the threshold.
 
     Args:
         probability: Array (B, C), of new rows.
-        threshold: What `set_threshold` gave for the same `score`.
+        threshold: The result of `set_threshold` with the same `score`.
         score: As for `set_threshold`.
 
     Returns:
@@ -97,20 +97,20 @@ def prediction_sets(probability, threshold, score="lac"):
 
 
 def interval_threshold(prediction, y, scale=None, coverage=0.9):
-    """The threshold for `prediction_intervals`: the `quantile` of |y − prediction| / scale.
+    """Compute the threshold for `prediction_intervals`: the `quantile` of |y − prediction| / scale.
 
     Args:
         prediction: Array (n,), of calibration rows.
         y: Array (n,).
-        scale: Array (n,), > 0, such as the predicted standard deviations, for intervals as wide as the model is unsure;
-            or None for intervals all of one width.
-        coverage: Float in (0, 1): how often an interval is to hold y.
+        scale: Array (n,), > 0, such as the predicted standard deviations, for intervals of proportional width; None for
+            intervals of equal width.
+        coverage: Float in (0, 1), the desired frequency with which an interval contains y.
 
     Returns:
-        Float, in the units of y, or of `scale` where there is one.
+        Float, in the units of y, or in multiples of `scale` if given.
 
     Raises:
-        ValueError: As `quantile` does.
+        ValueError: As for `quantile`.
 
     Reference:
         Distribution-Free Predictive Inference for Regression, Lei et al., 2018, https://arxiv.org/abs/1604.04173
@@ -120,12 +120,12 @@ def interval_threshold(prediction, y, scale=None, coverage=0.9):
 
 
 def prediction_intervals(prediction, threshold, scale=None):
-    """prediction ± threshold·scale.
+    """Return the intervals prediction ± threshold·scale.
 
     Args:
         prediction: Array (B,), of new rows.
-        threshold: What `interval_threshold` gave.
-        scale: Array (B,), > 0, where the threshold was found with one.
+        threshold: The result of `interval_threshold`.
+        scale: Array (B,), > 0, if the threshold was computed with one.
 
     Returns:
         Two arrays (B,): lower, upper.
@@ -147,13 +147,13 @@ def _width(prediction, scale):
 
 
 def _set_scores(probability, score):
-    """The score (B, C) of every class."""
+    """Compute the score of every class, (B, C)."""
     if score == "lac":
         return 1.0 - probability
     if score == "aps":
         order = np.argsort(-probability, axis=-1, kind="stable")
         total = np.minimum(np.cumsum(np.take_along_axis(probability, order, axis=-1), axis=-1), 1.0)
-        total[:, -1] = 1.0  # whatever rounding made of it, so that a threshold of 1 is all classes
+        total[:, -1] = 1.0  # undo rounding, so that a threshold of 1 gives all classes
         scores = np.empty_like(total)
         np.put_along_axis(scores, order, total, axis=-1)
         return scores

@@ -1,7 +1,8 @@
-"""How well a score tells what a model should not be trusted with: arrays in, numbers out.
+"""How well a score detects inputs on which a model is unreliable: arrays in, numbers out.
 
-All scores are uncertainties: the higher, the less sure, as `predictive_entropy` and `mutual_information` of a
-`MonteCarlo` are. Of a confidence, give 1 − confidence.
+All scores are uncertainties, higher if the model is less sure, such as `predictive_entropy` and `mutual_information` of
+a `MonteCarlo`. For a confidence, pass 1 − confidence. "Inside" rows come from the training distribution, "outside" rows
+do not.
 """
 
 import numpy as np
@@ -10,13 +11,14 @@ from keras_vdrop.functional import checks
 
 
 def auroc(inside, outside):
-    """P(score outside > score inside) + ½·P(they are equal): from ½, which tells nothing, to 1.
+    """Compute AUROC = P(score outside > score inside) + ½·P(they are equal): ½ for an uninformative score, 1 at best.
 
-    The area under the curve of true against false positives, and Mann and Whitney's U over the number of pairs.
+    It is the area under the curve of true against false positives, and the Mann–Whitney U divided by the number of
+    pairs.
 
     Args:
-        inside: Array (N,), scores of rows of the training distribution.
-        outside: Array (M,), scores of rows out of it.
+        inside: Array (N,), scores of rows inside.
+        outside: Array (M,), scores of rows outside.
 
     Example:
         >>> from keras_vdrop.functional import detection
@@ -34,14 +36,14 @@ def auroc(inside, outside):
 
 
 def aupr(inside, outside):
-    """Σ over thresholds, from the highest, of (rise of recall)·precision: average precision, rows outside positive.
+    """Compute the average precision, Σ over thresholds, from the highest, of (increase of recall)·precision.
 
-    It depends on how many of the rows are outside: a score that tells nothing has M / (N + M). With rows inside as
-    positive, it is `aupr(-outside, -inside)`.
+    Rows outside are the positives. The result depends on their share: an uninformative score has M / (N + M). With rows
+    inside as the positives, use `aupr(-outside, -inside)`.
 
     Args:
-        inside: Array (N,), scores of rows of the training distribution.
-        outside: Array (M,), scores of rows out of it.
+        inside: Array (N,), scores of rows inside.
+        outside: Array (M,), scores of rows outside.
 
     Reference:
         As for `auroc`
@@ -54,15 +56,15 @@ def aupr(inside, outside):
 
 
 def fpr_at_tpr(inside, outside, tpr=0.95):
-    """FPR95: the least fraction of rows inside that is flagged where at least 95 % of the rows outside are.
+    """Compute FPR95, the least fraction of rows inside that is flagged if at least 95 % of the rows outside are.
 
-    Rows outside are the positive ones. With rows inside as positive, as in some papers, it is
+    Rows outside are the positives. With rows inside as the positives, as in some papers, use
     `fpr_at_tpr(-outside, -inside)`.
 
     Args:
-        inside: Array (N,), scores of rows of the training distribution.
-        outside: Array (M,), scores of rows out of it.
-        tpr: Float in (0, 1), the fraction of rows outside to find.
+        inside: Array (N,), scores of rows inside.
+        outside: Array (M,), scores of rows outside.
+        tpr: Float in (0, 1), the fraction of rows outside to detect, 0.95 for FPR95.
 
     Reference:
         Deep Anomaly Detection with Outlier Exposure, Hendrycks, Mazeika, Dietterich, 2019,
@@ -76,13 +78,13 @@ def fpr_at_tpr(inside, outside, tpr=0.95):
 
 
 def risk_coverage(uncertainty, loss):
-    """(k / B, mean loss of the k rows of least uncertainty), for k = 1 ... B: what answering fewer rows saves.
+    """Compute the risk-coverage curve: (k / B, mean loss of the k least uncertain rows), for k = 1 ... B.
 
-    Where rows are equally uncertain, the mean over all orders of them.
+    The risk of equally uncertain rows is averaged over all orders of them.
 
     Args:
         uncertainty: Array (B,).
-        loss: Array (B,), the loss of every row, such as 1 where the answer is wrong and 0 where it is right.
+        loss: Array (B,), the loss of each row, such as 1 for a wrong answer and 0 for a right one.
 
     Returns:
         Two arrays (B,): coverage, rising to 1, and risk.
@@ -104,7 +106,7 @@ def risk_coverage(uncertainty, loss):
 
 
 def aurc(uncertainty, loss):
-    """AURC = mean of the risk over the coverages 1/B ... 1: the less, the better the order of the uncertainties.
+    """Compute AURC, the mean risk over the coverages 1/B ... 1. It is lower the better uncertainty ranks the losses.
 
     Args:
         uncertainty, loss: As for `risk_coverage`.
@@ -117,7 +119,7 @@ def aurc(uncertainty, loss):
 
 
 def excess_aurc(uncertainty, loss):
-    """E-AURC = AURC − that of the best order, by the loss itself; 0 where no row that is worse is held to be surer.
+    """Compute E-AURC = AURC − AURC of the ideal order, by loss; 0 if rows of higher loss are always more uncertain.
 
     Args:
         uncertainty, loss: As for `risk_coverage`.
@@ -133,6 +135,6 @@ def _scores(inside, outside):
 
 
 def _flagged(inside, outside):
-    """Rows inside and outside with at least that score, for every distinct score, from the highest."""
+    """Count the rows inside and outside that reach each distinct score, from the highest score down."""
     thresholds = np.unique(np.concatenate([inside, outside]))[::-1]
     return (len(rows) - np.searchsorted(np.sort(rows), thresholds) for rows in (inside, outside))

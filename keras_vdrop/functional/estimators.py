@@ -1,18 +1,18 @@
 """Unbiased, differentiable draws of `linear(x, w)` for w ~ N(loc, exp(log_variance)).
 
-An estimator is one function `(linear, x, loc, log_variance, seed, sign_axes, dtype) -> output`, where
-`linear(x, w)` is any operation linear in `x` and in `w` (a product, a convolution, an einsum, a lookup). All of them
-have the same mean `linear(x, loc)` and, for one output at a time, the same variance `linear(x², exp(log_variance))`.
-They differ in what is drawn, and so in cost and in how outputs vary together:
+An estimator is a function `(linear, x, loc, log_variance, seed, sign_axes, dtype) -> output`, where `linear(x, w)` is
+an operation linear in `x` and in `w` (a product, a convolution, an einsum, a lookup). All estimators have the same mean
+`linear(x, loc)` and, for each single output, the same variance `linear(x², exp(log_variance))`. They differ in what
+they draw, and so in cost and in the dependence between outputs:
 
-| estimator | draws | products | noise is shared by |
+| estimator | draws | products | noise of different examples |
 | --- | --- | --- | --- |
-| `local_reparameterization` | one number for each output | 2 | nothing |
-| `flipout` | one weight for the batch, signs for each example | 2 | nothing but one weight draw |
-| `reparameterization` | one weight for the batch | 1 | all examples of the batch |
+| `local_reparameterization` | one number for each output | 2 | independent, as of different outputs |
+| `flipout` | one weight for the batch, signs for each example | 2 | uncorrelated, but from one weight draw |
+| `reparameterization` | one weight for the batch | 1 | the same weight draw |
 
-`loc` and `log_variance` are float32 (or wider). The mean is computed in the type of the output, the variance in theirs.
-An `x` of an integer type is a lookup: it stands for rows that are 1 in one place and 0 elsewhere.
+`loc` and `log_variance` are float32 (or wider). The mean is computed in the dtype of the output, and the variance in
+that of `log_variance`. An `x` of an integer dtype means a lookup: each integer stands for a one-hot row.
 """
 
 import keras
@@ -21,30 +21,31 @@ from keras import ops
 from keras_vdrop.functional import noise
 from keras_vdrop.functional.tensors import tensors
 
-# Keeps the gradient of the square root finite where an output has no variance at all.
+# Keeps the gradient of the square root finite if an output has zero variance.
 _SMALLEST_VARIANCE = 1e-16
 
-# The axes of the input, and of the output, along which flipout's signs differ: examples and channels.
+# The axes of the input and of the output along which flipout draws signs: examples and channels.
 _BATCH_AND_CHANNELS = ((0, -1), (0, -1))
 
 
 def reparameterize(loc, log_variance, seed):
-    """One draw w = loc + exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and type of `loc`."""
+    """Draw w = loc + exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and dtype of `loc`."""
     loc, log_variance = tensors(loc, log_variance, least="float32")
     return loc + perturbation(log_variance, seed)
 
 
 def perturbation(log_variance, seed):
-    """One draw exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and type of `log_variance`."""
+    """Draw exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and dtype of `log_variance`."""
     (log_variance,) = tensors(log_variance, least="float32")
     return ops.exp(0.5 * log_variance) * noise.normal(ops.shape(log_variance), seed, log_variance.dtype)
 
 
 def local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, dtype=None):
-    """linear(x, loc) + sqrt(linear(x², exp(log_variance)))·ε, with ε ~ N(0, 1) for each output.
+    """Compute linear(x, loc) + sqrt(linear(x², exp(log_variance)))·ε, with ε ~ N(0, 1) for each output.
 
-    A draw of the weight where an example uses each number of it once, as a product of (B, D) does. Where it uses one
-    at several places, as a convolution does, each place has noise of its own: no draw of the weight does that.
+    If an example uses each number of the weight once, as in a product with inputs (B, D), this is equivalent to a draw
+    of the weight. If it uses one at several positions, as in a convolution, each position has independent noise, which
+    no draw of the weight produces.
 
     Args:
         linear: Callable `(x, w) -> output`, linear in both.
@@ -52,8 +53,8 @@ def local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATC
         loc: Tensor, the mean of the weight.
         log_variance: Tensor of the same shape, its log variance.
         seed: A `keras.random.SeedGenerator`.
-        sign_axes: Not used here.
-        dtype: Of the output, and of what `linear` computes the mean in; by default that of `x`.
+        sign_axes: Ignored.
+        dtype: Dtype of the output and of `linear(x, loc)`; by default that of `x`.
 
     Returns:
         Tensor of the shape of `linear(x, loc)`.
@@ -65,7 +66,7 @@ def local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATC
     del sign_axes
     x, loc, log_variance = _arguments(x, loc, log_variance)
     mean = linear(x, ops.cast(loc, dtype or x.dtype))
-    # float16 ends at 65504, so the square of 300 is already infinite in it. The square of a row of a lookup is itself.
+    # In float16, which ends at 65504, even the square of 300 is infinite. A one-hot row of a lookup is its own square.
     squared = x if _is_lookup(x) else ops.square(ops.cast(x, log_variance.dtype))
     scale = ops.sqrt(linear(squared, ops.exp(log_variance)) + _SMALLEST_VARIANCE)
     epsilon = noise.normal(ops.shape(mean), seed, log_variance.dtype)
@@ -73,11 +74,11 @@ def local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATC
 
 
 def flipout(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, dtype=None):
-    """linear(x, loc) + s·linear(r·x, Δw), one Δw ~ N(0, exp(log_variance)), signs r and s for each example.
+    """Compute linear(x, loc) + s·linear(r·x, Δw) with one Δw ~ N(0, exp(log_variance)) and signs r, s per example.
 
-    Multiplying the input's and the output's channels by random signs gives each example a perturbation of its own,
-    uncorrelated with its neighbours', from one draw of the weight. For an example it is itself a draw of the weight,
-    the same at all of its places: a normal number times a sign is as normal as before.
+    Random signs on the channels of the input and the output turn one draw of the weight into a different perturbation
+    for each example, uncorrelated with those of other examples. For a single example the result is a draw of the
+    weight, the same at all positions, since a zero-mean normal number keeps its distribution if its sign is flipped.
 
     Args:
         linear: Callable `(x, w) -> output`, linear in both.
@@ -85,9 +86,9 @@ def flipout(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, d
         loc: Tensor, the mean of the weight.
         log_variance: Tensor of the same shape, its log variance.
         seed: A `keras.random.SeedGenerator`.
-        sign_axes: Two tuples, the axes of `x` and those of the output along which signs differ: the batch, and whatever
-            axes they share with the weight. Along the others an example keeps its signs.
-        dtype: Of the output, and of what `linear` computes in; by default that of `x`.
+        sign_axes: Two tuples, the axes of `x` and those of the output along which signs differ: the batch, and the axes
+            that they share with the weight. Along all other axes, the signs of an example are constant.
+        dtype: Dtype of the output and of both products; by default that of `x`.
 
     Returns:
         Tensor of the shape of `linear(x, loc)`.
@@ -100,13 +101,13 @@ def flipout(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, d
     dtype = dtype or x.dtype
     mean = linear(x, ops.cast(loc, dtype))
     delta = ops.cast(perturbation(log_variance, seed), dtype)
-    # A lookup meets one row of the weight at a time: the output's signs alone make it independent.
+    # A lookup reads a single row of the weight, so the signs of the output suffice.
     signed = x if _is_lookup(x) else x * _signs(x, seed, sign_axes[0])
     return mean + linear(signed, delta) * _signs(mean, seed, sign_axes[1])
 
 
 def _arguments(x, loc, log_variance):
-    """All three as tensors."""
+    """Convert all three to tensors."""
     return ops.convert_to_tensor(x), *tensors(loc, log_variance, least="float32")
 
 
@@ -115,16 +116,17 @@ def _is_lookup(x):
 
 
 def _signs(tensor, seed, axes):
-    """Signs along some axes of `tensor`, of size 1 along its others."""
+    """Draw signs along some axes of `tensor`; all other axes have size 1."""
     kept = {axis % len(tensor.shape) for axis in axes}
     shape = tuple(size if axis in kept else 1 for axis, size in enumerate(ops.shape(tensor)))
     return noise.rademacher(shape, seed, tensor.dtype)
 
 
 def reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, dtype=None):
-    """linear(x, w) with one draw w = loc + exp(½·log_variance)·ε for the whole batch.
+    """Compute linear(x, w) with one draw w = loc + exp(½·log_variance)·ε for the whole batch.
 
-    The cheapest estimator, and the one whose gradient varies most: its noise does not average out over the batch.
+    This is the cheapest estimator. Its gradient has the highest variance, as the noise does not average out over the
+    batch.
 
     Args:
         linear: Callable `(x, w) -> output`, linear in both.
@@ -132,8 +134,8 @@ def reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_
         loc: Tensor, the mean of the weight.
         log_variance: Tensor of the same shape, its log variance.
         seed: A `keras.random.SeedGenerator`.
-        sign_axes: Not used here.
-        dtype: Of the output, and of what `linear` computes the mean in; by default that of `x`.
+        sign_axes: Ignored.
+        dtype: Dtype of the output and of the product; by default that of `x`.
 
     Returns:
         Tensor of the shape of `linear(x, loc)`.

@@ -1,8 +1,8 @@
 """KL(q‖p) of a Gaussian posterior q = N(loc, exp(log_variance)), weight by weight, in nats.
 
-Every function is elementwise, differentiable in `loc` and `log_variance`, and finite in float32, as are its gradients,
-for |loc| ≤ 10⁴ (0 included) and log variances from −80 to 40.
-In what follows alpha = exp(log_variance) / loc², the noise-to-signal ratio of a weight.
+Every function is elementwise and differentiable in `loc` and `log_variance`. In float32, its values and gradients are
+finite for |loc| ≤ 10⁴ (0 included) and log variances from −80 to 40. Below, alpha = exp(log_variance) / loc² is the
+noise-to-signal ratio of a weight.
 """
 
 import math
@@ -13,33 +13,35 @@ from keras import ops
 from keras_vdrop.functional.sparsity import over_groups
 from keras_vdrop.functional.tensors import tensors
 
-# KL ≈ K1·(1 − sigmoid(K2 + 1.5·log alpha)) + ½·log(1 + 1/alpha). The slope 1.5 was chosen so that
-# the sigmoid needs no logarithm; K1 and K2 were then fitted to the exact KL (tests/functional).
+# KL ≈ K1·(1 − sigmoid(K2 + 1.5·log alpha)) + ½·log(1 + 1/alpha). With a slope of 1.5 the sigmoid needs no logarithm.
+# K1 and K2 were fitted to the exact KL with that slope (tests/functional).
 _K1 = 0.63015
 _EXP_MINUS_K2 = math.exp(-1.87257)
 
-# Exact KL ≈ ½·log(1 + t) + t²·P(t)/Q(t) with t = 1/alpha, fitted to values and slopes of the exact KL by least squares;
-# ascending powers. All are positive, so Q has no root, and P/Q·t² rises to (Euler's gamma + log 2) / 2.
+# KL ≈ ½·log(1 + t) + t²·P(t)/Q(t) with t = 1/alpha: coefficients of ascending powers, fitted by least squares to values
+# and slopes of the exact KL. All are positive, so Q has no root for t ≥ 0. t²·P/Q rises to (Euler's gamma + log 2) / 2.
 _P = (0.16637515, 0.026408258, 0.002882208, 0.00019013932, 0.00002089298)
 _Q = (1.0, 1.0831559, 0.30479855, 0.051567974, 0.0050930282, 0.00035124801, 0.000032892934)
 
-# Kingma, Salimans, Welling (2015), equation 14, and the constant that it leaves out.
+# Kingma, Salimans, Welling (2015), equation 14, and the constant that the equation omits.
 _CUBIC = (1.16145124, -1.50204118, 0.58629921)
 _CUBIC_OFFSET = 0.5 * (np.euler_gamma + math.log(2.0))
 
-# The least log variance that is told from less: 1/variance, times the square of a mean of 10⁴, is finite in float32.
+# Lower log variances are raised to this, so that loc²/variance is finite in float32 for a mean of 10⁴.
 _LEAST_LOG_VARIANCE = -70.0
 
 _LEGENDRE_NODES, _LEGENDRE_WEIGHTS = np.polynomial.legendre.leggauss(32)
 
 
 def _signal_to_noise(loc, log_variance):
-    """|loc| / standard deviation = 1 / sqrt(alpha)."""
+    """Compute |loc| / standard deviation = 1 / sqrt(alpha)."""
     return ops.abs(loc) * ops.exp(-0.5 * ops.maximum(log_variance, _LEAST_LOG_VARIANCE))
 
 
 def _by_signal_to_noise(kl, loc, log_variance):
-    """A KL that depends on t = 1/alpha = loc²/variance alone, with its gradient by half the operations.
+    """Compute a KL that depends on t = 1/alpha = loc²/variance only.
+
+    A custom gradient halves the number of operations of automatic differentiation.
 
     Args:
         kl: Function of t that returns the KL and twice its derivative.
@@ -58,21 +60,20 @@ def _by_signal_to_noise(kl, loc, log_variance):
 
         return values, gradient
 
-    # TensorFlow lets such a function read no variables: their values are copies.
+    # In TensorFlow, a function with a custom gradient must not read variables, so it gets copies.
     loc, log_variance = (ops.copy(each) for each in tensors(loc, log_variance, least="float32"))
-    if tuple(loc.shape) != tuple(log_variance.shape):  # the gradient of each must have its own
+    if tuple(loc.shape) != tuple(log_variance.shape):  # a gradient must have the shape of its argument
         loc, log_variance = loc + ops.zeros_like(log_variance), log_variance + ops.zeros_like(loc)
     return value(loc, log_variance)
 
 
 def log_uniform(loc, log_variance):
-    """KL to the log-uniform prior p(|w|) ∝ 1/|w|, normalised to 0 for alpha → ∞.
+    """Approximate the KL to the log-uniform prior p(|w|) ∝ 1/|w|, normalised to 0 for alpha → ∞.
 
     KL ≈ k1·(1 − 1/(1 + e^(−k2)·alpha^(−1.5))) + ½·log(1 + 1/alpha)
 
-    This is the sigmoid approximation of Molchanov et al. with the slope fixed at 1.5 and the other
-    constants fitted again: within 0.0051 nats of the exact value for log alpha in [−10, 10], where the
-    published constants are within 0.0094.
+    This is the sigmoid approximation of Molchanov et al. with the slope fixed at 1.5 and the other constants refitted.
+    For log alpha in [−10, 10] it is within 0.0051 nats of the exact value; with the published constants, within 0.0094.
 
     Args:
         loc: Tensor, the posterior mean.
@@ -89,7 +90,7 @@ def log_uniform(loc, log_variance):
 
 
 def _log_uniform(t):
-    # The cube of the root stays finite in float32; past the bound its term is constant to 1e-27.
+    # The bound keeps t^1.5 finite in float32. Beyond it, the sigmoid term is constant to within 1e-27.
     bounded = ops.minimum(t, 1e18)
     root = ops.sqrt(bounded)
     left = 1.0 / (1.0 + _EXP_MINUS_K2 * bounded * root)
@@ -97,12 +98,12 @@ def _log_uniform(t):
 
 
 def log_uniform_exact(loc, log_variance):
-    """KL to the log-uniform prior, to the precision of float32, where `log_uniform` is within 0.0051 nats.
+    """Compute the KL to the log-uniform prior to float32 precision; `log_uniform` is within 0.0051 nats.
 
     KL = 2·∫₀ˣ D(s) ds, so that dKL/d log alpha = −x·D(x), with x = 1/sqrt(2·alpha) and D Dawson's function
 
-    By a rational approximation: within 4e-6 nats of the exact value and within 1.1e-5 of its slope, on every backend
-    and under XLA, at about twice the cost of `log_uniform`.
+    The integral is computed by a rational approximation, within 4e-6 nats of the exact value and 1.1e-5 of its slope,
+    on every backend and under XLA. It costs about twice as much as `log_uniform`.
 
     Args:
         loc: Tensor, the posterior mean.
@@ -118,14 +119,14 @@ def log_uniform_exact(loc, log_variance):
     """
     s = _signal_to_noise(*tensors(loc, log_variance, least="float32"))
     t = ops.square(ops.minimum(s, 1e9))
-    # Both polynomials over (1 + t)⁶, so that neither they nor the square of Q in the gradient overflow.
+    # Numerator and denominator are divided by (1 + t)⁶, so that neither they nor Q² in the gradient overflow.
     w = 1.0 / (1.0 + t)
     z = t * w
     return ops.square(z) * _homogeneous(_P, z, w) / _homogeneous(_Q, z, w) + 0.5 * ops.log1p(s * s)
 
 
 def _homogeneous(coefficients, z, w):
-    """Σ coefficients[i]·zⁱ·wⁿ⁻ⁱ, of degree n, by Horner's rule."""
+    """Compute Σ coefficients[i]·zⁱ·wⁿ⁻ⁱ, of degree n, by Horner's rule."""
     total, power = coefficients[-1], 1.0
     for coefficient in reversed(coefficients[:-1]):
         power = power * w
@@ -134,12 +135,12 @@ def _homogeneous(coefficients, z, w):
 
 
 def log_uniform_cubic(log_alpha):
-    """KL to the log-uniform prior as a cubic in alpha, for alpha ≤ 1.
+    """Approximate the KL to the log-uniform prior by a cubic in alpha, for alpha ≤ 1.
 
     KL ≈ c0 − (½·log alpha + c1·alpha + c2·alpha² + c3·alpha³)
 
-    Larger alpha are clipped to 1, past which the polynomial diverges. With c0 = (γ + log 2) / 2 = 0.6352, which the
-    paper leaves open, it is within 0.041 nats of the exact value.
+    Larger alpha are clipped to 1, above which the polynomial diverges. The paper leaves c0 open. With
+    c0 = (γ + log 2) / 2 = 0.6352, the result is within 0.041 nats of the exact value.
 
     Args:
         log_alpha: Tensor, log(variance / loc²).
@@ -159,18 +160,18 @@ def log_uniform_cubic(log_alpha):
 
 
 def ard(loc, log_variance, group_axis=None, blocks=1):
-    """KL to a zero-mean normal prior whose variance is fitted to each weight, or to each group (empirical Bayes).
+    """Compute the KL to a zero-mean normal prior with a variance fitted to each weight or group (empirical Bayes).
 
     KL = ½·log(1 + 1/alpha), the minimum over s² of KL(q ‖ N(0, s²)), reached at s² = loc² + variance.
-    Of a group of n weights: Σ ½·(log s² − log_variance) with one s² = Σ (loc² + variance) / n.
+    For a group of n weights: Σ ½·(log s² − log_variance) with one s² = Σ (loc² + variance) / n.
 
     Args:
         loc: Tensor, the posterior mean.
         log_variance: Tensor of the same shape, the logarithm of the posterior variance.
-        group_axis, blocks: As for `functional.sparsity.log_alpha`; None for every weight by itself.
+        group_axis, blocks: As for `functional.sparsity.log_alpha`.
 
     Returns:
-        Tensor of the same shape, in nats; only the sum over a group is the group's KL.
+        Tensor of the same shape, in nats. For groups, only the sum over a group has a meaning: it is its KL.
 
     Reference:
         Variational Dropout via Empirical Bayes, Kharitonov, Molchanov, Vetrov, 2018,
@@ -187,7 +188,7 @@ def _ard(t):
 
 
 def ard_variance(loc, log_variance, group_axis=None, blocks=1):
-    """The variance s² that the ARD prior takes: loc² + variance, or its mean over the group."""
+    """Compute the variance s² of the ARD prior: loc² + variance, or its mean over the group."""
     loc, log_variance = tensors(loc, log_variance, least="float32")
     second_moment = ops.square(loc) + ops.exp(log_variance)
     if group_axis is None:
@@ -196,7 +197,7 @@ def ard_variance(loc, log_variance, group_axis=None, blocks=1):
 
 
 def normal(loc, log_variance, scale=1.0):
-    """KL to the prior N(0, scale²).
+    """Compute the KL to the prior N(0, scale²).
 
     KL = ½·(variance/scale² + loc²/scale² − 1 − log(variance/scale²))
 
@@ -218,13 +219,13 @@ def normal(loc, log_variance, scale=1.0):
 
 
 def scale_mixture(loc, log_variance, probability, scale, narrow_scale):
-    """KL to the mixture of two zero-mean normals, p(w) = π·N(0, σ1²) + (1 − π)·N(0, σ2²) with σ1 > σ2.
+    """Compute the KL to a mixture of two normals, p(w) = π·N(0, σ1²) + (1 − π)·N(0, σ2²) with σ1 > σ2.
 
     KL = KL(q ‖ N(0, σ1²)) − log π − E_q[softplus(c − k·w²)],
     c = log((1 − π)·σ1 / (π·σ2)),  k = ½·(1/σ2² − 1/σ1²)
 
-    The expectation is an integral over the stretch where neither factor vanishes, by Gauss–Legendre quadrature: no
-    Monte Carlo noise, and no logarithm of 0 far out. Within 1e-3 nats of the exact value.
+    Gauss–Legendre quadrature computes the expectation over the interval where neither softplus nor q is negligible. It
+    has no Monte-Carlo noise, takes no logarithm of 0 far from the mean, and is within 1e-3 nats of the exact value.
 
     Args:
         loc: Tensor, the posterior mean.
@@ -242,8 +243,8 @@ def scale_mixture(loc, log_variance, probability, scale, narrow_scale):
     k = 0.5 * (narrow_scale**-2 - scale**-2)
     loc, log_variance = tensors(loc, log_variance, least="float32")
     deviation = ops.exp(0.5 * log_variance)
-    # Where the integrand is below e^−16 of its greatest value; beyond 6 deviations q is. In deviations from `loc`, as
-    # float32 can tell them apart where the numbers themselves round to `loc`.
+    # Beyond `reach`, softplus is below about e^−16 of its maximum; beyond 6 standard deviations, q is. The limits are
+    # in standard deviations from `loc`, which stay distinct in float32 even if the weights round to `loc`.
     reach = math.sqrt((max(c, 0.0) + 16.0) / k)
     inverse = ops.exp(-0.5 * log_variance)
     low, high = (ops.clip((end - loc) * inverse, -6.0, 6.0) for end in (-reach, reach))

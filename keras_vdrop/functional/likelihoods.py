@@ -1,4 +1,4 @@
-"""log p(y) of the distributions that the losses are made of: tensors in, tensors out, in nats."""
+"""Log densities log p(y) of the distributions behind the losses: tensors in, tensors out, in nats."""
 
 import math
 
@@ -10,27 +10,27 @@ LEAST_SCALE = 1e-3
 
 
 def scale_of(raw_scale):
-    """log(1 + exp(raw_scale)) + `LEAST_SCALE`: the scale that an unbounded output stands for, in the units of y.
+    """Map an unbounded output to a scale, log(1 + exp(raw_scale)) + `LEAST_SCALE`, in the units of y.
 
-    Without the least scale, an output far below 0, as at an outlier among the inputs, makes the scale so small that
-    ((y − loc) / scale)² is no number in float32. It asks for y that is not much smaller than 1: standardise it.
+    Without the least scale, an output far below 0, as for an outlier among the inputs, would make the scale so small
+    that ((y − loc) / scale)² overflows in float32. The least scale requires y not much smaller than 1: standardise y.
     """
     (raw_scale,) = tensors(raw_scale)
     return ops.softplus(raw_scale) + LEAST_SCALE
 
 
 def normal(y, loc, scale):
-    """−½·log(2π) − log scale − ½·((y − loc) / scale)²
+    """Compute −½·log(2π) − log scale − ½·((y − loc) / scale)².
 
     Args:
-        y, loc, scale: Tensors of shapes that broadcast, in the units of y; `scale`, the standard deviation, > 0.
+        y, loc, scale: Tensors of broadcastable shapes, in the units of y. `scale` is the standard deviation, > 0.
     """
     y, loc, scale = tensors(y, loc, scale)
     return -0.5 * math.log(2.0 * math.pi) - ops.log(scale) - 0.5 * ops.square((y - loc) / scale)
 
 
 def laplace(y, loc, scale):
-    """−log(2·scale) − |y − loc| / scale
+    """Compute −log(2·scale) − |y − loc| / scale.
 
     Args:
         y, loc, scale: As for `normal`; the standard deviation is √2·scale.
@@ -40,11 +40,13 @@ def laplace(y, loc, scale):
 
 
 def student_t(y, df, loc, scale):
-    """log Γ((df + 1)/2) − log Γ(df/2) − ½·log(π·df) − log scale − (df + 1)/2·log(1 + ((y − loc) / scale)² / df)
+    """Compute the log density of Student's t distribution.
+
+    log Γ((df + 1)/2) − log Γ(df/2) − ½·log(π·df) − log scale − (df + 1)/2·log(1 + ((y − loc) / scale)² / df)
 
     Args:
         y, loc, scale: As for `normal`; the standard deviation is scale·√(df / (df − 2)) for df > 2, else infinite.
-        df: Float > 0, the degrees of freedom: the fewer, the heavier the tails; ∞ is the normal distribution.
+        df: Float > 0, the degrees of freedom. Fewer mean heavier tails; the limit ∞ is the normal distribution.
     """
     y, loc, scale = tensors(y, loc, scale)
     constant = math.lgamma(0.5 * (df + 1.0)) - math.lgamma(0.5 * df) - 0.5 * math.log(math.pi * df)
@@ -52,7 +54,7 @@ def student_t(y, df, loc, scale):
 
 
 def normal_mixture(y, logits, loc, scale):
-    """log Σ_k softmax(logits)_k·N(y; loc_k, scale_k²)
+    """Compute log Σ_k softmax(logits)_k·N(y; loc_k, scale_k²).
 
     Args:
         y: Tensor (B, ...).

@@ -1,8 +1,8 @@
-"""Random draws for the estimators, and the one place with a backend-specific fast path.
+"""Random numbers for the estimators, with a fast path for TensorFlow.
 
-With TensorFlow the default generator of `keras.random` spends, under XLA on a CPU, twenty to a hundred times
-what the numbers cost: the scrambling of its key is fused into every element. Philox, asked for by name, does not.
-What TensorFlow makes of Philox's bits still costs two to ten times what it can on a CPU, where it is made here.
+In TensorFlow, under XLA on a CPU, the default generator of `keras.random` takes 20 to 100 times as long as necessary,
+because the scrambling of its key is fused into every element. Philox, requested by name, avoids this. TensorFlow's
+conversion of Philox's bits to numbers still takes 2 to 10 times as long as necessary on a CPU, so it is done here.
 """
 
 import functools
@@ -12,26 +12,26 @@ import math
 import keras
 from keras import ops
 
-# sin(½πz) ≈ z·P(z²) within 1e-8 for |z| ≤ 1: least squares at Chebyshev's nodes, ascending powers.
+# Coefficients of P, in ascending powers: sin(½πz) ≈ z·P(z²) within 1e-8 for |z| ≤ 1. Least squares at Chebyshev nodes.
 _SINE = (1.57079632, -0.6459637604, 0.0796899226, -0.00467415067, 0.000151675118)
 
-# The bits of 1.0 in float32: no sign, no fraction.
+# The bits of 1.0 in float32: sign and fraction are 0.
 _ONE = 0x3F800000
 
 
 def hash_seed(seed, *salt):
-    """A 31-bit seed that depends on all of `seed` and `salt`, without pattern.
+    """Hash `seed` and `salt` to a 31-bit seed.
 
-    Neighbouring seeds give unrelated streams, which `seed + 1` does not promise on every backend.
+    Neighbouring seeds give unrelated streams, which `seed + 1` does not guarantee on every backend.
     """
     text = "/".join(str(part) for part in (seed, *salt))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") & 0x7FFFFFFF
 
 
 def _philox_seed(seed):
-    """The next seed of a generator as TensorFlow's stateless functions take it.
+    """Return the next seed of a generator in the form that TensorFlow's stateless functions take.
 
-    It is one for each replica, unless the generator is `same_on_replicas`.
+    It differs between replicas, unless the generator has `same_on_replicas`.
     """
     import tensorflow as tf
 
@@ -46,12 +46,12 @@ def _philox_seed(seed):
 
 
 def normal(shape, seed, dtype="float32"):
-    """Independent draws of N(0, 1).
+    """Draw independent samples of N(0, 1).
 
     Args:
-        shape: Tuple of ints (or scalar tensors where a size is not known).
-        seed: A `keras.random.SeedGenerator`, advanced by one; or an int for the same draw every time.
-        dtype: Of the result.
+        shape: Tuple of ints (or of scalar tensors for unknown sizes).
+        seed: A `keras.random.SeedGenerator`, which advances by one, or an int for the same samples every time.
+        dtype: Dtype of the result.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -70,9 +70,10 @@ def _has_gpu():
 
 
 def _box_muller(shape, seed):
-    """Draws of N(0, 1) in float32 by few operations that vectorise, with and without XLA: r·cos 2θ and r·sin 2θ.
+    """Draw samples of N(0, 1), r·cos 2θ and r·sin 2θ, in float32.
 
-    r = sqrt(−2·log u) and θ uniform on [−½π, ½π], where a polynomial is its sine, and its cosine a square root.
+    Here r = sqrt(−2·log u), and θ is uniform on [−½π, ½π]. In this range a polynomial approximates sin θ, and cos θ is
+    the square root of 1 − sin² θ. These few operations are vectorised with and without XLA.
 
     Reference:
         A Note on the Generation of Random Normal Deviates, Box, Muller, 1958,
@@ -94,23 +95,23 @@ def _box_muller(shape, seed):
     sine *= z
     square = sine * sine
     cosine = tf.sqrt(tf.maximum(1.0 - square, 0.0))
-    # A concatenation of two halves is not vectorised by XLA, a choice between two is.
+    # XLA does not vectorise a concatenation of the two halves, but it vectorises `where`.
     draws = r * tf.where([[True], [False]], 1.0 - 2.0 * square, 2.0 * sine * cosine)
     return tf.reshape(tf.reshape(draws, (-1,))[:count], shape)
 
 
 def _count(shape):
-    """How many numbers that are: an int where all sizes are known."""
+    """Return the number of elements of a shape: an int if all sizes are known."""
     import tensorflow as tf
 
     return math.prod(shape) if all(isinstance(size, int) for size in shape) else tf.reduce_prod(tf.stack(shape))
 
 
 def _bits(count, seed):
-    """So many random int32.
+    """Draw `count` random int32.
 
-    In one XLA program on a CPU, a second draw of 32 bits of the same shape costs six times the first; one of 64 bits
-    does not.
+    They are drawn as int64: in one XLA program on a CPU, a second draw of 32-bit numbers of the same shape takes six
+    times as long as the first, but a second draw of 64-bit numbers does not.
     """
     import tensorflow as tf
 
@@ -119,14 +120,14 @@ def _bits(count, seed):
 
 
 def rademacher(shape, seed, dtype="float32"):
-    """Independent signs, −1 or 1 with probability ½ each. Arguments as for `normal`."""
+    """Draw independent signs, −1 or 1 with probability ½ each. The arguments are those of `normal`."""
     if keras.backend.backend() == "tensorflow" and not _has_gpu():
         return ops.cast(_signs(shape, _philox_seed(seed)), dtype)
     return ops.where(uniform(shape, seed) < 0.5, ops.cast(-1, dtype), ops.cast(1, dtype))
 
 
 def _signs(shape, seed):
-    """−1.0 or 1.0, each from a bit: a draw of 32 bits makes 32 of them."""
+    """Draw −1.0 or 1.0, 32 signs from each random int32."""
     import tensorflow as tf
 
     count = _count(shape)
@@ -137,7 +138,7 @@ def _signs(shape, seed):
 
 
 def uniform(shape, seed, dtype="float32"):
-    """Independent draws of U[0, 1). Arguments as for `normal`."""
+    """Draw independent samples of U[0, 1). The arguments are those of `normal`."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -148,7 +149,7 @@ def uniform(shape, seed, dtype="float32"):
 
 
 def _uniform(shape, seed):
-    """The 23 bits of the fraction of a number in [1, 2), less 1."""
+    """Draw samples of U[0, 1): 23 random bits as the fraction of a float32 in [1, 2), minus 1."""
     import tensorflow as tf
 
     fraction = tf.bitwise.right_shift(tf.bitcast(_bits(_count(shape), seed), "uint32"), tf.constant(9, "uint32"))
@@ -156,18 +157,19 @@ def _uniform(shape, seed):
 
 
 def bernoulli(shape, probability, seed, dtype="float32"):
-    """Independent draws of 1 with the given probability, else 0. Other arguments as for `normal`."""
+    """Draw independent 1s with the given probability, else 0. The other arguments are those of `normal`."""
     return ops.cast(uniform(shape, seed) < ops.cast(probability, "float32"), dtype)
 
 
 def concrete(shape, logit, temperature, seed):
-    """Independent draws of a relaxed Bernoulli variable, σ((logit + logit u) / temperature) with u ~ U(0, 1): in
-    float32.
+    """Draw independent samples of a relaxed Bernoulli variable, in float32.
+
+    A sample is σ((logit + logit(u)) / temperature) with u ~ U(0, 1).
 
     Args:
         shape: As for `normal`.
-        logit: Tensor, the logit of the probability of 1, through which gradients flow.
-        temperature: Float > 0; towards 0 the draws are 0 or 1.
+        logit: Tensor, the logit of the probability of 1. Gradients flow through it.
+        temperature: Float > 0. As it goes to 0, the samples become 0 or 1.
         seed: As for `normal`.
 
     Reference:

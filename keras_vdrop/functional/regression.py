@@ -1,7 +1,7 @@
-"""How good a predicted distribution of a number is: arrays in, numbers out.
+"""Scores and intervals of predicted distributions of numbers: arrays in, numbers and arrays out.
 
-A normal one has `loc` and `scale`, its mean and standard deviation: of the variances that a `MonteCarlo` gives, the
-root of their sum. Samples lie along the first axis, (S, B, ...).
+A normal distribution has `loc` and `scale`, its mean and standard deviation. For a `MonteCarlo`, `scale` is the square
+root of the sum of its variances. Samples lie along the first axis, (S, B, ...).
 """
 
 import math
@@ -15,7 +15,7 @@ _ERF = np.vectorize(math.erf, otypes=["float64"])
 
 
 def normal_negative_log_likelihood(loc, scale, y):
-    """NLL = mean of ½·log(2π·scale²) + ½·((y − loc) / scale)², in nats.
+    """Compute NLL = mean of ½·log(2π·scale²) + ½·((y − loc) / scale)², in nats.
 
     Args:
         loc, scale, y: Arrays of one shape, in the units of y; scale > 0.
@@ -25,10 +25,10 @@ def normal_negative_log_likelihood(loc, scale, y):
 
 
 def normal_mixture_negative_log_likelihood(loc, scale, y):
-    """NLL = mean of −log (1/S)·Σ_s N(y; loc_s, scale_s²), in nats: of the mean of S predicted distributions.
+    """Compute NLL = mean of −log (1/S)·Σ_s N(y; loc_s, scale_s²), in nats, for the average of S distributions.
 
-    Of the samples of a `MonteCarlo(output="samples")`, or of the members of an ensemble, this is the likelihood that
-    papers report; the normal distribution with the same mean and variance is an approximation of the mixture.
+    For the samples of a `MonteCarlo(output="samples")` or the members of an ensemble, this is the likelihood that
+    papers report. The normal distribution with the same mean and variance only approximates the mixture.
 
     Args:
         loc, scale: Arrays (S, B, ...), in the units of y; scale > 0.
@@ -47,9 +47,10 @@ def normal_mixture_negative_log_likelihood(loc, scale, y):
 
 
 def normal_crps(loc, scale, y):
-    """CRPS = mean of scale·(z·(2·Φ(z) − 1) + 2·φ(z) − 1/√π), z = (y − loc) / scale; in the units of y, 0 the best.
+    """Compute CRPS = mean of scale·(z·(2·Φ(z) − 1) + 2·φ(z) − 1/√π) with z = (y − loc) / scale.
 
-    CRPS = ∫ (F(t) − 1[t ≥ y])² dt of the predicted distribution function F; for a point it is |y − loc|.
+    The CRPS of a predicted distribution function F is ∫ (F(t) − 1[t ≥ y])² dt, in the units of y; 0 is the best. For a
+    point prediction it is |y − loc|.
 
     Args:
         loc, scale, y: Arrays of one shape, in the units of y; scale > 0.
@@ -65,11 +66,11 @@ def normal_crps(loc, scale, y):
 
 
 def sample_crps(samples, y):
-    """CRPS = mean of E|x − y| − ½·E|x − x'|, E|x − x'| over the S·(S − 1) pairs of different samples.
+    """Compute CRPS = mean of E|x − y| − ½·E|x − x'|, with E|x − x'| over the S·(S − 1) pairs of different samples.
 
-    The fair form: on average it is the CRPS of the distribution that the samples are of, for any S. (Over all S²
-    pairs, it would be that of the S samples themselves, which is more, by E|x − x'| / (2·S).) Of few samples, it can
-    be below 0.
+    This is the fair form: for any S, its expectation is the CRPS of the distribution that the samples come from. (Over
+    all S² pairs, it would be the CRPS of the S samples themselves, which is higher by E|x − x'| / (2·S).) With few
+    samples it can be below 0.
 
     Args:
         samples: Array (S, B, ...), S ≥ 2, in the units of y.
@@ -81,14 +82,14 @@ def sample_crps(samples, y):
     samples, y = _samples(samples, y)
     count = len(samples)
     error = np.abs(samples - y).mean(axis=0)
-    # Σ over pairs of |x − x'|: the i-th smallest is the greater one in i pairs, and the smaller one in S − 1 − i.
+    # Σ over pairs of |x − x'|: counted from 0, the i-th smallest is the greater in i pairs, the smaller in S − 1 − i.
     rank = (2.0 * np.arange(count) - count + 1.0).reshape(-1, *[1] * y.ndim)
     spread = (rank * np.sort(samples, axis=0)).sum(axis=0) / (count * (count - 1))
     return float((error - spread).mean())
 
 
 def normal_interval(loc, scale, level=0.9):
-    """loc ± Φ⁻¹((1 + level) / 2)·scale: the central interval that holds y with the probability `level`.
+    """Compute loc ± Φ⁻¹((1 + level) / 2)·scale, the central interval that contains y with probability `level`.
 
     Args:
         loc, scale: Arrays of one shape, in the units of y; scale > 0.
@@ -110,20 +111,20 @@ def normal_interval(loc, scale, level=0.9):
 
 
 def sample_interval(samples, level=0.9):
-    """The quantiles (1 − level) / 2 and (1 + level) / 2 of the samples, at the places p·(S + 1) of their order.
+    """Compute the quantiles (1 − level) / 2 and (1 + level) / 2 of the samples.
 
-    Between the i-th and the j-th of S samples, one more of the same distribution lies with the probability
-    (j − i) / (S + 1), whatever the distribution: with those places, that is `level`.
+    The quantile p is at rank p·(S + 1). For any continuous distribution, a new sample lies between the i-th and the
+    j-th smallest of S samples with probability (j − i) / (S + 1), which for these ranks is `level`.
 
     Args:
-        samples: Array (S, B, ...), in the units of y: draws of y itself, noise of the data included.
+        samples: Array (S, B, ...), in the units of y: samples of y itself, including the noise of the data.
         level: Float in (0, 1).
 
     Returns:
         Two arrays (B, ...): lower, upper.
 
     Raises:
-        ValueError: For fewer samples than 2 / (1 − level) − 1, whose extremes are not that far apart.
+        ValueError: For fewer than 2 / (1 − level) − 1 samples, too few for this level.
     """
     samples, level = checks.numbers("samples", samples), checks.fraction("level", level)
     least = math.ceil(2.0 / (1.0 - level) - 1.0 - 1e-9)
@@ -137,13 +138,13 @@ def sample_interval(samples, level=0.9):
 
 
 def interval_coverage(lower, upper, y):
-    """The fraction of y in [lower, upper]; near the interval's level where the prediction is calibrated.
+    """Compute the fraction of y in [lower, upper]. For calibrated predictions it is near the level of the intervals.
 
     Args:
         lower, upper, y: Arrays of one shape.
 
     Raises:
-        ValueError: For a lower end above the upper one, NaN, or shapes that differ.
+        ValueError: If a lower end is above the upper one, for NaN, or if the shapes differ.
     """
     lower, upper = (np.asarray(end, "float64") for end in (lower, upper))
     y = checks.numbers("y", y)
@@ -156,7 +157,7 @@ def interval_coverage(lower, upper, y):
 
 
 def _standardised(loc, scale, y):
-    """The scale, and (y − loc) / scale."""
+    """Return the scale, and (y − loc) / scale."""
     loc, scale, y = checks.alike(loc=loc, scale=scale, y=y)
     return checks.positive("scale", scale), (y - loc) / scale
 

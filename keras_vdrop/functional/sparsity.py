@@ -1,27 +1,27 @@
-"""Which weights carry signal: log alpha and masks."""
+"""Log alpha, which measures how much signal a weight carries, and masks of the kept weights."""
 
 from keras import ops
 
 from keras_vdrop.functional.tensors import tensors
 
-# About the least normal float32, so that log alpha of a weight that is exactly 0 stays finite.
+# Near the least normal float32; keeps log alpha finite for a weight that is exactly 0.
 _SMALLEST_SQUARE = 1e-37
 
 
 def log_alpha(loc, log_variance, group_axis=None, blocks=1):
-    """log alpha = log_variance − log(loc²), the log of the noise-to-signal ratio; large means dispensable.
+    """Compute log alpha = log_variance − log(loc²), the log noise-to-signal ratio. A large one means dispensable.
 
-    Of a group of weights it is log(Σ variance / Σ loc²).
+    For a group of weights it is log(Σ variance / Σ loc²).
 
     Args:
         loc: Tensor, the posterior mean.
         log_variance: Tensor of the same shape, the logarithm of the posterior variance.
-        group_axis: Int for one group for each index along that axis, or None for every weight by itself.
-        blocks: Positive int: the axis is that many blocks side by side, as are the gates of a recurrent kernel, and a
-            group is an index within all of them.
+        group_axis: Int, an axis of which each index forms a group, or None to treat every weight separately.
+        blocks: Positive int, the number of equal blocks that make up the axis, such as the gates of a recurrent kernel.
+            A group takes the weights at one index of every block.
 
     Returns:
-        Tensor of the same shape, not clipped; where `loc` is 0, large and finite.
+        Tensor of the same shape, not clipped. Where `loc` is 0, it is large but finite.
     """
     loc, log_variance = tensors(loc, log_variance, least="float32")
     square = ops.square(loc)
@@ -32,7 +32,7 @@ def log_alpha(loc, log_variance, group_axis=None, blocks=1):
 
 
 def check_groups(shape, group_axis=None, blocks=1):
-    """Raise a `ValueError` unless a weight of that shape has those groups."""
+    """Raise a `ValueError` unless a weight of the given shape can be split into these groups."""
     shape, rank = tuple(shape), len(shape)
     if group_axis is None:
         return
@@ -43,7 +43,7 @@ def check_groups(shape, group_axis=None, blocks=1):
 
 
 def over_groups(reduce, tensor, group_axis, blocks=1):
-    """`reduce(tensor, axis, keepdims)` over each group, in the place of each of its members."""
+    """Apply `reduce(tensor, axis, keepdims)` to each group and broadcast the result to all members of the group."""
     (tensor,) = tensors(tensor)
     shape, rank = tuple(tensor.shape), len(tensor.shape)
     check_groups(shape, group_axis, blocks)
@@ -55,15 +55,15 @@ def over_groups(reduce, tensor, group_axis, blocks=1):
 
 
 def keep_mask(loc, log_variance, threshold=3.0, group_axis=None, blocks=1):
-    """True where log alpha ≤ threshold and `loc` is not 0: the weights that are worth keeping.
+    """Return a mask of the weights worth keeping: True where log alpha ≤ threshold and `loc` is not 0.
 
-    At the customary threshold of 3 a dropped weight is at least 95 % noise: alpha ≥ 20.
+    At the customary threshold of 3, alpha of a pruned weight is at least 20: the weight is at least 95 % noise.
 
     Args:
         loc: Tensor, the posterior mean.
         log_variance: Tensor of the same shape, the logarithm of the posterior variance.
         threshold: Float, in units of log alpha.
-        group_axis, blocks: As for `log_alpha`: a group is kept or dropped as a whole.
+        group_axis, blocks: As for `log_alpha`. The log alpha of a group decides for all of its weights that are not 0.
 
     Returns:
         Boolean tensor of the same shape.

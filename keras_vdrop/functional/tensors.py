@@ -1,15 +1,15 @@
-"""What the functions on tensors take: tensors, NumPy arrays and Python's numbers and lists alike."""
+"""Conversion of arguments, so that functions accept tensors, NumPy arrays, and Python numbers and lists."""
 
 import keras
 from keras import ops
 
 
 def tensors(*values, least=None):
-    """Those values as tensors of one floating type: the widest among them, float32 where all are whole numbers.
+    """Convert values to tensors of one floating dtype: the widest among them, or `floatx` if all are ints.
 
     Args:
         *values: Tensors, arrays, or numbers and lists of numbers.
-        least: The narrowest type that will do, such as "float32", or None.
+        least: The narrowest dtype of the result, such as "float32", or None.
     """
     values = [ops.convert_to_tensor(value) for value in values]
     dtypes = {keras.backend.standardize_dtype(value.dtype) for value in values}

@@ -1,7 +1,7 @@
-"""Whose compiled function a layer's call becomes part of: what runs in Python once, and is kept.
+"""Find the compiled function that is being traced when a layer is called.
 
-TensorFlow and JAX run the Python of a function when they trace it, and never again. So what a layer reads there, such
-as whether it is within a scope, is settled for good. PyTorch compiles anew where what was read has changed.
+TensorFlow and JAX run the Python code of a function only when they trace it. Whatever a layer reads there, such as
+whether it is within a scope, is fixed for all later calls. PyTorch recompiles if what was read has changed.
 """
 
 import sys
@@ -12,11 +12,11 @@ _STEPS = {"train_step": "train", "test_step": "test", "predict_step": "predict"}
 
 
 def compiled_function():
-    """The function for which the caller is being traced.
+    """Return the compiled function that the caller is being traced for.
 
     Returns:
-        None where the caller runs at once, or only to find shapes. Else a pair: of `model.predict_function`, the model
-        and "predict", and so for "test" and "train"; of any other function, None and None.
+        None if the caller runs eagerly or only infers shapes. Otherwise a pair: the model and "predict" for
+        `model.predict_function`, and likewise with "test" and "train"; None and None for any other function.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -25,13 +25,13 @@ def compiled_function():
         import tensorflow as tf
 
         if tf.inside_function():
-            # The stack of a replica's thread ends at its step.
+            # The thread of a replica has only the step on its stack, not the compiled function.
             return _owner(_is_tensorflow_call, otherwise=(None, None))
     return None
 
 
 def new_function(model, name):
-    """Another `model.predict_function` by Keras, which traces the step anew. The model keeps the one that it has.
+    """Have Keras make another `model.predict_function`, which traces the step anew. The model keeps its own.
 
     Args:
         model: A compiled `keras.Model`.
@@ -39,7 +39,7 @@ def new_function(model, name):
     """
     step_name, function_name = f"{name}_step", f"{name}_function"
     own, step, is_set = getattr(model, function_name), getattr(model, step_name), step_name in vars(model)
-    # JAX knows a function by its identity, and would not trace the same method again.
+    # JAX caches by the identity of a function, and would not trace the same method again.
     setattr(model, step_name, lambda *args, **kwargs: step(*args, **kwargs))
     setattr(model, function_name, None)
     try:
@@ -54,10 +54,15 @@ def new_function(model, name):
 
 
 def _owner(is_boundary, otherwise):
-    """What the innermost compiled function on the stack is; without one, the step that was met or `otherwise`.
+    """Identify the innermost compiled function on the stack, as `compiled_function` returns it.
 
-    Keras has no public way from a layer to the model that is being traced, and the stack is the same for functional,
+    Keras has no public way from a layer to the model that is being traced. The stack is the same for functional,
     subclassed and nested models.
+
+    Args:
+        is_boundary: Callable, whether a frame is the call of a compiled function.
+        otherwise: The result if no such frame and no step of a model is on the stack. If it is None, a step alone does
+            not count.
     """
     found = None
     frame = sys._getframe(2)
@@ -79,5 +84,5 @@ def _is_tensorflow_call(frame):
 
 
 def _is_jax_call(frame):
-    """Of a function under `jit`; the body of a loop is traced as well, but run at once."""
+    """Return whether a frame traces a function under `jit`, and not the body of a loop, which runs at once."""
     return frame.f_code.co_name == "cache_miss" and frame.f_globals.get("__name__") == "jax._src.pjit"

@@ -1,7 +1,7 @@
-"""What a set of Monte-Carlo samples says: predictive moments, entropies, mutual information.
+"""Statistics of Monte-Carlo samples: predictive moments, entropies, mutual information.
 
 Samples lie along the first axis, (S, B, ...). Entropies are in nats. Every statistic is a function of means over the
-samples, which so need not be kept: a `Summary` says which means, and which function.
+samples, so the samples need not be stored. A `Summary` specifies these means and the function.
 """
 
 from collections.abc import Callable
@@ -14,26 +14,27 @@ from keras_vdrop.functional.tensors import tensors
 
 
 class Summary(NamedTuple):
-    """How statistics come of means over samples.
+    """Definition of statistics as a function of means over samples.
 
     Attributes:
-        terms: Callable from samples (S, B, ...) and an origin (B, ...) to a dict of tensors (S, B, ...), to be averaged
-            over S. The origin is any of the samples: squares of what is far from 0 would cancel.
-        statistics: Callable from the averages (B, ...) and that origin to the dict of statistics.
+        terms: Callable that maps samples (S, B, ...) and an origin (B, ...) to a dict of tensors (S, B, ...), to be
+            averaged over S. The origin is any one of the samples. Subtracting it first avoids cancellation between the
+            squares of numbers far from 0.
+        statistics: Callable that maps the averages (B, ...) and the same origin to the dict of statistics.
     """
 
     terms: Callable
     statistics: Callable
 
     def of(self, samples):
-        """The statistics of samples that are at hand."""
+        """Compute the statistics of stored samples."""
         origin = keras.tree.map_structure(lambda each: each[0], samples)
         means = keras.tree.map_structure(lambda each: ops.mean(each, axis=0), self.terms(samples, origin))
         return self.statistics(means, origin)
 
 
 def by_name(summaries):
-    """The summary of several outputs: of dicts of samples, each by the summary of its name.
+    """Combine summaries of several outputs into one for dicts of samples, keyed by name.
 
     Args:
         summaries: Dict from names to `Summary`.
@@ -57,7 +58,7 @@ def by_name(summaries):
 
 
 def entropy(probability):
-    """H = −Σ p·log p over the last axis, with 0·log 0 = 0.
+    """Compute H = −Σ p·log p over the last axis, with 0·log 0 = 0.
 
     Args:
         probability: Tensor (..., C), summing to 1 over the last axis.
@@ -71,7 +72,7 @@ def entropy(probability):
 
 
 def moments(samples):
-    """Mean and variance over the samples.
+    """Compute the mean and the variance over the samples.
 
     Args:
         samples: Tensor (S, B, ...), or a structure of such tensors.
@@ -86,12 +87,12 @@ def categorical(probability):
     """Split a classifier's uncertainty: H[E p] = E H[p] + mutual information.
 
     Args:
-        probability: Tensor (S, B, ..., C), the class probabilities under every draw.
+        probability: Tensor (S, B, ..., C), the class probabilities under each draw.
 
     Returns:
-        Dict of `probability` (B, ..., C), the mean, and three tensors (B, ...) in nats: `predictive_entropy`, the
-        total; `expected_entropy`, the part that lies in the data (aleatoric); `mutual_information`, the
-        part that more data would remove (epistemic).
+        Dict of `probability` (B, ..., C), the mean, and three tensors (B, ...) in nats: `predictive_entropy`, the total
+        uncertainty; `expected_entropy`, the part inherent in the data (aleatoric); and `mutual_information`, the part
+        that more data would remove (epistemic).
 
     Reference:
         Uncertainty in Deep Learning, Gal, 2016, section 3.3
@@ -100,13 +101,13 @@ def categorical(probability):
 
 
 def bernoulli(probability):
-    """The same for the probability of 1.
+    """Split the uncertainty of a binary classifier, as `categorical` does.
 
     Args:
-        probability: Tensor (S, B, ...).
+        probability: Tensor (S, B, ...), the probability of class 1 under each draw.
 
     Returns:
-        Dict as of `categorical`, all of shape (B, ...).
+        Dict with the keys of `categorical`, all tensors of shape (B, ...).
     """
     return BERNOULLI.of(_samples(probability))
 
@@ -115,21 +116,21 @@ def normal(loc, scale):
     """Split a regressor's variance: Var y = E[scale²] + Var[loc].
 
     Args:
-        loc: Tensor (S, B, ...), the predicted mean under every draw.
+        loc: Tensor (S, B, ...), the predicted mean under each draw.
         scale: Tensor of the same shape, the predicted standard deviation.
 
     Returns:
-        Dict of `mean`, `aleatoric_variance` (the data's) and `epistemic_variance` (the model's), all (B, ...).
+        Dict of `mean`, `aleatoric_variance` (of the data) and `epistemic_variance` (of the model), all (B, ...).
     """
     loc, scale = tensors(loc, scale)
     return TOTAL_VARIANCE.of(_samples((loc, ops.square(scale))))
 
 
 def _samples(samples):
-    """Those samples as tensors.
+    """Convert samples to tensors.
 
     Raises:
-        ValueError: For none.
+        ValueError: If there are no samples.
     """
     if isinstance(samples, list) and not any(isinstance(each, (dict, tuple)) for each in samples):
         samples = ops.convert_to_tensor(samples)
@@ -196,5 +197,5 @@ def _total_variance_statistics(means, origin):
 MOMENTS = Summary(_moment_terms, _moment_statistics)
 CATEGORICAL = Summary(_categorical_terms, _categorical_statistics)
 BERNOULLI = Summary(_bernoulli_terms, _bernoulli_statistics)
-# Of samples (loc, variance), the mean and the variance of y under every draw.
+# For samples (loc, variance), the mean and the variance of y under each draw.
 TOTAL_VARIANCE = Summary(_total_variance_terms, _total_variance_statistics)

@@ -1,4 +1,4 @@
-"""The layers: each is a Keras layer whose weights, or inputs, are random."""
+"""Variational layers: Keras layers whose weights or inputs are random."""
 
 from keras_vdrop.layers.attention import VariationalMultiHeadAttention
 from keras_vdrop.layers.convolutional import (

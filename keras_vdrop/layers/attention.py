@@ -1,4 +1,4 @@
-"""Attention layers, composed of variational dense ones."""
+"""Attention layers, composed of variational dense layers."""
 
 import itertools
 import string
@@ -12,24 +12,25 @@ from keras_vdrop.layers.dense import VariationalEinsumDense
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAttention):
-    """softmax(Q·Kᵀ / sqrt(key_dim))·V for each head, of projections whose kernels are distributions.
+    """softmax(Q·Kᵀ / sqrt(key_dim))·V for each head, with projections whose kernels are distributions.
 
-    Q = query·W_q, K = key·W_k, V = value·W_v, and the output is the heads' concatenation times W_o: Keras's
-    `MultiHeadAttention` in which each of the four is a `VariationalEinsumDense` (`query_dense`, `key_dense`,
-    `value_dense`, `output_dense`). By default, flipout, each example has a draw of its own; by "reparameterization" the
-    batch has one; by "local_reparameterization" each token has noise of its own, which is not a draw of the weights.
+    Q = query·W_q, K = key·W_k, V = value·W_v, and the output is the concatenation of the heads times W_o. This is
+    Keras's `MultiHeadAttention` with a `VariationalEinsumDense` for each of the four projections (`query_dense`,
+    `key_dense`, `value_dense`, `output_dense`). The default estimator, flipout, gives each example its own draw;
+    "reparameterization" makes one draw for the batch; "local_reparameterization" gives each token its own noise, which
+    is not a draw of the weights.
 
     Args:
         num_heads: Positive int, H.
         key_dim: Positive int, the size of each head.
         value_dim, dropout, use_bias, output_shape, attention_axes, sliding_window, flash_attention, use_gate,
             kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer,
-            kernel_constraint, bias_constraint: As in `keras.layers.MultiHeadAttention`. `dropout` is Keras's own, of
-            attention scores.
+            kernel_constraint, bias_constraint: As in `keras.layers.MultiHeadAttention`. `dropout` is Keras's own
+            dropout of attention scores.
         seed: Int for the same noise in every run, or None.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold: As in
-            `VariationalDense`, for all four projections.
-        lora_rank, lora_alpha: As in `keras.layers.EinsumDense`, for all four.
+            `VariationalDense`, for all projections.
+        lora_rank, lora_alpha: As in `keras.layers.EinsumDense`, for all projections.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:
@@ -39,7 +40,7 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
         (B, T, D), or (B, T, *output_shape); with `return_attention_scores=True` followed by the scores (B, H, T, S).
 
     Raises:
-        ValueError: For a value that is out of range, or shapes that do not fit each other.
+        ValueError: For a value that is out of range, or for shapes that do not fit each other.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -66,7 +67,7 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
                 f"value_shape={tuple(value_shape)} and key_shape={tuple(key_shape)}"
             )
         self._projections = []
-        # The names of the parts are those that Keras's `call` uses.
+        # Keras's `call` uses these attributes.
         self._query_dense = self._project(query_shape, self.key_dim, "query")
         self._key_dense = self._project(key_shape, self.key_dim, "key")
         self._value_dense = self._project(value_shape, self.value_dim, "value")
@@ -82,9 +83,9 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
         return self._dense(input_shape, 1, (self.num_heads, size), name, **arguments)
 
     def _dense(self, input_shape, contracted, output_shape, name, **arguments):
-        """One of the projections, built: a product over the last axes of its inputs."""
+        """Build one of the projections, which contracts the last `contracted` axes of its inputs."""
         letters = iter(string.ascii_lowercase)
-        # No ellipsis: with TensorFlow an einsum with one takes forty times as long.
+        # Avoid an ellipsis: with TensorFlow it makes an einsum forty times as slow.
         free, inner, outer = (
             "".join(itertools.islice(letters, count))
             for count in (len(input_shape) - contracted, contracted, len(output_shape))
@@ -117,7 +118,7 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
 
     @property
     def kl_weight(self):
-        """The factor of the KL of each of the projections in the loss; assignable."""
+        """The factor of each projection's KL in the loss; assignable."""
         return self._query_dense.kl_weight if self.built else self._initial_kl_weight
 
     @kl_weight.setter
@@ -130,11 +131,15 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
 
     @property
     def free_bits(self):
-        """The KL of each of the projections that costs nothing, in nats for each weight; assignable."""
+        """The KL of each projection that costs nothing, in nats per weight; assignable. None before `build`."""
         return self._query_dense.free_bits if self.built else None
 
     @free_bits.setter
     def free_bits(self, value):
+        if not self.built:
+            raise ValueError(
+                f"The layer {self.name!r} has not been built: it has no KL yet. Received: free_bits={value!r}"
+            )
         for layer in self._projections:
             layer.free_bits = value
 

@@ -1,9 +1,9 @@
-"""What all variational layers share, as mixins to Keras's own layers.
+"""Base classes of all variational layers, as mixins to Keras's own layers.
 
-A variational layer is `class VariationalX(AffineLayer, keras.layers.X)`. Keras's layer brings its arguments, their
-checks, its shapes and its `build`; `VariationalLayer.add_weight` answers that `build` with a `VariationalWeight`
-wherever a prior is given, and the layer's `call` applies it. Below that, `StochasticLayer` is whatever draws noise
-and has a KL to weigh.
+A variational layer is `class VariationalX(AffineLayer, keras.layers.X)`. The Keras layer provides the arguments, their
+checks, the shapes and `build`. When `build` adds a weight that has a prior, `VariationalLayer.add_weight` returns a
+`VariationalWeight`, and the layer's `call` applies it. The base of these classes is `StochasticLayer`: any layer that
+draws noise and can have a KL in the loss.
 """
 
 import contextlib
@@ -35,8 +35,10 @@ from keras_vdrop.sampling import (
     use_scope,
 )
 
-# Built layers whose `kl_weight` nobody has set, and of which nobody has been told.
+# Built layers whose `kl_weight` was never set.
 _unset = weakref.WeakSet()
+# Those about which a warning has been given.
+_told = weakref.WeakSet()
 
 _UNSET_MESSAGE = (
     "The KL weight of these variational layers was never set, so each layer's KL is averaged over its weights. That "
@@ -44,19 +46,19 @@ _UNSET_MESSAGE = (
     "`callbacks=[keras_vdrop.ELBO(num_examples=len(x_train))]` to `fit`, or `kl_weight=1 / len(x_train)` to each layer."
 )
 
-# Between them the KL to every prior is finite in float32, summed over many weights.
+# Within these bounds the KL to every prior is finite in float32, even summed over many weights.
 _LEAST_LOG_VARIANCE, _LARGEST_LOG_VARIANCE = -80, 40
 
-# What saved models may name, and what has taken its place.
+# Estimators that saved models may name but that no longer exist, and their replacements.
 _RETIRED_ESTIMATORS = {"fast_local_reparameterization": "local_reparameterization"}
 
 _SEED_STATE = "seed_generator_state"
 
-# What a config means that says nothing of it: such a one, and the state of an optimizer beside it, is from before it
-# could be said.
+# The values for arguments that a config lacks. Such a config, and the optimizer state saved with it, is older than the
+# argument.
 _BEFORE_RATES = {"log_variance_rate": 1.0}
 
-# Built layers that were given a `kl_weight` of 1 or more, and of which nobody has been told.
+# Built layers that were given a `kl_weight` of 1 or more, and about which no warning has been given yet.
 _heavy = weakref.WeakSet()
 
 _HEAVY_MESSAGE = (
@@ -64,19 +66,19 @@ _HEAVY_MESSAGE = (
     "pass `callbacks=[keras_vdrop.ELBO(num_examples=len(x_train))]` to `fit`. Received: kl_weight={:g}"
 )
 
-# What the KLs cost that were computed within `kl_costs`, by posterior; None outside of it.
+# The results of `kl_cost` within the scope `kl_costs`, by posterior; None outside the scope.
 _costs = contextvars.ContextVar("costs", default=None)
 
-# What is told of every layer with a KL that is called in training; None where nobody asks.
+# The function to call with every layer that has a KL and is called in training; None outside `watched`.
 _watcher = contextvars.ContextVar("watcher", default=None)
 
-# Whether a callback weighs the KL of what is built now.
+# Whether a callback sets the KL weight of the layers being built.
 _weighed = contextvars.ContextVar("weighed", default=False)
 
 
 @contextlib.contextmanager
 def kl_costs():
-    """A scope in which each posterior's KL is computed once: a dict from the posteriors to what `kl_cost` gave."""
+    """Open a scope that computes each posterior's KL once; yield a dict from posteriors to their `kl_cost`."""
     token = _costs.set({})
     try:
         yield _costs.get()
@@ -86,7 +88,7 @@ def kl_costs():
 
 @contextlib.contextmanager
 def watched(watcher):
-    """A scope in which `watcher(layer)` is called for every layer with a KL that is called in training."""
+    """Open a scope that calls `watcher(layer)` for every layer that has a KL and is called in training."""
     token = _watcher.set(watcher)
     try:
         yield
@@ -95,50 +97,50 @@ def watched(watcher):
 
 
 def weighed_by_callback(yes):
-    """Say whether a callback sets the KL weight of the layers that are built from now on."""
+    """Set whether a callback sets the KL weight of the layers that are built from now on."""
     _weighed.set(yes)
 
 
 def is_unset(layer):
-    """Whether nobody has set the `kl_weight` of a built layer."""
+    """Return whether the `kl_weight` of a built layer was never set."""
     return layer in _unset
 
 
 def _signature_of(method):
-    """Its signature without `self`."""
+    """Return the signature of a method without `self`."""
     signature = inspect.signature(method)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def _arguments(method, *kinds):
-    """The arguments of a method that are of some kinds, by name."""
+    """Return the parameters of a method that are of the given kinds, by name."""
     parameters = _signature_of(method).parameters
     return {name: parameter for name, parameter in parameters.items() if parameter.kind in kinds}
 
 
 class DropIn:
-    """Mixin for `class VariationalX(..., keras.layers.X)` that takes X's arguments, in X's order, and by keyword ours.
+    """Mixin for `class VariationalX(..., keras.layers.X)` that takes X's arguments, in X's order, and our keywords.
 
-    A constructor `(*args, ..., **kwargs)` turns them into keywords by `_bind`. The signature that `help` and editors
-    show is composed: Keras's arguments, then the keywords of our constructors.
+    A constructor `(*args, ..., **kwargs)` turns its arguments into keywords by `_bind`. `help` and editors show a
+    composed signature: Keras's arguments, then the keywords of our constructors.
     """
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # A constructor that takes whatever comes passes it on to ours.
+        # A constructor with `*args` passes its arguments on, so its own signature says little.
         passes_on = inspect.getfullargspec(cls.__init__).varargs
         cls.__signature__ = cls._composed_signature() if passes_on else _signature_of(cls.__init__)
 
     @classmethod
     def _keras_arguments(cls):
-        """The arguments of the Keras layer, by name, without its `**kwargs`."""
+        """Return the parameters of the Keras layer's constructor, by name, without its `**kwargs`."""
         keras_layer = next(base for base in cls.__mro__ if not issubclass(base, (DropIn, StochasticLayer)))
         kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
         return _arguments(keras_layer.__init__, *kinds)
 
     @classmethod
     def _own_arguments(cls):
-        """The keywords of our constructors, by name."""
+        """Return the keyword-only parameters of our constructors, by name."""
         own = {}
         for base in reversed(cls.__mro__):
             if issubclass(base, DropIn) and "__init__" in vars(base):
@@ -153,7 +155,7 @@ class DropIn:
 
     @classmethod
     def _bind(cls, args, kwargs):
-        """Positional arguments of the Keras layer by name, as Python would bind them, and the others."""
+        """Name the positional arguments, as Python would for the Keras layer, and merge them with the keywords."""
         names = list(cls._keras_arguments())
         if len(args) > len(names):
             raise TypeError(f"{cls.__name__} takes {len(names)} positional arguments. Received: {len(args)}")
@@ -168,11 +170,11 @@ class DropIn:
 
 
 class StochasticLayer(keras.layers.Layer):
-    """Mixin for a layer that draws noise in training and under `sampling()`, and weighs the KL of what it draws from.
+    """Mixin for a layer that draws noise in training and under `sampling()`, and weights the KL of its posteriors.
 
     Args:
-        kl_weight: Float ≥ 0, the factor of the KL in the loss: 1 / (number of training examples) where the data loss
-            is a mean over examples. Leave None where the `ELBO` callback sets it.
+        kl_weight: Float ≥ 0, the factor of the KL in the loss: 1 / (number of training examples) if the data loss is
+            a mean over examples. Leave it None if the `ELBO` callback sets it.
         seed: Int for the same noise in every run, or None.
         **kwargs: The arguments of the Keras layer.
     """
@@ -190,23 +192,23 @@ class StochasticLayer(keras.layers.Layer):
         self._free_bits = None
         self._posterior_size = 0
 
-    # Where noise comes from, once the layer is built; None where it draws nothing.
+    # The generator of the noise, once the layer is built; None if the layer draws nothing.
     seed_generator = None
 
     def __setattr__(self, name, value):
         if name == "seed_generator" and not hasattr(self, "_posterior_size"):
-            return  # Keras's constructors make one by the unhashed seed; `build` makes ours
+            return  # Keras's constructors make a generator from the unhashed seed; `build` makes ours
         super().__setattr__(name, value)
 
     def build(self, input_shape):
         super().build(input_shape)
-        _plain_variable(self.variable_dtype)  # here, where variables may be made
+        _plain_variable(self.variable_dtype)  # cached for `call`, which must not create variables
         self._build_noise()
 
     def _build_noise(self):
-        """Make the source of noise and, where there is a posterior, the weight of its KL."""
+        """Create the generator of noise and, if there is a posterior, the variables that weight its KL."""
         if self.draws:
-            # `Bidirectional` makes two layers of one config; their noise must differ nonetheless.
+            # `Bidirectional` makes two layers from one config, and their noise must differ.
             backward = any(part.startswith("backward_") for part in (self.path or self.name).split("/"))
             self.seed_generator = seed_generator(self.seed, "backward" if backward else "forward")
         if self._posterior_size:
@@ -218,7 +220,7 @@ class StochasticLayer(keras.layers.Layer):
                 _heavy.add(self)
 
     def _add_scalar(self, name, value):
-        """A variable that a callback may change while a compiled function runs."""
+        """Create a scalar variable, so that a callback can change the value that a compiled function uses."""
         return keras.layers.Layer.add_weight(
             self,
             name=name,
@@ -233,13 +235,13 @@ class StochasticLayer(keras.layers.Layer):
 
     @property
     def draws(self):
-        """Whether there is anything to draw: a layer without priors and rates makes no noise in any scope."""
+        """Whether there is anything to draw: a layer without priors and dropout rates never makes noise."""
         return True
 
     def _noisy(self, training):
-        """Whether this call draws."""
-        if training and self in _unset:
-            _unset.clear()  # one warning speaks for all layers there are
+        """Return whether this call draws; in training, also give pending warnings and call the watcher."""
+        if training and self in _unset and self not in _told:
+            _told.update(_unset)  # one warning covers all layers built so far
             warnings.warn(_UNSET_MESSAGE, stacklevel=2)
         if training and self in _heavy:
             _heavy.clear()
@@ -253,21 +255,22 @@ class StochasticLayer(keras.layers.Layer):
         return bool(training) or sampled
 
     def _seeds(self, purpose="noise"):
-        """Where the next seed comes from, for what is called so."""
+        """Return the generator of the next seed; `purpose` names what is drawn with it."""
         return self._replay.get() or seeds(self.seed_generator, purpose)
 
     _replay = contextvars.ContextVar("replay", default=None)
 
     @property
     def _replayed(self):
-        """The generator whose state all noise within a call follows from when it is computed again, or None."""
+        """The generator whose state determines all noise of a call that can be recomputed, or None."""
         return self.seed_generator
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
-        """As in Keras (within `keras.RematScope`), but so that the second computation draws the noise of the first."""
+        """As in Keras (within `keras.RematScope`), but the recomputation draws the same noise as the first pass."""
         replay, scope = contextlib.nullcontext, (is_consistent(), repeated())
         if self._replayed is not None:
-            # Keras tells the layers within this one of `training` at the first computation only.
+            # Keras passes `training` to the layers within this one in the first pass only, so decide here and now
+            # whether the call draws.
             state = ops.convert_to_tensor(self._replayed.state)
             advance(self._replayed)
             replay = functools.partial(self._replaying, state, self._noisy(kwargs.get("training")), scope)
@@ -277,7 +280,7 @@ class StochasticLayer(keras.layers.Layer):
             with replay():
                 return layer_call(*args, **kwargs)
 
-        # TensorFlow takes no keywords here, and Keras passes `training` as one.
+        # TensorFlow takes no keywords here, but Keras passes `training` as one.
         rematerialized = super().rematerialized_call(call, *args)
         return lambda *args, **_: rematerialized(*args)
 
@@ -285,7 +288,7 @@ class StochasticLayer(keras.layers.Layer):
     def _replaying(self, state, noisy, scope):
         token = self._replay.set(_Replay(state, noisy))
         try:
-            with drawing(*scope):  # whether there is noise, `noisy` says
+            with drawing(*scope):  # as in the first pass; `noisy` decides whether to draw
                 yield
         finally:
             self._replay.reset(token)
@@ -312,7 +315,7 @@ class StochasticLayer(keras.layers.Layer):
 
     @property
     def free_bits(self):
-        """The KL that costs nothing, in nats for each number of a posterior, on average over it."""
+        """The KL that costs nothing, in nats per element of a posterior, averaged over its elements; assignable."""
         return self._free_bits
 
     @free_bits.setter
@@ -325,7 +328,7 @@ class StochasticLayer(keras.layers.Layer):
         self._free_bits.assign(value)
 
     def kl_cost(self, posterior):
-        """What one of the layer's posteriors costs before it is weighed: max(KL, free_bits·size), in nats."""
+        """Return the cost of one of the layer's posteriors before weighting: max(KL, free_bits·size), in nats."""
         costs = _costs.get()
         if costs is not None and posterior in costs:
             return costs[posterior]
@@ -336,36 +339,36 @@ class StochasticLayer(keras.layers.Layer):
         return cost
 
     def weighted_kl(self, posterior):
-        """The term that one of the layer's posteriors adds to the loss: kl_weight·max(KL, free_bits·size)."""
+        """Return what one of the layer's posteriors adds to the loss: kl_weight·max(KL, free_bits·size)."""
         cost = self.kl_cost(posterior)
         return ops.cast(self._kl_weight, cost.dtype) * cost
 
-    # What `sparsity` asks
+    # For `sparsity`
 
     def structure(self, kept):
-        """What the layer's weights make up, of which `sparsity` is to tell how much is left.
+        """Count the structures that the layer's weights make up, such as units, and those that are kept.
 
         Args:
-            kept: Dict from the names of the layer's weights to NumPy arrays, True where a weight is left.
+            kept: Dict from the names of the layer's weights to NumPy arrays, True where a weight is kept.
 
         Returns:
-            Dict from a name to (left, all).
+            Dict from the name of a structure to (number kept, number of all).
         """
         return {}
 
     def places(self, input_shape):
-        """At how many places of one example each weight is multiplied: 0 where that is no product.
+        """Return at how many positions of one example each weight is multiplied; 0 if the layer multiplies nothing.
 
         Args:
-            input_shape: Of the inputs, with the batch.
+            input_shape: The shape of the inputs, with the batch.
 
         Returns:
-            Int, or None where it depends on a size that is not known.
+            Int, or None if it depends on an unknown size.
         """
         return 0
 
     def stock_variables(self):
-        """The layer's own variables that the Keras layer has too, for which it stands; noise alone has none."""
+        """Return the layer's own variables that its Keras counterpart has too; a layer of noise alone has none."""
         return []
 
     # Saving
@@ -374,7 +377,7 @@ class StochasticLayer(keras.layers.Layer):
         return {**super().get_config(), "kl_weight": self._initial_kl_weight, "seed": self.seed}
 
     def save_own_variables(self, store):
-        # Keras's Dense and Conv save only what they know of: a kernel and a bias.
+        # Keras's Dense and Conv would save only the kernel and the bias.
         scaled = self._scaled()
         for key, variable in self._keys().items():
             store[key] = scaled[id(variable)].value if id(variable) in scaled else variable
@@ -382,7 +385,7 @@ class StochasticLayer(keras.layers.Layer):
             store[_SEED_STATE] = self.seed_generator.state
 
     def _keys(self):
-        """The layer's own variables by their keys in files: Keras's, and the names of fixed scales of priors."""
+        """Return the layer's own variables by their keys in files: Keras's numbers; names for fixed prior scales."""
         keras.layers.Layer.save_own_variables(self, own := {})
         parameters = [each for weight in self._variational_weights() for each in weight.prior_parameters.values()]
         fixed = {id(each) for each in parameters if not each.trainable}
@@ -394,19 +397,19 @@ class StochasticLayer(keras.layers.Layer):
         return [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
 
     def _scaled(self):
-        """What is stored in units of its own, by the id of its variable: files hold it in nats, whatever the units."""
+        """Return each scaled log variance by the id of its variable; files hold the log variance, not the variable."""
         return {id(weight.log_variance.variable): weight.log_variance for weight in self._variational_weights()}
 
     def _value_before(self, variable):
-        """What a variable was before files had it, as an array; None where they always did."""
+        """Return, as an array, the value that a variable had before files stored it; None if they always did."""
         if variable is self._kl_weight:
             return np.float32(self._default_kl_weight())
         if variable is self._free_bits or variable.name.endswith("_prior_log_scale"):
-            return np.float32(0.0)  # no bits were free, and "normal" was N(0, 1)
+            return np.float32(0.0)  # there were no free bits, and "normal" was N(0, 1)
         return np.ones(variable.shape, bool) if variable.dtype == "bool" else None
 
     def load_own_variables(self, store):
-        found = {key: store[key] for key in set(store.keys())}  # a store is not quite a dict
+        found = {key: store[key] for key in set(store.keys())}  # a store lacks some methods of a dict
         state = found.pop(_SEED_STATE, None)
         scaled = self._scaled()
         for key, variable in self._keys().items() if found else ():
@@ -421,28 +424,28 @@ class StochasticLayer(keras.layers.Layer):
         if state is not None and self.seed_generator is not None:
             self.seed_generator.state.assign(state)
         if self in _unset and not math.isclose(float(self._kl_weight), self._default_kl_weight(), rel_tol=1e-6):
-            _unset.discard(self)  # `ELBO` had set it when the weights were saved
+            _unset.discard(self)  # `ELBO` had set it before the weights were saved
 
 
 class VariationalLayer(DropIn, StochasticLayer):
     """Mixin that makes a Keras layer's weights variational.
 
-    A subclass without a constructor of its own takes the arguments of its Keras layer, in their order, and these.
+    A subclass without its own constructor takes the arguments of its Keras layer, in their order, and the following.
 
     Args:
         *args: The arguments of the Keras layer.
-        kernel_prior: Prior of every weight but the bias: "log_uniform", "ard", "normal", "scale_mixture", a
+        kernel_prior: Prior of every weight except the bias: "log_uniform", "ard", "normal", "scale_mixture", a
             `priors.Prior`, a TFP distribution, or None for a plain weight.
         bias_prior: The same for the bias.
-        estimator: How noise enters the output: one of `functional.estimators.ESTIMATORS`; or "auto", local
-            reparameterization where an example uses each number of the weight once, and flipout elsewhere.
+        estimator: How noise enters the output: one of `functional.estimators.ESTIMATORS`; or "auto": local
+            reparameterization if an example uses each element of the weight once, else flipout.
         kl_weight: As for `StochasticLayer`.
-        initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 5 % of the root
-            mean square of the initial weights, 22 % with a normal prior (and of 0.1 where these are 0).
-        log_variance_rate: Float > 0, how many learning rates a step of an optimizer such as Adam moves log_variance;
-            SGD moves it by the gradient times the learning rate times this squared.
-        threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
-            is 3, and 5 where weights live and die in groups.
+        initial_log_variance: Float, the initial log_variance. None sets the standard deviation to 5 % (22 % with a
+            normal prior) of the root mean square of the initial weights, which counts as 0.1 if they are all 0.
+        log_variance_rate: Float > 0. A step of an optimizer such as Adam moves log_variance by about this many learning
+            rates; SGD moves it by the gradient times the learning rate times log_variance_rate².
+        threshold: Float, the log alpha above which `sparsity` and `prune` drop a weight; None for that of the prior:
+            3, or 5 if the prior keeps or drops weights in groups.
         seed: As for `StochasticLayer`.
         **kwargs: The arguments of the Keras layer.
     """
@@ -484,43 +487,43 @@ class VariationalLayer(DropIn, StochasticLayer):
         return "auto", *estimators.ESTIMATORS
 
     def uses(self, input_shape):
-        """At how many places of one example each number of a weight is used, in one call on inputs of that shape.
+        """Return at how many positions of one example each element of a weight is used in one call.
 
         Args:
-            input_shape: Of the inputs, with the batch.
+            input_shape: The shape of the inputs, with the batch.
 
         Returns:
-            Int, or None where it depends on a size that is not known.
+            Int, or None if it depends on an unknown size.
         """
         return self.places(input_shape)
 
     @property
     def learns_locally(self):
-        """Whether the estimator may be local reparameterisation."""
+        """Whether the layer may use local reparameterization."""
         return self.estimator in ("auto", "local_reparameterization")
 
     def _estimator(self, input_shape):
-        """The estimator of a call on inputs of that shape."""
+        """Return the name of the estimator for a call on inputs of this shape."""
         if self.estimator != "auto":
             return self.estimator
         once = self.uses(tuple(input_shape)) == 1 and not (self.draws and is_repeated(self.seed_generator))
         return "local_reparameterization" if once else "flipout"
 
     def _channel_axis(self):
-        """The axis of the channels in inputs and outputs."""
+        """Return the axis of the channels in inputs and outputs."""
         return 1 if getattr(self, "data_format", None) == "channels_first" else -1
 
     def _sign_axes(self):
-        """Of inputs and of outputs, the axis of the batch and those that they share with the kernel."""
+        """Return, for inputs and for outputs, the batch axis and the axes that they share with the kernel."""
         return (0, self._channel_axis()), (0, self._channel_axis())
 
     def places(self, input_shape):
-        """Every one on the axes that the inputs do not share with the kernel."""
+        """Count the positions along the input axes other than the batch and those shared with the kernel."""
         shared = {axis % len(input_shape) for axis in self._sign_axes()[0]}
         return product(size for axis, size in enumerate(input_shape) if axis not in shared)
 
     def stock_variables(self):
-        """Of a posterior, its mean."""
+        """Exclude the KL's scalars, the low-rank update and, of each posterior, everything but its mean."""
         own = {id(self._kl_weight), id(self._free_bits)}
         for posterior in posteriors(self):
             stands = posterior.loc if posterior is not self.lora_a else None
@@ -549,7 +552,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         super().build(input_shape)
 
     def add_weight(self, shape=None, initializer=None, dtype=None, trainable=True, name=None, **arguments):
-        """As in Keras; but a trainable weight with a prior becomes a `VariationalWeight`."""
+        """As in Keras, but a trainable weight with a prior becomes a `VariationalWeight`."""
         if shape is not None and None in shape:
             raise ValueError(
                 f"The weight {name!r} of {self.name!r} needs a size that is not known. Received: shape={tuple(shape)}; "
@@ -559,7 +562,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         prior = self.bias_prior if is_bias else self.kernel_prior
         arguments["initializer"] = initializer
         if not is_bias and getattr(self, "lora_rank", None):
-            prior, trainable = None, False  # what is learned is its update
+            prior, trainable = None, False  # the layer learns only the low-rank update
         if prior is None or not trainable:
             return super().add_weight(shape=shape, dtype=dtype, trainable=trainable, name=name, **arguments)
         weight = VariationalWeight(
@@ -577,16 +580,16 @@ class VariationalLayer(DropIn, StochasticLayer):
         return weight
 
     def _dtype_with(self, x):
-        """In what the Keras layer would compute with x: not its own policy's where `TimeDistributed` calls it."""
+        """Return the dtype in which Keras's layer would compute with x: not its policy's if `TimeDistributed` calls."""
         weight = _plain_variable(self.variable_dtype).dtype
         given = keras.backend.standardize_dtype(x.dtype)
         if given == weight or not is_float(x):
             return weight
-        # Keras has no result of float64.
+        # Except with TensorFlow, Keras's `result_type` turns float64 into float32.
         return "float64" if "float64" in (weight, given) else keras.backend.result_type(weight, given)
 
     def _apply(self, weight, linear, x, noisy, estimator=None, sign_axes=None):
-        """`linear(x, weight)` for a plain or a variational weight."""
+        """Return `linear(x, weight)` for a plain or a variational weight."""
         dtype = self._dtype_with(x)
         if is_float(x):
             x = ops.cast(x, dtype)
@@ -615,16 +618,16 @@ class VariationalLayer(DropIn, StochasticLayer):
             "threshold": self.threshold,
         }
 
-    # What Keras's layers do to a plain kernel
+    # LoRA and quantization, which Keras's layers apply to a plain kernel
 
     _update = None
 
     def enable_lora(self, rank, a_initializer="he_uniform", b_initializer="zeros", lora_alpha=None):
-        """Keras's `build` calls this where the layer was given a `lora_rank`; afterwards it is too late.
+        """Add a low-rank update to the kernel. Keras's `build` calls this if `lora_rank` is set; a later call fails.
 
-        The kernel W stays as it is, and the layer learns an update of it: W + lora_alpha / lora_rank·A·B with a
-        posterior over A, N(loc, exp(log_variance)), in which what meets one input shares a variance. B is plain, and 0
-        at first.
+        The kernel W stays fixed, and the layer learns an update of it: W + lora_alpha / lora_rank·A·B. A has a
+        posterior N(loc, exp(log_variance)), in which the weights of one input share a variance. B is plain and starts
+        at 0.
 
         Reference:
             BLoB: Bayesian Low-Rank Adaptation by Backpropagation for Large Language Models, Wang et al., 2024,
@@ -668,11 +671,11 @@ class VariationalLayer(DropIn, StochasticLayer):
         return None if self._update is None else self._update.b
 
     def _adapted(self):
-        """The weight of which `lora_rank` learns an update: its last axis is that of the outputs."""
+        """Return the weight that the low-rank update applies to; its last axis is that of the outputs."""
         return self.kernel
 
     def _with_update(self, y, linear, x, noisy):
-        """`y`, which is `linear(x, W)`, and what the update of W adds to it."""
+        """Return `y`, which is `linear(x, W)`, plus what the update of W, if there is one, adds to it."""
         if self._update is None:
             return y
         inner = self._apply(self.lora_a, linear, x, noisy)
@@ -685,21 +688,21 @@ class VariationalLayer(DropIn, StochasticLayer):
 
 
 class AffineLayer(VariationalLayer):
-    """Mixin for activation(linear(x, kernel) + bias): the layer says what `linear` is."""
+    """Mixin for activation(linear(x, kernel) + bias); the subclass defines `linear`."""
 
-    # What an output is called, and the axes of the kernel that have one for each index.
+    # The name of the outputs, and the axes of the kernel that index them.
     _outputs = "units", (-1,)
 
     def linear(self, x, kernel):
-        """The layer's operation, linear in the input and in the kernel."""
+        """Apply the layer's operation, which is linear in the input and in the kernel."""
         raise NotImplementedError
 
     def transform(self, x, noisy):
-        """All of the layer but bias and activation; by default one `linear` with one kernel."""
+        """Compute the layer without bias and activation; by default `linear` with one kernel."""
         return self._with_update(self._apply(self.kernel, self.linear, x, noisy), self.linear, x, noisy)
 
     def structure(self, kept):
-        """The outputs into which a weight is left."""
+        """Count the outputs that have at least one kept weight."""
         name, axes = self._outputs
         return {name: left_along(kept["kernel"], axes)}
 
@@ -711,7 +714,7 @@ class AffineLayer(VariationalLayer):
         return x if self.activation is None else self.activation(x)
 
     def _broadcast_bias(self, x, noisy):
-        """The bias, shaped to be added to `x`: the weight of an input that is always one."""
+        """Return the bias, shaped to be added to `x`; a variational bias is the weight of an input that is always 1."""
         rank = len(x.shape)
         shape = [1] * (rank - len(self.bias.shape)) + list(self.bias.shape)
         if self._channel_axis() == 1:
@@ -721,13 +724,13 @@ class AffineLayer(VariationalLayer):
         ones = ops.ones((ops.shape(x)[0], *[1] * (rank - 1)), x.dtype)
         every_axis = tuple(range(rank))
         add = lambda one, bias: one * ops.reshape(bias, shape)  # noqa: E731
-        # Every example has one 1 for it.
+        # Each example has a single 1 as input, so it uses the bias once.
         estimator = "local_reparameterization" if self.estimator == "auto" else self.estimator
         return self._apply(self.bias, add, ones, noisy, estimator, sign_axes=(every_axis, every_axis))
 
 
 class _Replay(FixedSeeds):
-    """A computation that can be done again: its seeds, and whether it draws."""
+    """The seeds of a computation that can be repeated, and whether it draws."""
 
     def __init__(self, state, noisy):
         super().__init__(state)
@@ -736,24 +739,24 @@ class _Replay(FixedSeeds):
 
 @functools.cache
 def _plain_variable(dtype):
-    """A variable as Keras's layers have it: its `dtype` is that of its values where it is asked for."""
+    """Return a variable like those of Keras's layers: its `dtype` is the one to which the current scope casts it."""
     return keras.Variable(keras.initializers.Zeros(), shape=(), dtype=dtype, trainable=False)
 
 
 def is_float(x):
-    """Whether a tensor is of a floating type."""
+    """Return whether a tensor has a floating dtype."""
     return keras.backend.is_float_dtype(x.dtype)
 
 
 def left_along(kept, axes):
-    """Of the indices on some axes of a boolean array, (those with anything True, all)."""
+    """Return, for the indices along some axes of a boolean array, (number with any True, number of all)."""
     axes = {axis % kept.ndim for axis in axes}
     left = kept.any(axis=tuple(axis for axis in range(kept.ndim) if axis not in axes))
     return int(left.sum()), left.size
 
 
 def product(sizes):
-    """Of sizes that may be unknown: None where it is, 1 of none."""
+    """Multiply sizes, of which some may be None: 0 if any is 0, else None if any is None; 1 if there are none."""
     sizes = list(sizes)
     return 0 if 0 in sizes else None if None in sizes else math.prod(sizes)
 
@@ -765,7 +768,7 @@ def check_positive_int(name, value):
 
 
 def check_policy(policy):
-    """Raise a `ValueError` if a dtype policy is one of quantized weights."""
+    """Raise a `ValueError` if a dtype policy quantizes weights."""
     if getattr(policy, "quantization_mode", None) is not None:
         raise ValueError(
             "A distribution over weights cannot be quantized. Received: "
@@ -802,7 +805,7 @@ def check_rate(name, value):
 
 
 def check_log_variance(name, value):
-    """Raise a `ValueError` unless `value` is a log variance with which the KL is finite in float32."""
+    """Raise a `ValueError` unless `value` is a log variance for which the KL is finite in float32."""
     check_finite(name, value)
     if not _LEAST_LOG_VARIANCE <= value <= _LARGEST_LOG_VARIANCE:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Convolution layers: linear maps of a patch, by a kernel that all places share."""
+"""Convolution layers: linear maps of patches, by a kernel that all positions share."""
 
 import keras
 from keras import ops
@@ -7,7 +7,7 @@ from keras_vdrop.layers.base import AffineLayer, check_positive_int, left_along
 
 
 class ConvolutionLayer(AffineLayer):
-    """Mixin to a Keras layer whose operation is `convolution_op`."""
+    """Mixin for a Keras layer whose operation is `convolution_op`."""
 
     _outputs = "filters", (-1,)
 
@@ -21,17 +21,17 @@ class ConvolutionLayer(AffineLayer):
         return self.convolution_op(x, kernel)
 
     def places(self, input_shape):
-        """Those of the outputs; what padding adds to the inputs counts like the rest of them."""
+        """Count the positions of the outputs; multiplications by padding count too."""
         return super().places(self.compute_output_shape(input_shape))
 
 
 class TransposedConvolutionLayer(ConvolutionLayer):
-    """Mixin to a Keras layer whose operation is the gradient of a convolution."""
+    """Mixin for a Keras layer whose operation is the gradient of a convolution."""
 
     _outputs = "filters", (-2,)
 
     def places(self, input_shape):
-        """Those of the inputs; what is cut off the outputs counts like the rest of them."""
+        """Count the positions of the inputs; multiplications for cropped outputs count too."""
         return AffineLayer.places(self, input_shape)
 
     def linear(self, x, kernel):
@@ -56,7 +56,7 @@ class VariationalConv1D(ConvolutionLayer, keras.layers.Conv1D):
         filters: Positive int, U.
         kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
             bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
-            bias_constraint: As in `keras.layers.Conv1D`; those of the kernel act on its mean.
+            bias_constraint: As in `keras.layers.Conv1D`; those of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -94,17 +94,17 @@ class VariationalConv1D(ConvolutionLayer, keras.layers.Conv1D):
 class VariationalConv2D(ConvolutionLayer, keras.layers.Conv2D):
     """y = activation(x ∗ W + b), W ~ N(loc, exp(log_variance)): `keras.layers.Conv2D` with a distribution for a kernel.
 
-    In training (and within `sampling()`) each example has a draw of W, the same at all of its places, by flipout:
-    x ∗ loc + ((x·r) ∗ Δ)·s, with Δ ~ N(0, exp(log_variance)) and signs r and s for every example and channel.
-    "local_reparameterization" draws noise for every location instead, which is not a draw of W: what `MonteCarlo` then
-    shows is not the posterior's uncertainty. Otherwise W = loc, and 0 where pruned. The KL of the kernel to its prior
-    is in `layer.losses`.
+    In training (and within `sampling()`) each example has its own draw of W, the same at all of its positions. It comes
+    from flipout: x ∗ loc + ((x·r) ∗ Δ)·s, with Δ ~ N(0, exp(log_variance)) and signs r and s for every example and
+    channel. "local_reparameterization" draws noise for every position instead, which is not a draw of W: `MonteCarlo`
+    then does not show the uncertainty of the posterior. Otherwise W = loc, and 0 where pruned. `layer.losses` holds the
+    KL between the kernel and its prior.
 
     Args:
         filters: Positive int, U.
         kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
             bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
-            bias_constraint: As in `keras.layers.Conv2D`; those of the kernel act on its mean.
+            bias_constraint: As in `keras.layers.Conv2D`; those of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -141,16 +141,16 @@ class VariationalConv3D(ConvolutionLayer, keras.layers.Conv3D):
         filters: Positive int, U.
         kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
             bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
-            bias_constraint: As in `keras.layers.Conv3D`; those of the kernel act on its mean.
+            bias_constraint: As in `keras.layers.Conv3D`; those of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:
-        (B, depth, height, width, D), or with D second and `data_format="channels_first"`.
+        (B, depth, height, width, D), or (B, D, depth, height, width) with `data_format="channels_first"`.
 
     Output shape:
-        (B, new depth, new height, new width, U), or with U second.
+        (B, new depth, new height, new width, U), or (B, U, new depth, new height, new width).
 
     Raises:
         ValueError: For a value that is out of range, groups that do not divide the channels, or inputs whose channels
@@ -178,7 +178,7 @@ class VariationalConv1DTranspose(TransposedConvolutionLayer, keras.layers.Conv1D
         filters: Positive int, U.
         kernel_size, strides, padding, output_padding, data_format, dilation_rate, activation, use_bias,
             kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer,
-            kernel_constraint, bias_constraint: As in `keras.layers.Conv1DTranspose`; those of the kernel act on its
+            kernel_constraint, bias_constraint: As in `keras.layers.Conv1DTranspose`; those of the kernel apply to its
             mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
@@ -215,7 +215,7 @@ class VariationalConv2DTranspose(TransposedConvolutionLayer, keras.layers.Conv2D
         filters: Positive int, U.
         kernel_size, strides, padding, output_padding, data_format, dilation_rate, activation, use_bias,
             kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer,
-            kernel_constraint, bias_constraint: As in `keras.layers.Conv2DTranspose`; those of the kernel act on its
+            kernel_constraint, bias_constraint: As in `keras.layers.Conv2DTranspose`; those of the kernel apply to its
             mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
@@ -244,15 +244,15 @@ class VariationalConv2DTranspose(TransposedConvolutionLayer, keras.layers.Conv2D
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class VariationalDepthwiseConv2D(ConvolutionLayer, keras.layers.DepthwiseConv2D):
-    """y_c = activation(x_c ∗ W_c + b_c), W ~ N(loc, exp(log_variance)): `keras.layers.DepthwiseConv2D`, random.
+    """y_c = activation(x_c ∗ W_c + b_c), W ~ N(loc, exp(log_variance)): a `DepthwiseConv2D` with a random kernel.
 
     In training (and within `sampling()`) W is drawn as in `VariationalConv2D`; otherwise W = loc, and 0 where pruned.
 
     Args:
         kernel_size, strides, padding, depth_multiplier, data_format, dilation_rate, activation, use_bias,
             depthwise_initializer, bias_initializer, depthwise_regularizer, bias_regularizer, activity_regularizer,
-            depthwise_constraint, bias_constraint: As in `keras.layers.DepthwiseConv2D`; those of the kernel act on its
-            mean.
+            depthwise_constraint, bias_constraint: As in `keras.layers.DepthwiseConv2D`; those of the kernel apply to
+            its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -288,15 +288,16 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
     """y = activation((x ∗ W)·V + b), W and V ~ N(loc, exp(log_variance)): `keras.layers.SeparableConv2D` with two
     random kernels.
 
-    A depthwise convolution and then a product at every location, each drawn in training (and within `sampling()`) as in
-    `VariationalConv2D`: `layer.depthwise_kernel` and `layer.pointwise_kernel`.
+    The layer applies a depthwise convolution and then a product at every position. In training (and within
+    `sampling()`) it draws both kernels, `layer.depthwise_kernel` and `layer.pointwise_kernel`, as in
+    `VariationalConv2D`.
 
     Args:
         filters: Positive int, U.
         kernel_size, strides, padding, data_format, dilation_rate, depth_multiplier, activation, use_bias,
             depthwise_initializer, pointwise_initializer, bias_initializer, depthwise_regularizer,
             pointwise_regularizer, bias_regularizer, activity_regularizer, depthwise_constraint, pointwise_constraint,
-            bias_constraint: As in `keras.layers.SeparableConv2D`; those of the kernel act on its mean.
+            bias_constraint: As in `keras.layers.SeparableConv2D`; those of a kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -336,7 +337,7 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
         return ops.depthwise_conv(x, kernel, self.strides, self.padding, self.data_format, self.dilation_rate)
 
     def _pointwise(self, x, kernel):
-        if self.data_format == "channels_first":  # which TensorFlow convolves on few devices
+        if self.data_format == "channels_first":  # TensorFlow convolves this format on few devices only
             product = ops.matmul(ops.moveaxis(x, 1, -1), kernel[0, 0])
-            return ops.cast(ops.moveaxis(product, -1, 1), kernel.dtype)  # of float64, PyTorch's product is float32
+            return ops.cast(ops.moveaxis(product, -1, 1), kernel.dtype)  # PyTorch's product of float64 is float32
         return ops.conv(x, kernel, 1, "valid", self.data_format)

@@ -12,28 +12,28 @@ from keras_vdrop.layers.base import AffineLayer
 class VariationalDense(AffineLayer, keras.layers.Dense):
     """y = activation(x·W + b), W ~ N(loc, exp(log_variance)): `keras.layers.Dense` with a distribution for a kernel.
 
-    In training (and within `sampling()`) each example has a draw of W: of inputs (B, D) by local reparameterisation,
-    x·loc + sqrt(x²·exp(log_variance))·ε, with ε ~ N(0, 1) for every example and unit; of inputs (B, ..., D), whose
-    places share W, by flipout. Otherwise W = loc, and 0 where pruned. The KL of the kernel to its prior is in
-    `layer.losses`.
+    In training (and within `sampling()`) each example has its own draw of W. For inputs (B, D) it comes from local
+    reparameterization, x·loc + sqrt(x²·exp(log_variance))·ε, with ε ~ N(0, 1) for every example and unit. For inputs
+    (B, ..., D), whose positions share W, it comes from flipout. Otherwise W = loc, and 0 where pruned. `layer.losses`
+    holds the KL between the kernel and its prior.
 
     Args:
         units: Positive int, U.
         activation, use_bias, kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
             activity_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.Dense`; those of the kernel
-            act on its mean.
+            apply to its mean.
         kernel_prior: "log_uniform" (prunes hardest), "ard" (prunes, and is a proper prior), "normal",
             a `priors.Prior`, a TFP distribution, or None for a plain kernel.
-        bias_prior: The same for the bias; None, a plain bias.
-        estimator: "local_reparameterization", "flipout" or "reparameterization": see `functional.estimators`; or
-            "auto", the first for inputs (B, D), and flipout for inputs (B, ..., D), whose places share the kernel.
-        kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
-        initial_log_variance: Float, where log_variance starts; None for a standard deviation that is 5 % of the root
-            mean square of the initial weights, 22 % with a normal prior (and of 0.1 where these are 0).
-        log_variance_rate: Float > 0, how many learning rates a step of an optimizer such as Adam moves log_variance;
-            SGD moves it by the gradient times the learning rate times this squared.
-        threshold: Float, the log alpha above which `sparsity` and `prune` give a weight up; None for the prior's, which
-            is 3, and 5 where weights live and die in groups.
+        bias_prior: The same for the bias; None for a plain bias.
+        estimator: "local_reparameterization", "flipout" or "reparameterization" (see `functional.estimators`); or
+            "auto": the first for inputs (B, D), and flipout for inputs (B, ..., D), whose positions share the kernel.
+        kl_weight: Float ≥ 0, 1 / (number of training examples); None if the `ELBO` callback sets it.
+        initial_log_variance: Float, the initial log_variance. None sets the standard deviation to 5 % (22 % with a
+            normal prior) of the root mean square of the initial weights, which counts as 0.1 if they are all 0.
+        log_variance_rate: Float > 0. A step of an optimizer such as Adam moves log_variance by about this many learning
+            rates; SGD moves it by the gradient times the learning rate times log_variance_rate².
+        threshold: Float, the log alpha above which `sparsity` and `prune` drop a weight; None for that of the prior:
+            3, or 5 if the prior keeps or drops weights in groups.
         seed: Int for the same noise in every run, or None.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -67,14 +67,14 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
 class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
     """y = activation(einsum(equation, x, W) + b), W ~ N(loc, exp(log_variance)): `keras.layers.EinsumDense`.
 
-    In training (and within `sampling()`) each example has a draw of W: by local reparameterisation where it uses each
-    weight once, einsum(x, loc) + sqrt(einsum(x², exp(log_variance)))·ε; by flipout elsewhere. Otherwise W = loc, and 0
-    where pruned.
+    In training (and within `sampling()`) each example has its own draw of W. It comes from local reparameterization,
+    einsum(x, loc) + sqrt(einsum(x², exp(log_variance)))·ε, if the example uses each weight once, and from flipout
+    otherwise. Without noise W = loc, and 0 where pruned.
 
     Args:
         equation, output_shape, activation, bias_axes, kernel_initializer, bias_initializer, kernel_regularizer,
             bias_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.EinsumDense`; those of the kernel
-            act on its mean.
+            apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`, `activity_regularizer`.
@@ -83,11 +83,11 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
         (B, ...), the first operand of the equation.
 
     Output shape:
-        (B, ...), its result.
+        (B, ...), the result of the equation.
 
     Raises:
         ValueError: For a value that is out of range, an equation that does not fit the inputs, or an axis of unknown
-            size that the kernel shares with them.
+            size that the kernel shares with the inputs.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -123,7 +123,7 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
         return (0, *_positions(inputs, kernel)), (batch, *_positions(outputs, kernel))
 
     def _operands(self):
-        """The letters of the inputs, the kernel and the outputs; an ellipsis is a dot."""
+        """Return the letters of the inputs, the kernel and the outputs, with a dot for an ellipsis."""
         operands = re.fullmatch(r"([a-zA-Z.]+),([a-zA-Z]+)->([a-zA-Z.]+)", self.equation.replace("...", "."))
         if operands is None:
             raise ValueError(
@@ -134,7 +134,7 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
 
 
 def _positions(operand, letters):
-    """The axes of an operand of an einsum that are named in `letters`; from the end, past an ellipsis (here a dot)."""
+    """Return the axes of an einsum operand that `letters` names; those after an ellipsis (a dot here) are negative."""
     ellipsis = operand.find(".")
     past = [index - len(operand) if -1 < ellipsis < index else index for index in range(len(operand))]
     return [past[index] for index, letter in enumerate(operand) if letter != "." and letter in letters]

@@ -1,4 +1,4 @@
-"""Noise on activations: Gaussian of learned strength, Bernoulli of learned rate, Bernoulli that prediction can draw."""
+"""Noise on activations: Gaussian of learned variance, Bernoulli of learned rate, Bernoulli that prediction can draw."""
 
 import math
 import numbers
@@ -15,23 +15,23 @@ from keras_vdrop.sampling import mask_shape
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class VariationalGaussianDropout(StochasticLayer):
-    """y = x·s, s ~ N(1, alpha) for every example and unit, alpha = rate / (1 − rate) learned: multiplicative noise.
+    """y = x·s, s ~ N(1, alpha) for every example and unit: multiplicative noise of learned variance alpha.
 
-    It is the posterior of a scale for each unit, the same at all places of an example, whose KL to the log-uniform
-    prior is in `layer.losses`: the noise grows as far as the data let it. A unit whose log alpha passes the threshold
-    carries nothing: `prune` sets it to 0, and `sparsity` counts it. Without noise (in prediction, unless sampled)
-    y = x.
+    The posterior is over a scale s for each unit; a draw of it is the same at all positions of an example. Its KL to
+    the prior, log-uniform by default, is in `layer.losses`: the noise grows as far as the data allow. A unit whose log
+    alpha exceeds the threshold carries no information: `prune` sets it to 0, and `sparsity` counts it. Without noise
+    (in prediction, outside `sampling()`) y = x.
 
     Args:
-        rate: Float in (0, 1), where the noise starts: alpha = rate / (1 − rate).
-        alpha: "unit" for one learned for each unit, "layer" for one for all (its KL is counted for each unit, and
-            nothing is pruned), "fixed" for `keras.layers.GaussianDropout`, with noise for every entry and no KL, that
-            can be sampled.
-        prior: "log_uniform", "ard", or a `priors.Prior`. `priors.LogUniform("cubic")` is the original: alpha is kept
-            at or below 1, where its KL, a cubic, holds; so nothing is pruned.
+        rate: Float in (0, 1), which sets the initial alpha to rate / (1 − rate).
+        alpha: "unit" to learn one alpha for each unit; "layer" to learn one for all units (the KL still counts every
+            unit, and nothing is pruned); "fixed" for noise as in `keras.layers.GaussianDropout`, with noise for every
+            entry and no KL, but active under `sampling()` too.
+        prior: "log_uniform", "ard", or a `priors.Prior`. `priors.LogUniform("cubic")` is that of the paper: alpha is
+            kept at or below 1 (also initially), where its cubic KL is valid, so nothing is pruned.
         axis: Int, the axis of the units in the input.
-        kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
-        threshold: Float, the log alpha above which `sparsity` and `prune` give a unit up.
+        kl_weight: Float ≥ 0, 1 / (number of training examples); None if the `ELBO` callback sets it.
+        threshold: Float, the log alpha above which `sparsity` and `prune` drop a unit.
         seed: Int for the same noise in every run, or None.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -78,7 +78,9 @@ class VariationalGaussianDropout(StochasticLayer):
         check_finite("threshold", threshold)
         prior = priors.get(prior)
         if prior is None:
-            raise ValueError('`prior` is needed for the noise to grow; for noise that does not, write alpha="fixed".')
+            raise ValueError(
+                '`prior` must not be None. For noise that stays as it is, pass alpha="fixed" and no prior.'
+            )
         super().__init__(kl_weight=kl_weight, seed=seed, **kwargs)
         self.rate = float(rate)
         self.alpha = alpha
@@ -129,7 +131,7 @@ class VariationalGaussianDropout(StochasticLayer):
             return self._fixed(inputs) if noisy else inputs
         shape = [1] * len(inputs.shape)
         shape[self.axis] = -1
-        # The scales of an example are those of an input of ones: the same at all places.
+        # Apply the scales to an input of ones with one position per example, so that all positions share a draw.
         dtype = inputs.dtype if is_float(inputs) else self.compute_dtype
         ones = ops.ones((ops.shape(inputs)[0], *[1] * (len(inputs.shape) - 1)), dtype)
         scale = self.scale.apply(
@@ -165,7 +167,7 @@ class VariationalGaussianDropout(StochasticLayer):
 
 
 class AtMostZero(keras.constraints.Constraint):
-    """Projects a log alpha to alpha ≤ 1."""
+    """Projects a log alpha onto values ≤ 0, that is, alpha ≤ 1."""
 
     def __call__(self, w):
         return ops.minimum(w, 0.0)
@@ -173,22 +175,24 @@ class AtMostZero(keras.constraints.Constraint):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
-    """y = layer(x·z / (1 − p)), z ~ Bernoulli(1 − p) relaxed, with the rate p learned: Dropout that finds its rate.
+    """y = layer(x·z / (1 − p)), z ~ Bernoulli(1 − p) relaxed, with a learned rate p: Dropout that learns its rate.
 
     z = 1 − σ((logit p + logit u) / temperature), u ~ U(0, 1);
-    KL = ‖W‖² / (2·prior_scale²·(1 − p)) + D·(log 2 − H(p)), W the wrapped layer's kernel and H the entropy of a coin
+    KL = ‖W‖² / (2·prior_scale²·(1 − p)) + D·(log 2 − H(p)), with the wrapped layer's kernel W, the number D of input
+    channels, and the entropy H of a Bernoulli variable
 
-    The first term is the wrapped kernel's weight decay, which a greater rate makes dearer; the second draws the
-    rate to ½. Both are in nats, in `layer.losses`, and weighted by `kl_weight`, 1 / (number of training examples), as
-    every KL here: so the fewer data, the greater the rate. Without noise (in prediction, unless sampled) y = layer(x).
+    The first term is weight decay of the wrapped kernel, which costs more at a greater rate. The second term pulls the
+    rate towards ½. Both are in nats, in `layer.losses`, and weighted by `kl_weight`, 1 / (number of training examples),
+    like every KL here. With fewer data the learned rate is therefore greater. Without noise (in prediction, outside
+    `sampling()`) y = layer(x).
 
     Args:
         layer: A Keras layer with a plain `kernel`, such as Dense, Conv2D or EinsumDense.
-        initial_rate: Float in (0, 1), where p starts.
-        temperature: Float > 0 of the relaxation; towards 0, z is 0 or 1.
+        initial_rate: Float in (0, 1), the initial p.
+        temperature: Float > 0, the temperature of the relaxation; as it approaches 0, z becomes 0 or 1.
         prior_scale: Float > 0, the standard deviation of the prior of a weight (the paper's 1 / l).
-        spatial: Whether whole channels are dropped, the same at every place, as suits a convolution.
-        kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
+        spatial: Whether whole channels are dropped, the same at every position, as suits a convolution.
+        kl_weight: Float ≥ 0, 1 / (number of training examples); None if the `ELBO` callback sets it.
         seed: Int for the same noise in every run, or None.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -199,7 +203,7 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
         That of the wrapped layer.
 
     Raises:
-        ValueError: For a value that is out of range, a layer without a kernel, or one whose kernel has a prior already.
+        ValueError: For a value that is out of range, a layer without a kernel, or a kernel that already has a prior.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -296,7 +300,7 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
 
 
 class BernoulliRate(Posterior):
-    """The posterior of a kernel whose input channels are dropped: W times one coin for each channel."""
+    """The posterior of a kernel whose input channels are dropped: W times a Bernoulli variable for each channel."""
 
     def __init__(self, owner, kernel, channels):
         super().__init__(owner, channels)
@@ -309,7 +313,7 @@ class BernoulliRate(Posterior):
     def kl(self):
         rate = self.owner.rate
         logit = ops.convert_to_tensor(self.owner.rate_logit)
-        # Both logarithms straight from the logit: finite at every rate.
+        # Compute both logarithms from the logit, so that they are finite at every rate.
         entropy = rate * ops.softplus(-logit) + (1.0 - rate) * ops.softplus(logit)
         squares = ops.sum(ops.square(ops.cast(ops.convert_to_tensor(self.kernel), "float32")))
         decay = squares * (1.0 + ops.exp(logit)) / (2.0 * self.owner.prior_scale**2)
@@ -320,16 +324,16 @@ class BernoulliRate(Posterior):
 class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
     """y = x·z / (1 − rate), z ~ Bernoulli(1 − rate): `keras.layers.Dropout` that is also active under `sampling()`.
 
-    In a model that `MonteCarlo` wraps it drops at prediction, as in MC dropout, while BatchNormalization and Keras's
-    own Dropout stay in inference mode. Without noise y = x.
+    In a model that `MonteCarlo` wraps, it drops inputs at prediction, as in MC dropout, while BatchNormalization and
+    Keras's own Dropout stay in inference mode. Without noise y = x.
 
     Args:
         rate: Float in [0, 1], the probability that an input is dropped.
         noise_shape: As in `keras.layers.Dropout`: the shape of the mask, broadcast to the input; None along an axis
             stands for the input's size.
         seed: Int for the same noise in every run, or None.
-        per_example: Whether every example has a mask of its own; if not, one mask serves a whole call, so that what
-            is drawn is one network for all examples; one for a whole prediction is `MonteCarlo(consistent=True)`.
+        per_example: Whether every example has its own mask. If not, all examples of a call share one mask, so that a
+            draw is one network. For one mask in a whole prediction use `MonteCarlo(consistent=True)`.
         **kwargs: `name`, `dtype`.
 
     Input shape:
@@ -376,5 +380,5 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
 
     def get_config(self):
         config = {**super().get_config(), "per_example": self.per_example}
-        del config["kl_weight"]  # it has no KL
+        del config["kl_weight"]  # the layer has no KL
         return config

@@ -11,28 +11,28 @@ from keras_vdrop.layers.base import VariationalLayer, left_along, product
 class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
     """y = E[x], E ~ N(loc, exp(log_variance)): `keras.layers.Embedding` with a distribution for a table.
 
-    In training (and within `sampling()`) rows are drawn: by default, flipout, one table with signs for each example; by
-    "reparameterization" one table for the whole batch; by "local_reparameterization" a row for each occurrence of a
-    word, which is not a draw of the table. Otherwise E = loc, and 0 where pruned. The KL is that of the whole table,
-    once, however many words a batch looks up.
+    In training (and within `sampling()`) the table is random. The default estimator, flipout, draws one table for the
+    batch, with random signs for each example; "reparameterization" draws one table for the whole batch;
+    "local_reparameterization" draws a row for each occurrence of a word, which is not a draw of the table. Otherwise
+    E = loc, and 0 where pruned. The KL of the whole table counts once, however many words a batch looks up.
 
     Args:
         input_dim: Positive int, V, the size of the vocabulary.
         output_dim: Positive int, U.
-        embeddings_initializer, embeddings_regularizer, embeddings_constraint: As in `keras.layers.Embedding`; they act
-            on the table's mean.
-        mask_zero: As in `keras.layers.Embedding`: whether 0 is padding, to be masked.
-        weights: Optional array (V, U), the mean to start from.
-        kernel_prior: The prior of the table; `priors.ARD(group_axis=0)` for one that drops words.
+        embeddings_initializer, embeddings_regularizer, embeddings_constraint: As in `keras.layers.Embedding`; they
+            apply to the table's mean.
+        mask_zero: As in `keras.layers.Embedding`: whether index 0 is padding, to be masked.
+        weights: Optional array (V, U), the initial mean.
+        kernel_prior: The prior of the table; `priors.ARD(group_axis=0)` drops whole words.
         estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:
-        (B, ...), indices in [0, V). One out of range gives what `keras.layers.Embedding` gives on the backend: an
-        error or NaN. In TensorFlow also a `tf.RaggedTensor` of them.
+        (B, ...), indices in [0, V). An index out of range gives what `keras.layers.Embedding` gives on the backend: an
+        error or NaN. With TensorFlow also a `tf.RaggedTensor` of indices.
 
     Output shape:
-        (B, ..., U); ragged where the input is.
+        (B, ..., U); ragged if the input is.
 
     Raises:
         ValueError: For a value that is out of range.
@@ -49,7 +49,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
     """
 
     def __init__(self, *args, **kwargs):
-        # Keras's constructor would build at once, before ours is through.
+        # Given `weights`, Keras's constructor would build the layer before our constructor has finished.
         arguments = self._bind(args, kwargs)
         weights = arguments.pop("weights", None)
         super().__init__(**arguments)
@@ -77,7 +77,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
         return self.embeddings
 
     def _dtype_with(self, x):
-        return self.compute_dtype  # to which Keras's layer casts, wherever it is called
+        return self.compute_dtype  # Keras's layer casts to it, wherever it is called
 
     def compute_output_spec(self, inputs, training=False):
         return super().compute_output_spec(inputs)
@@ -86,10 +86,10 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
         return {"words": left_along(kept["embeddings"], (0,)), "columns": left_along(kept["embeddings"], (1,))}
 
     def places(self, input_shape):
-        return 0  # a lookup
+        return 0  # a lookup multiplies nothing
 
     def uses(self, input_shape):
-        """Any of an example's indices may be the same."""
+        """Count the indices of an example, since all of them may be equal."""
         return product(input_shape[1:])
 
     def _sign_axes(self):
@@ -97,7 +97,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
 
 
 def _given(table):
-    """An initializer: the table that is given, of whose size the posterior and its prior then are."""
+    """Return an initializer that gives this table, so that the posterior and its prior start at its scale."""
 
     def initializer(shape, dtype=None):
         if np.shape(table) != tuple(shape):

@@ -1,7 +1,7 @@
-"""Recurrent layers: weights and masks drawn once a sequence and held over its time steps.
+"""Recurrent layers, which draw weights and masks once per sequence and use them at all of its time steps.
 
-A cell is `class VariationalXCell(RecurrentCell, keras.layers.XCell)` with the equations of one step, and a layer is
-`class VariationalX(RecurrentLayer, keras.layers.X)` with the cell that it runs.
+A cell is `class VariationalXCell(RecurrentCell, keras.layers.XCell)` with the equations of one step. A layer is
+`class VariationalX(RecurrentLayer, keras.layers.X)` with the class of the cell that it runs.
 """
 
 import inspect
@@ -14,19 +14,20 @@ from keras_vdrop.layers.base import DropIn, VariationalLayer, check_positive_int
 from keras_vdrop.posterior import VariationalWeight
 from keras_vdrop.sampling import FixedSeeds, advance, is_consistent, mask_shape
 
-# The operands of a cell's two products, and the rows of a bias that has one for each.
+# The operands of a cell's two products; also the rows of a two-dimensional bias.
 _INPUTS, _STATE = 0, 1
 
 
 class Product:
-    """x ↦ x·W + b for the gates of a cell, which lie side by side, with the same W, b and masks at every step.
+    """The function x ↦ x·W + b for the gates of a cell, side by side, with the same W, b and masks at every step.
 
     Args:
-        units: How many columns a gate has.
+        units: The number of columns of a gate.
         matrix: W, (N, gates·units).
-        bias: b, (gates·units,) or one for each example, or None.
-        flips: None, or flipout's Δ, (N, gates·units), with its signs of x and of the output: x·W + ((x∘r)·Δ)∘s.
-        masks: What x is multiplied by: None, or one tensor for all gates, or one for each.
+        bias: b, (gates·units,) or one row for each example, or None.
+        flips: None, or the tuple (Δ, r, s) of flipout: Δ of shape (N, gates·units), the signs r of x and s of the
+            output. The function is then x·W + ((x∘r)·Δ)∘s + b.
+        masks: Sequence of the masks to multiply x by: one for all gates (None for no mask), or one for each gate.
     """
 
     def __init__(self, units, matrix, bias=None, flips=None, masks=(None,)):
@@ -38,7 +39,7 @@ class Product:
         self.masks = masks
 
     def __call__(self, x, first=0, last=None):
-        """Of the gates from `first` to before `last`, side by side."""
+        """Return the products of the gates `first` to `last` − 1 (all by default), side by side."""
         last = self.gates if last is None else last
         if len(self.masks) > 1:
             every = [self._cut_product(x * self.masks[gate], gate, gate + 1) for gate in range(first, last)]
@@ -59,13 +60,13 @@ class Product:
 
 
 class Held:
-    """What a cell has drawn for the steps of one sequence.
+    """The weights and masks that a cell has drawn for all steps of one sequence.
 
     Attributes:
-        state: Of the generator that it was drawn from.
-        products: Of the inputs and of the state, each a pair of `Product`: without noise, and with it.
-        output_mask: What the output is multiplied by, or None.
-        used: Whether any of the noise was.
+        state: The state of the generator before the sequence, which determines all noise; None if the cell never draws.
+        products: List of two pairs (without noise, with noise) of `Product`: for the inputs, and for the state.
+        output_mask: The mask to multiply the output by, or None.
+        used: Whether any step has used the noise.
     """
 
     def __init__(self, state):
@@ -76,18 +77,18 @@ class Held:
 
 
 class RecurrentCell(VariationalLayer):
-    """Mixin to a Keras cell: draws before the first time step, releases after the last.
+    """Mixin for a Keras cell that draws before the first time step and discards the draws after the last.
 
-    `keras.layers.RNN` calls the four hooks of Keras's dropout cells around its loop, which is where noise can be drawn
-    once for all steps on every backend. They do not say whether it is training, so that both products are made ready:
-    without noise, and with it. A graph drops the one that is not used.
+    `keras.layers.RNN` calls the four hooks of Keras's dropout cells before and after its loop. There noise can be drawn
+    once for all steps on every backend. The hooks do not receive `training`, so they prepare both products, without and
+    with noise. A compiled graph drops the one that is not used.
 
     Args:
         *args: The arguments of the Keras cell; `dropout` and `recurrent_dropout` in [0, 1).
-        estimator: "reparameterization", one draw of the weights for the batch, which "auto" is; or "flipout", signs for
-            each example.
-        output_dropout: Rate in [0, 1) at which channels of the output are dropped; the state keeps them.
-        weight_dropout: Rate in [0, 1) at which single recurrent weights are dropped.
+        estimator: "reparameterization" for one draw of the weights for the batch, which is also what "auto" means; or
+            "flipout", which adds signs for each example.
+        output_dropout: Rate in [0, 1) at which channels of the output are dropped, but not those of the state.
+        weight_dropout: Rate in [0, 1) at which individual recurrent weights are dropped.
         tied_masks: Whether all gates share the masks of the inputs and of the state.
         **kwargs: As for `VariationalLayer`.
     """
@@ -130,29 +131,29 @@ class RecurrentCell(VariationalLayer):
                 f"Received: kernel_prior={self.kernel_prior}"
             )
 
-    # What is drawn, and when
+    # Drawing
 
     _held = None
 
     def get_dropout_mask(self, step_input):
-        """Draw all that meets the inputs; `keras.layers.RNN` calls this before the first step."""
-        # Not from the generator itself: a sequence without noise must not move it.
+        """Draw what the inputs are multiplied by. `keras.layers.RNN` calls this before the first step."""
+        # Draw from a copy of the generator's state: a sequence without noise must not advance the generator.
         self._held = Held(ops.convert_to_tensor(self.seed_generator.state) if self.draws else None)
         self._held.products[_INPUTS] = self._both_products(_INPUTS, step_input)
 
     def get_recurrent_dropout_mask(self, step_input):
-        """Draw all that meets the state, and the mask of the output."""
+        """Draw what the state is multiplied by, and the mask of the output."""
         self._held.products[_STATE] = self._both_products(_STATE, step_input)
         self._held.output_mask = self._output_mask(step_input)
 
     def reset_dropout_mask(self):
-        """Forget what was drawn, and move on if it was used; `keras.layers.RNN` calls this after the last step."""
+        """Discard the draws, and advance the generator if they were used. `keras.layers.RNN` calls this at the end."""
         if self._held is not None and self._held.used and self.draws:
             advance(self.seed_generator)
         self._held = None
 
     def reset_recurrent_dropout_mask(self):
-        """Nothing is left to forget."""
+        """Do nothing: `reset_dropout_mask` has discarded all draws."""
 
     @property
     def draws(self):
@@ -165,14 +166,14 @@ class RecurrentCell(VariationalLayer):
         return FixedSeeds(self._held.state, noise.hash_seed(purpose))
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
-        """A step is not worth computing twice, and must not draw."""
+        """Do not recompute a single step: that is not worth its cost, and a step must not draw."""
         return layer_call
 
     def _both_products(self, operand, like):
         return tuple(self._product(operand, like, noisy) for noisy in (False, True))
 
     def _product(self, operand, like, noisy):
-        """What the inputs or the state are multiplied by; `like` is of their shape."""
+        """Make the `Product` of the inputs or of the state; `like` is a tensor of their shape."""
         name = ("inputs", "state")[operand]
         weight = (self.kernel, self.recurrent_kernel)[operand]
         rate = (self.dropout, self.recurrent_dropout)[operand]
@@ -211,7 +212,7 @@ class RecurrentCell(VariationalLayer):
         return noise.rademacher(shape, self._seeds(purpose), self.compute_dtype)
 
     def _bias_row(self, row, of):
-        """What `of(bias)` adds to the product: all of it to the inputs', or its rows to the inputs' and the state's."""
+        """Return what `of(bias)` adds to one product: its row if it has two, else all of it for the inputs' product."""
         if self.bias is None:
             return None
         if len(self.bias.shape) == 2:
@@ -222,18 +223,18 @@ class RecurrentCell(VariationalLayer):
         return self._draw_mask(like, self.output_dropout, "mask of the output")
 
     def _draw_mask(self, like, rate, purpose):
-        """A mask for every example and channel; None at rate 0."""
+        """Draw a mask for every example and channel; None at rate 0."""
         return self._bernoulli(mask_shape(ops.shape(like)), rate, purpose) if rate else None
 
     def _bernoulli(self, shape, rate, purpose):
-        """Bernoulli(1 − rate) / (1 − rate)."""
+        """Draw from Bernoulli(1 − rate) / (1 − rate)."""
         keep = noise.bernoulli(shape, 1.0 - rate, self._seeds(purpose))
         return ops.cast(keep / (1.0 - rate), self.compute_dtype)
 
-    # What the equations of a step are written in
+    # For the equations of a step
 
     def _products(self, inputs, state, noisy):
-        """What is held for this sequence; a cell called outside of an RNN draws for the step."""
+        """Return the products held for this sequence. A cell that is called outside an RNN draws for this step."""
         if self._held is None:
             return [self._product(operand, like, noisy) for operand, like in enumerate((inputs, state))]
         self._held.used |= noisy
@@ -244,15 +245,15 @@ class RecurrentCell(VariationalLayer):
             return h
         return h * (self._output_mask(h) if self._held is None else self._held.output_mask)
 
-    # What `sparsity` asks
+    # For `sparsity`
 
     def places(self, input_shape):
-        return 1  # at every step
+        return 1  # per step
 
     _gate_names = ()
 
     def structure(self, kept):
-        """Of the hidden units and of each gate, how many still depend on the inputs or the state."""
+        """Count the hidden units, in all and for each gate, that still depend on the inputs or the state."""
         columns = kept["kernel"].any(axis=0) | kept["recurrent_kernel"].any(axis=0)
         gates = columns.reshape(-1, self.units)
         alive = {"units": gates.any(axis=0), **{f"{name} gate": gate for name, gate in zip(self._gate_names, gates)}}
@@ -274,28 +275,28 @@ class VariationalLSTMCell(RecurrentCell, keras.layers.LSTMCell):
     i, f, o = σ(z_i), σ(z_f), σ(z_o);  c' = f·c + i·tanh(z_c);  h' = o·tanh(c')
     with z = x·W + h·R + b,  W ~ N(loc_W, exp(log_variance_W)),  R ~ N(loc_R, exp(log_variance_R))
 
-    In training (and within `sampling()`) W, R and every mask are drawn before the first time step and are the same at
-    every step; the next call draws afresh. With `kernel_prior=None` and dropout rates it is the "variational RNN" of
+    In training (and within `sampling()`) W, R and every mask are drawn before the first time step and stay the same at
+    every step; the next call draws new ones. With `kernel_prior=None` and dropout rates it is the "variational RNN" of
     Gal and Ghahramani. In prediction there is no noise.
 
     Args:
         *args: The arguments of `keras.layers.LSTMCell`, in their order: `units`, U, ..., `seed`.
         dropout, recurrent_dropout: Rates in [0, 1) at which channels of the input and of the state are dropped.
-        output_dropout: Rate in [0, 1) at which channels of the output are dropped; the state keeps them.
-        weight_dropout: Rate in [0, 1) at which single recurrent weights are dropped (DropConnect).
-        tied_masks: Whether all gates share the masks of the inputs and of the state, or each has its own.
-        kernel_prior: The prior of the kernel and of the recurrent kernel; else as in `VariationalDense`.
-        estimator: "auto" or "reparameterization", one draw of the weights for the batch at the products of a plain
-            LSTM; or "flipout", with signs of its own for each example, held over time, at twice the products.
+        output_dropout: Rate in [0, 1) at which channels of the output are dropped, but not those of the state.
+        weight_dropout: Rate in [0, 1) at which individual recurrent weights are dropped (DropConnect).
+        tied_masks: Whether all gates share the masks of the inputs and of the state; if not, each gate has its own.
+        kernel_prior: The prior of the kernel and of the recurrent kernel; otherwise as in `VariationalDense`.
+        estimator: "auto" or "reparameterization" for one draw of the weights for the batch, with as many products as a
+            plain LSTM; or "flipout" for signs of each example, the same at every step, with twice as many products.
         bias_prior, kl_weight, initial_log_variance, log_variance_rate, threshold: As in `VariationalDense`.
-        **kwargs: `name`, `dtype`, `trainable`; `implementation`, which has no effect: products are of all gates at once
-            wherever their masks are tied.
+        **kwargs: `name`, `dtype`, `trainable`; `implementation`, which has no effect: with tied masks, one product
+            covers all gates.
 
     Input shape:
         (B, D), and the states h and c, (B, U) each.
 
     Output shape:
-        (B, U), and the new states.
+        (B, U), and the new states h and c.
 
     Raises:
         ValueError: For a value that is out of range.
@@ -332,7 +333,7 @@ class VariationalGRUCell(RecurrentCell, keras.layers.GRUCell):
     z, r = σ(x·W_z + b_z + h·R_z + c_z), σ(x·W_r + b_r + h·R_r + c_r)
     h' = z·h + (1 − z)·tanh(x·W_h + b_h + r·(h·R_h + c_h))
 
-    and with `reset_after=False` tanh(x·W_h + b_h + (r·h)·R_h), c = 0. W, R and masks are drawn as in
+    With `reset_after=False` the candidate is tanh(x·W_h + b_h + (r·h)·R_h), and c = 0. W, R and masks are drawn as in
     `VariationalLSTMCell`.
 
     Args:
@@ -356,7 +357,7 @@ class VariationalGRUCell(RecurrentCell, keras.layers.GRUCell):
         True
 
     Reference:
-        Those of `VariationalLSTMCell`.
+        As for `VariationalLSTMCell`.
     """
 
     _gate_names = ("update", "reset", "candidate")
@@ -404,7 +405,7 @@ class VariationalSimpleRNNCell(RecurrentCell, keras.layers.SimpleRNNCell):
         True
 
     Reference:
-        Those of `VariationalLSTMCell`.
+        As for `VariationalLSTMCell`.
     """
 
     def call(self, inputs, states, training=False):
@@ -416,9 +417,9 @@ class VariationalSimpleRNNCell(RecurrentCell, keras.layers.SimpleRNNCell):
 
 
 class RecurrentLayer(DropIn):
-    """Mixin to a Keras recurrent layer, which runs a cell of ours: that cell has all the noise.
+    """Mixin for a Keras recurrent layer that runs one of our cells, which draws all the noise.
 
-    Keras's constructor would make a cell of its own, so it is passed over.
+    The constructor bypasses that of the Keras layer, which would make a Keras cell.
     """
 
     _cell_class = None
@@ -429,9 +430,10 @@ class RecurrentLayer(DropIn):
         of_cell = {name: arguments.pop(name) for name in names & set(arguments)}
         of_both = {name: arguments[name] for name in ("dtype", "trainable") if name in arguments}
         has_cudnn = "use_cudnn" in self._keras_arguments()
-        if has_cudnn and arguments.pop("use_cudnn", "auto") not in ("auto", False):
+        use_cudnn = arguments.pop("use_cudnn", "auto") if has_cudnn else "auto"
+        if use_cudnn not in ("auto", False):
             raise ValueError(
-                f'{type(self).__name__} has no cuDNN kernel. Received: use_cudnn=True; pass "auto" or False.'
+                f'{type(self).__name__} has no cuDNN kernel: pass "auto" or False. Received: use_cudnn={use_cudnn!r}'
             )
         cell = self._cell_class(**of_cell, **of_both, name="cell")
         keras.layers.RNN.__init__(self, cell, **arguments)
@@ -441,7 +443,7 @@ class RecurrentLayer(DropIn):
     def call(self, sequences, initial_state=None, mask=None, training=False):
         try:
             return super().call(sequences, initial_state=initial_state, mask=mask, training=training)
-        finally:  # Keras does not where a step fails
+        finally:  # Keras does not reset if a step fails
             self.cell.reset_dropout_mask()
 
     @classmethod
@@ -457,14 +459,14 @@ class RecurrentLayer(DropIn):
 class VariationalLSTM(RecurrentLayer, keras.layers.LSTM):
     """An LSTM whose kernel and recurrent kernel are distributions: `keras.layers.LSTM` with noise held over time.
 
-    The same as `keras.layers.RNN(VariationalLSTMCell(...))`, with the arguments of `keras.layers.LSTM`; the equations
-    are the cell's.
+    It is `keras.layers.RNN(VariationalLSTMCell(...))` with the arguments of `keras.layers.LSTM`. `VariationalLSTMCell`
+    has the equations.
 
     Args:
         *args: The arguments of `keras.layers.LSTM`, in their order: `units`, U, ..., `unroll`.
         output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
             initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
-        use_cudnn: "auto" or False, which are the same: a cuDNN kernel has no noise in it.
+        use_cudnn: "auto" or False, both of which mean False: a cuDNN kernel cannot add the noise.
         **kwargs: `zero_output_for_mask`, `implementation`, `name`, `dtype`, `trainable`.
 
     Input shape:
@@ -474,7 +476,7 @@ class VariationalLSTM(RecurrentLayer, keras.layers.LSTM):
         (B, U), or (B, T, U) with `return_sequences`; with `return_state`, followed by two tensors (B, U).
 
     Raises:
-        ValueError: For a value that is out of range, or `unroll` where T is unknown.
+        ValueError: For a value that is out of range, or for `unroll` if T is unknown.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -483,7 +485,7 @@ class VariationalLSTM(RecurrentLayer, keras.layers.LSTM):
         True
 
     Reference:
-        Those of `VariationalLSTMCell`.
+        As for `VariationalLSTMCell`.
     """
 
     _cell_class = VariationalLSTMCell
@@ -493,8 +495,8 @@ class VariationalLSTM(RecurrentLayer, keras.layers.LSTM):
 class VariationalGRU(RecurrentLayer, keras.layers.GRU):
     """A GRU whose kernel and recurrent kernel are distributions: `keras.layers.GRU` with noise held over time.
 
-    The same as `keras.layers.RNN(VariationalGRUCell(...))`, with the arguments of `keras.layers.GRU`; the equations are
-    the cell's.
+    It is `keras.layers.RNN(VariationalGRUCell(...))` with the arguments of `keras.layers.GRU`. `VariationalGRUCell` has
+    the equations.
 
     Args:
         *args: The arguments of `keras.layers.GRU`, in their order: `units`, U, ..., `reset_after`.
@@ -509,7 +511,7 @@ class VariationalGRU(RecurrentLayer, keras.layers.GRU):
         (B, U), or (B, T, U) with `return_sequences`; with `return_state`, followed by a tensor (B, U).
 
     Raises:
-        ValueError: As `VariationalLSTM`.
+        ValueError: As for `VariationalLSTM`.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -518,7 +520,7 @@ class VariationalGRU(RecurrentLayer, keras.layers.GRU):
         True
 
     Reference:
-        Those of `VariationalLSTMCell`.
+        As for `VariationalLSTMCell`.
     """
 
     _cell_class = VariationalGRUCell
@@ -528,8 +530,8 @@ class VariationalGRU(RecurrentLayer, keras.layers.GRU):
 class VariationalSimpleRNN(RecurrentLayer, keras.layers.SimpleRNN):
     """A fully connected RNN whose kernels are distributions: `keras.layers.SimpleRNN` with noise held over time.
 
-    The same as `keras.layers.RNN(VariationalSimpleRNNCell(...))`, with the arguments of `keras.layers.SimpleRNN`; the
-    equation is the cell's.
+    It is `keras.layers.RNN(VariationalSimpleRNNCell(...))` with the arguments of `keras.layers.SimpleRNN`.
+    `VariationalSimpleRNNCell` has the equation.
 
     Args:
         *args: The arguments of `keras.layers.SimpleRNN`, in their order: `units`, U, ..., `seed`.
@@ -544,7 +546,7 @@ class VariationalSimpleRNN(RecurrentLayer, keras.layers.SimpleRNN):
         (B, U), or (B, T, U) with `return_sequences`; with `return_state`, followed by a tensor (B, U).
 
     Raises:
-        ValueError: As `VariationalLSTM`.
+        ValueError: As for `VariationalLSTM`.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -553,7 +555,7 @@ class VariationalSimpleRNN(RecurrentLayer, keras.layers.SimpleRNN):
         True
 
     Reference:
-        Those of `VariationalLSTMCell`.
+        As for `VariationalLSTMCell`.
     """
 
     _cell_class = VariationalSimpleRNNCell

@@ -1,4 +1,4 @@
-"""`Variational`: any Keras layer or model, run on weights that are drawn."""
+"""`Variational`: a wrapper that runs any Keras layer or model on random weights."""
 
 import copy
 import itertools
@@ -23,39 +23,39 @@ class Variational(StochasticLayer, keras.Model):
     """y = f(x; W), W ~ N(loc, exp(log_variance)): any layer or model f with distributions for weights.
 
     In training (and within `sampling()`) each call draws all weights W once, for the whole batch, and runs the layer on
-    them. Otherwise W = loc, and 0 where pruned. What the layer updates, such as the moments of BatchNormalization, it
-    updates as ever. The means are the layer's own variables, so that it is the network at the posterior mean. The KL of
-    each weight to its prior is in `layer.losses`.
+    them. Otherwise W = loc, and 0 where pruned. The layer still updates its other variables, such as the moments of
+    BatchNormalization. The means are the layer's own variables, so the wrapped layer is the network at the posterior
+    mean. `layer.losses` holds the KL between each weight and its prior.
 
-    A layer that has a class of its own here, such as `VariationalDense`, draws for each example, and learns from less
-    noise. This one is for all others: blocks of your own, layers of other packages, whole backbones.
+    A layer that has a counterpart here, such as `VariationalDense`, draws for each example and learns from less noisy
+    gradients. Use `Variational` for all others: your own blocks, layers of other packages, whole backbones.
 
     Args:
-        layer: A `keras.layers.Layer` or `keras.Model`. It becomes a part of this one.
-        include: A regular expression, or a list of them: weights whose path below the layer one of them is found in,
-            such as "attention/.*kernel". None for every kernel and table: all that trains, has at least two axes and is
-            not called a bias.
-        exclude: The same for weights to leave out.
+        layer: A `keras.layers.Layer` or `keras.Model`. It becomes a part of this layer.
+        include: A regular expression, or a list of them. A weight is drawn if one of them is found in its path below
+            the layer; for example "attention/.*kernel". None for every kernel and table: all variables that train, have
+            at least two axes and are not called a bias.
+        exclude: The same for weights that are not drawn.
         prior: "log_uniform" (prunes hardest), "ard" (prunes, and is a proper prior), "normal", a `priors.Prior`, or a
             TFP distribution.
-        kl_weight: Float ≥ 0, 1 / (number of training examples); None where the `ELBO` callback sets it.
+        kl_weight: Float ≥ 0, 1 / (number of training examples); None if the `ELBO` callback sets it.
         initial_log_variance, log_variance_rate, threshold: As in `VariationalDense`.
-        lora_rank: Positive int, r: each weight W stays as it is, and what is drawn and learned is an update of it,
-            W + lora_alpha / r·A·B with A ~ N(loc, exp(log_variance)), (..., r), and B, (r, U), that is plain and starts
-            at 0. None for distributions over the weights themselves.
-        lora_alpha: Float, the factor of the update; None for r.
+        lora_rank: Positive int, r. Each weight W then stays fixed, and the layer draws and learns an update of it:
+            W + lora_alpha / r·A·B, with A ~ N(loc, exp(log_variance)) of shape (..., r), and a plain B of shape (r, U)
+            that starts at 0. None for distributions over the weights themselves.
+        lora_alpha: Float, the factor in the update; None for r.
         seed: Int for the same noise in every run, or None.
-        **kwargs: `name`, that of the layer unless it is given, and `trainable`. Its dtypes are the layer's.
+        **kwargs: `name` (by default that of the layer) and `trainable`. The dtypes are always the layer's.
 
     Input shape:
-        What the layer takes, by position and by keyword.
+        That of the layer, whose arguments are taken by position and by keyword.
 
     Output shape:
-        What the layer gives.
+        That of the layer.
 
     Raises:
-        ValueError: For a value that is out of range, a layer that is quantized, an expression that is found in no
-            path, and a layer in which there is no weight to draw.
+        ValueError: For a value that is out of range, for a quantized layer, for an expression that matches no path, or
+            if `include` and `exclude` leave no weight of the layer to draw.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -70,10 +70,10 @@ class Variational(StochasticLayer, keras.Model):
         Weight Uncertainty in Neural Networks, Blundell et al., 2015, https://arxiv.org/abs/1505.05424
     """
 
-    # Only the layer's code knows how TensorFlow should call what is exported as a part of a model.
+    # No serving signature for TensorFlow in an exported model: only the layer's code knows how it is called.
     _default_save_signature = None
 
-    # As a layer of the family, which is asked for them: one draw of the weights for all of a call.
+    # Attributes of all variational layers: here each call makes one draw of the weights.
     estimator = "reparameterization"
     learns_locally = False
 
@@ -110,7 +110,7 @@ class Variational(StochasticLayer, keras.Model):
             check_positive_int("lora_rank", lora_rank)
         if lora_alpha is not None:
             check_finite("lora_alpha", lora_alpha)
-        # Within the layer its own policy holds. Out here, weights are as they are stored.
+        # The wrapped layer follows its own policy. The wrapper uses weights in the dtype in which they are stored.
         arguments = {"name": layer.name, **kwargs, "dtype": layer.variable_dtype, "autocast": False}
         super().__init__(kl_weight=kl_weight, seed=seed, **arguments)
         self.layer = layer
@@ -134,13 +134,13 @@ class Variational(StochasticLayer, keras.Model):
         if self._called_on is None:
             self._called_on = keras.tree.map_structure(_symbolic, (args, kwargs))
             if not self.built and len(args) == 1:
-                # What Keras calls with arguments that have no names, it does not tell their shapes.
+                # Keras does not pass the shapes of `*args` to `build`.
                 self.build(keras.tree.map_structure(lambda x: x.shape, self._called_on[0][0]))
         return super().__call__(*args, **kwargs)
 
     def build(self, input_shape=None):
         if not self.layer.built:
-            # Of layers that build what is within them when they are called, a call is what builds all.
+            # Some layers build their sublayers only when called, so call the layer once.
             args, kwargs = self._called_on or ((keras.tree.map_shape_structure(keras.KerasTensor, input_shape),), {})
             self.layer(*args, **kwargs)
         draw_from = self._draw_from if self.lora_rank is None else self._draw_update
@@ -149,11 +149,18 @@ class Variational(StochasticLayer, keras.Model):
         self._build_noise()
 
     def _chosen(self):
-        """The variables to draw: of each a name of its own, its path below the layer and itself."""
+        """Return the variables to draw, each as (unique name, path below the layer, variable)."""
         taken = {id(each) for posterior in posteriors(self.layer) for each in posterior.variables}
         pairs = [(path, each) for path, each in trained_variables(self.layer) if id(each) not in taken]
-        # Layers within a layer may have one name.
+        # Sublayers may have the same name.
         found = dict(zip(_distinct(path for path, _ in pairs), (each for _, each in pairs)))
+        for name, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns or ():
+                if not any(_matches([pattern], path) for path in found):
+                    raise ValueError(
+                        f"`{name}` matches no weight of {self.layer.name!r}, whose paths are {list(found)}. "
+                        f"Received: {name}={pattern!r}"
+                    )
         paths = list(filter(_is_kernel(found), found))
         if self.include is not None:
             paths = [path for path in found if _matches(self.include, path)]
@@ -195,7 +202,7 @@ class Variational(StochasticLayer, keras.Model):
     # Calling
 
     def call(self, *args, training=None, **kwargs):
-        # The layer within takes `training` from this one's call.
+        # The wrapped layer gets `training` from the context of this call.
         noisy = self._noisy(training)
         values = [self._value(weight, noisy) for weight in self.drawn.values()]
         with _Drawn(values, collect_losses=True, initialize_variables=False) as scope:
@@ -203,11 +210,11 @@ class Variational(StochasticLayer, keras.Model):
         for variable in scope.updated.values():
             variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:
-            self.add_loss(loss + 0.0)  # another tensor: the layer within knows its own by identity
+            self.add_loss(loss + 0.0)  # a new tensor: Keras recognizes the wrapped layer's losses by identity
         return outputs
 
     def _value(self, weight, noisy):
-        """A variable of the layer, and what it is in this call."""
+        """Return a variable of the wrapped layer and its value in this call."""
         value = weight.mean()
         if noisy:
             value = value + weight.perturbation(self._seeds(weight.name))
@@ -226,18 +233,18 @@ class Variational(StochasticLayer, keras.Model):
         return keras.tree.map_structure(lambda each: each.shape, self.compute_output_spec(*args, **kwargs))
 
     def compute_mask(self, inputs, previous_mask):
-        """Of the first of the inputs, which are all that were given by position."""
+        """Compute the mask for the first of the inputs; `inputs` holds all positional arguments."""
         if not inputs or not self.layer.supports_masking:
             return None
         return self.layer.compute_mask(inputs[0], previous_mask[0])
 
-    # What `sparsity` and `MonteCarlo` ask
+    # For `sparsity` and `MonteCarlo`
 
     def places(self, input_shape):
-        return None  # only the layer's code tells
+        return None  # unknown: it depends on the wrapped layer's code
 
     def uses(self, input_shape):
-        """Only the layer's code tells."""
+        """Return None (unknown), because it depends on the wrapped layer's code."""
         return None
 
     def stock_variables(self):
@@ -257,13 +264,13 @@ class Variational(StochasticLayer, keras.Model):
             self._called_on = _from_described(config["args"]), _from_described(config["kwargs"])
         elif not self.layer.built:
             self.layer.build_from_config(config["layer"])
-            self.layer.built = True  # which Keras sets where it calls that
+            self.layer.built = True  # as Keras does after it calls `build_from_config`
         if not self.built:
             self.build()
 
     def get_config(self):
         layer = keras.saving.serialize_keras_object(self.layer)
-        # It is compiled and built, if at all, as a part of this one.
+        # The wrapped layer is compiled and built only as a part of this layer.
         layer = {name: value for name, value in layer.items() if name not in ("compile_config", "build_config")}
         config = {
             **super().get_config(),
@@ -281,16 +288,16 @@ class Variational(StochasticLayer, keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        # Keras takes apart the config of a model that it makes.
+        # Keras modifies the config of a model when it deserializes the model.
         layer = keras.saving.deserialize_keras_object(copy.deepcopy(config["layer"]), custom_objects=custom_objects)
         return cls(**{**config, "layer": layer})
 
 
 class _Drawn(keras.StatelessScope):
-    """A scope in which some variables have other values, and all others the value that they have outside of it.
+    """A scope in which some variables have other values, and all others keep their values from outside.
 
     Attributes:
-        updated: The variables that were assigned to within it, by id.
+        updated: The variables that were assigned to within the scope, by id.
     """
 
     def __init__(self, *args, **kwargs):
@@ -310,10 +317,10 @@ class _Drawn(keras.StatelessScope):
 
 
 def trained_variables(layer):
-    """What optimizers train of a layer and of all within it, or would if it were not frozen: paths and variables.
+    """Yield (path, variable) for each variable of a layer and its sublayers that trains, or would if not frozen.
 
-    A path is made of the names of the layers below the first, and of the variable's: Keras's own depends on where the
-    layer was built.
+    A path joins the names of the sublayers below `layer` and of the variable. Keras's own path of a variable depends on
+    where the layer was built.
     """
     seen = set()
 
@@ -337,7 +344,7 @@ def _is_kernel(variables):
 
 
 def _patterns(name, value):
-    """A list of regular expressions, or None."""
+    """Return a checked list of regular expressions, or None."""
     if value is None:
         return None
     try:
@@ -356,7 +363,7 @@ def _matches(patterns, path):
 
 
 def _distinct(names):
-    """The names, with a number behind those that were there before: a list."""
+    """Return the names as a list, with a number appended to each one that repeats an earlier name."""
     found = []
     for name in names:
         others = (f"{name}_{number}" for number in itertools.count(1))
@@ -365,21 +372,21 @@ def _distinct(names):
 
 
 def _symbolic(x):
-    """What stands for an array where a layer is built."""
+    """Replace an array by a `KerasTensor`, with which a layer can be built; return anything else as it is."""
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         return x
     return keras.KerasTensor(tuple(x.shape), keras.backend.standardize_dtype(x.dtype))
 
 
 def _described(x):
-    """What a file says of an argument: a dict of a tensor's shape and dtype; nothing of what is no number or word."""
+    """Describe an argument for a file: a tensor by its shape and dtype, numbers and strings as they are, else None."""
     if isinstance(x, keras.KerasTensor):
         return {"shape": list(x.shape), "dtype": x.dtype}
     return x if isinstance(x, (bool, int, float, str)) else None
 
 
 def _from_described(value):
-    """The arguments that `_described` described."""
+    """Return the arguments that `_described` has described."""
     if isinstance(value, dict) and set(value) == {"shape", "dtype"}:
         return keras.KerasTensor(tuple(value["shape"]), value["dtype"])
     if isinstance(value, dict):

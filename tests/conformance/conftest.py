@@ -1,4 +1,4 @@
-"""Every test here that takes `case` runs over all cases; one that takes `jit`, with and without compilation."""
+"""Run each test that takes `case` over all cases, and each test that takes `jit` with and without XLA compilation."""
 
 from tests.cases import CASES
 

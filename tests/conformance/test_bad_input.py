@@ -1,4 +1,4 @@
-"""What cannot be right is refused at construction or build, and what can be runs; for every layer."""
+"""Every layer refuses invalid arguments at construction or build, and runs with unusual valid ones."""
 
 import keras
 import numpy as np
@@ -14,14 +14,14 @@ QUANTIZED = ["int8_from_float32", "int8_from_mixed_bfloat16", "float8_from_float
 
 
 class Total(priors.Prior):
-    """No KL for each weight, but their sum."""
+    """A prior whose `kl` wrongly returns a sum instead of one value per weight."""
 
     def kl(self, loc, log_variance):
         return keras.ops.sum(loc)
 
 
 class Lost(priors.Prior):
-    """Without an argument that `kl` must take."""
+    """A prior whose `kl` lacks the required argument `log_variance`."""
 
     def kl(self, loc):
         return loc
@@ -63,7 +63,7 @@ def test_quantized_policies_are_refused_by_name(case, policy):
 
 
 def generators(layer):
-    """How many generators of noise a layer has, those of the layers within it included."""
+    """Count the noise generators of a layer and its sublayers."""
     return len(layer.variables) - len(layer.weights)
 
 
@@ -83,7 +83,7 @@ def test_no_generator_where_nothing_is_drawn(subject):
 
 
 def outcome(function):
-    """The shape of what it gives, or None where it fails."""
+    """Return the shape of the function's result, or None if the function fails."""
     try:
         return tuple(function().shape)
     except Exception:
@@ -100,7 +100,7 @@ def test_no_rows_give_what_keras_gives(case, training):
 
 
 class _Store(dict):
-    """Variables by name, as a file has them."""
+    """A stand-in for the store of a weights file: values by key."""
 
 
 def own_layers(layer):
@@ -108,7 +108,10 @@ def own_layers(layer):
 
 
 def test_weights_from_before_a_key_existed(case):
-    """Whatever a layer does as well without: its generator's state, its masks, the weight of its KL, its free bits."""
+    """Weights load without the optional keys, and fail to load without any other key.
+
+    Optional are the generator's state, the masks, the KL weight, the free bits and the log scale of a prior.
+    """
     layer, other = case.built(), case.built()
     if case.is_wrapper:
         other.layer.set_weights(layer.layer.get_weights())
@@ -168,7 +171,8 @@ def test_a_policy_within_another(wrapper, outer, inner):
         pytest.skip("Keras's own layer does not run")
     for estimator in ("flipout", "reparameterization"):
         output = run(ours, estimator=estimator, kl_weight=0.1)
-        if expected == keras.DTypePolicy(inner).compute_dtype:  # else the wrapper's policy leaks into Keras's layer
+        # A different expected dtype means that the wrapper's policy leaks into Keras's layer.
+        if expected == keras.DTypePolicy(inner).compute_dtype:
             assert keras.backend.standardize_dtype(output.dtype) == expected
         assert np.isfinite(array(output)).all()
 

@@ -1,4 +1,4 @@
-"""A layer's config is plain data from which an equal layer is made."""
+"""A layer's config can be written as JSON and rebuilds an equal layer."""
 
 import inspect
 import json
@@ -14,7 +14,7 @@ def test_config_round_trip(case):
 
 
 def plain(layer):
-    """The layer's config as a file has it."""
+    """Return the layer's config as JSON."""
     return json.dumps(layer.get_config(), sort_keys=True)
 
 
@@ -27,7 +27,7 @@ def test_config_names_every_argument(case):
 
 
 def test_signature_names_every_argument(case):
-    """What `help` and editors show: Keras's arguments in their order, then ours."""
+    """The signature that `help` and editors show has Keras's arguments first, in Keras's order, then ours."""
     names = list(inspect.signature(case.cls).parameters)
     theirs = ["layer"] if case.is_wrapper else list(inspect.signature(case.twin).parameters)
     theirs = [name for name in theirs if name not in ("kwargs", "use_cudnn")]

@@ -1,5 +1,4 @@
-"""Every layer has a twin of Keras's own that predicts the same, there and back, and so do they when they are
-compacted."""
+"""Conversion of every layer to Keras layers and back, and its compaction, leave the predictions the same."""
 
 import keras
 import numpy as np
@@ -32,7 +31,8 @@ def test_compacted_model_predicts_the_same(case):
 
 
 def test_variational_twin_predicts_the_same(case, tmp_path):
-    """Of Keras's layer: at the mean, and on the way back from a file."""
+    """`to_variational` of Keras's layer predicts the same at the mean, and so does its deterministic twin after a
+    round trip through a file."""
     if not case.is_kernel and case.cls is not kv.Variational:
         pytest.skip("it has no weights of its own")
     model = case.model(case.make_twin())
@@ -42,7 +42,7 @@ def test_variational_twin_predicts_the_same(case, tmp_path):
     x = case.inputs()
     expected = array(model(x))
     twin = kv.to_variational(model, print_fn=lambda line: None)
-    # What has classes of ours needs no `Variational`.
+    # Layers that have a counterpart are not wrapped in `Variational`.
     assert case.cls in [*map(type, twin._flatten_layers()), kv.Variational]
     assert posteriors(twin) and not posteriors(model)
     twin.save(tmp_path / "twin.keras")

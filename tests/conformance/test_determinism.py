@@ -1,4 +1,4 @@
-"""Noise only in training and under sampling; the same noise from the same seed, fresh noise at every call."""
+"""Layers are noisy only in training and in a sampling scope. Equal seeds give equal noise; each call draws afresh."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Under every policy the KL and the variance are computed in float32 at least, and the output has the policy's type."""
+"""Under every dtype policy the KL and log variance are float32, and the output has the policy's compute dtype."""
 
 import keras
 import numpy as np
@@ -8,15 +8,17 @@ import keras_vdrop as kv
 from tests.cases import CASES, array, posteriors, randomize, rates
 
 POLICIES = ["float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16"]
-# Indices have no size; and products of queries and keys of 10⁴ are beyond float16 in Keras's own attention.
+# Embeddings take indices, which have no magnitude. Keras's own attention overflows float16 when it multiplies queries
+# and keys of about 10⁴.
 ATTENTION = ("attention", "attention_bias", "variational_block")
 LARGE = [case for case in CASES if not case.vocabulary and case.name not in ATTENTION]
 
 
 def skip_where_keras_fails(case, policy):
-    """On a CPU TensorFlow has no float16 convolution with channels first, unless the processor has one.
+    """Skip the test if Keras's layer raises `UnimplementedError`.
 
-    (Where Keras's layer fails for a reason of its own, such as an initializer without float16, ours is tested.)
+    On most CPUs TensorFlow has no float16 convolution with channels first. If Keras's layer fails for another reason,
+    such as an initializer without float16, our layer is tested all the same.
     """
     try:
         case.call(case.make_twin(dtype=policy), case.inputs())
@@ -41,7 +43,7 @@ def test_policies(case, policy):
 @pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
 @pytest.mark.parametrize("subject", LARGE, ids=str)
 def test_large_inputs_in_float16(subject, policy):
-    """10⁴ squared is beyond float16, and so would be the variance of the output."""
+    """Inputs of 10⁴ give finite outputs, although their square and the output's variance exceed float16."""
     skip_where_keras_fails(subject, policy)
     layer, x = subject.built(dtype=policy), 1e4 * np.sign(subject.inputs())
     randomize(layer, log_variance=(-12.0, -10.0))
@@ -52,7 +54,7 @@ def test_large_inputs_in_float16(subject, policy):
         posterior.kernel.assign(0.01 * array(posterior.kernel))
     mean, output = array(subject.call(layer, x)), array(subject.call(layer, x, training=True))
     assert np.isfinite(output).all()
-    # A saturated gate hides the noise of many a draw.
+    # A saturated gate can hide the noise of a draw, so try several.
     assert any(not np.array_equal(array(subject.call(layer, x, training=True)), mean) for _ in range(20))
     if subject.has_kl:
         assert np.isfinite(array(kv.kl_divergence(layer)))

@@ -1,4 +1,4 @@
-"""The KL is in the loss exactly once, and so is its gradient, however the layer is called."""
+"""The loss contains the KL and its gradient exactly once, however the layer is called."""
 
 import keras
 import numpy as np
@@ -48,22 +48,26 @@ def stacked(case):
 
 SUBJECTS = [case for case in CASES if case.has_kl]
 SETTINGS = [(case, setting) for case in SUBJECTS for setting in (alone, nested)]
-# Indices twice are other indices, perhaps beyond the table; TimeDistributed passes one input on.
+# `called_twice` doubles the input, which can push indices beyond the embedding table.
 SETTINGS += [(case, called_twice) for case in SUBJECTS if not case.vocabulary]
+# TimeDistributed passes only one input on, and attention needs two.
 SETTINGS += [(case, time_distributed) for case in SUBJECTS if not case.is_attention]
 SETTINGS += [(case, bidirectional) for case in SUBJECTS if case.is_rnn]
 SETTINGS += [(case, stacked) for case in SUBJECTS if case.is_cell]
-# `keras.layers.RNN` itself does not run within a RematScope, nor (with TensorFlow) does the Dense that is wrapped.
+# `keras.layers.RNN` does not run in a RematScope. In TensorFlow neither does the Dense layer that our wrappers wrap.
 SETTINGS += [(case, rematerialised) for case in SUBJECTS if not (case.is_rnn or case.is_cell or case.is_wrapper)]
 
 
 def closed_form(case):
-    """The case with priors whose KL and gradient have one."""
+    """Return the case with ARD priors, whose KL and gradient have a closed form."""
     return case.with_prior("ard").replace(kl_weight=WEIGHT)
 
 
 def expected_kl(model):
-    """Σ weight·KL by NumPy, over the model's posteriors: ½·log(1 + loc²/variance), and that of a rate."""
+    """Compute Σ weight·KL over the model's posteriors in NumPy.
+
+    The KL of a weight is ½·log(1 + loc²/variance). `expected_rate_kl` computes that of a dropout rate.
+    """
     kl = [0.5 * np.log1p(array(w.loc) ** 2 * np.exp(-array(w.log_variance))).sum() for w in posteriors(model)]
     return WEIGHT * (sum(kl) + sum(expected_rate_kl(posterior) for posterior in rates(model)))
 
@@ -82,8 +86,8 @@ def test_kl_is_counted_once(subject, setting):
     total = sum(float(array(loss)) for loss in model.losses)
     np.testing.assert_allclose(total, expected_kl(model), rtol=1e-4)
 
-    # With a data loss of nothing, the loss that Keras reports and descends is the KL.
-    # Compiled, a layer alone says it all; eager steps take a third of the time.
+    # The data loss is 0, so the loss that Keras reports and minimises is the KL.
+    # Only `alone` runs compiled, which is enough. Eager steps take a third of the time.
     eager = setting is not alone
     model.compile(keras.optimizers.SGD(1.0), lambda y, prediction: 0.0 * keras.ops.sum(prediction), run_eagerly=eager)
     x = subject.inputs(shape=(3, *model.input_shape[1:]))
@@ -95,7 +99,7 @@ def test_kl_is_counted_once(subject, setting):
         ratio = loc**2 * np.exp(-log_variance)
         by_loc = WEIGHT * loc * np.exp(-log_variance) / (1 + ratio) * weight.loc.trainable
         by_log_variance = -0.5 * WEIGHT * ratio / (1 + ratio) * weight.log_variance.factor**2
-        if log_variance.shape == (1,) != loc.shape:  # shared by all
+        if log_variance.shape == (1,) != loc.shape:  # one log variance for all weights
             by_log_variance = by_log_variance.sum()
         np.testing.assert_allclose(loc - array(weight.loc), by_loc, atol=2e-6)
         np.testing.assert_allclose(log_variance - array(weight.log_variance), by_log_variance, atol=2e-6)
@@ -126,7 +130,7 @@ def test_half_frozen_posterior_keeps_its_kl(subject, frozen):
 
 @pytest.mark.parametrize("subject", [case for case in CASES if case.is_kernel], ids=str)
 def test_pruned_weights_have_no_kl(subject):
-    """Under N(0, s²) a weight of mean 0 has a KL of its variance, which only the mask takes out."""
+    """Under N(0, s²) a weight of mean 0 still has a KL through its variance, which only the mask removes."""
     scale = 0.5
     model = alone(subject.with_prior(kv.priors.Normal(scale)).replace(kl_weight=WEIGHT))
     randomize(model)
@@ -138,14 +142,14 @@ def test_pruned_weights_have_no_kl(subject):
         if weight.prior.get_config() == kv.priors.Normal(scale).get_config():
             ratio = np.exp(array(weight.log_variance)) / scale**2
             kl = 0.5 * (ratio + (array(weight.loc) / scale) ** 2 - 1.0 - np.log(ratio))
-        else:  # of a bias
+        else:  # a bias, which has another prior
             kl = array(weight.prior.kl(array(weight.loc), array(weight.log_variance)))
         expected += (kl * left).sum()
     np.testing.assert_allclose(float(array(kv.kl_divergence(model))), expected, rtol=1e-4)
     np.testing.assert_allclose(sum(float(array(loss)) for loss in model.losses), WEIGHT * expected, rtol=1e-4)
 
 
-# The regularizer of each family's weights, by the name of its argument and of the weight.
+# The name of the regularized weight of each layer family, if it is not `kernel`.
 REGULARIZED = {"depthwise": "kernel", "separable": "depthwise_kernel", "embedding": "embeddings"}
 
 

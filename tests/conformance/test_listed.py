@@ -1,4 +1,4 @@
-"""Every public layer is in the list of cases, so that no property is tested on some layers only."""
+"""Every public layer has a case, so that the conformance tests cover all layers."""
 
 import keras
 

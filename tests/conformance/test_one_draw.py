@@ -1,4 +1,4 @@
-"""By default, what an example sees is one draw of the weights, the same at all of its places."""
+"""By default an example sees one draw of the weights, the same at all of its positions."""
 
 import contextlib
 
@@ -22,7 +22,7 @@ OTHERS = [case for case in WEIGHTS if case not in LINEAR]
 
 
 def covariance(samples):
-    """Of the outputs of the first example, (S, P): the matrix (P, P), and its standard errors."""
+    """Return the covariance matrix (P, P) of samples (S, P), and its standard errors (P, P)."""
     centred = samples - samples.mean(axis=0)
     products = centred[:, :, None] * centred[:, None, :]
     return products.mean(axis=0), products.std(axis=0) / np.sqrt(len(samples))
@@ -34,7 +34,7 @@ def assert_close(found, expected, error):
 
 
 def jacobian(case, layer, x, weight):
-    """∂(outputs of x)/∂(weight), (P, W), of a layer that is linear in the weight, by one call for each number."""
+    """Return ∂(outputs of x)/∂(weight), (P, W), of a layer that is linear in the weight: one call per element."""
     loc = array(weight.loc)
     at = array(case.call(layer, x)).ravel()
     columns = []
@@ -48,14 +48,14 @@ def jacobian(case, layer, x, weight):
 
 
 def of_one_example(case, layer, x):
-    """Draws of the outputs of one example among equal ones, (S, P)."""
+    """Return draws (S, P) of the outputs of one example, taken from a batch of two equal examples."""
     equal = np.repeat(x[:1], 2, axis=0)
     return sample(layer, (equal, equal) if case.is_attention else equal, DRAWS)[:, 0].reshape(DRAWS, -1)
 
 
 @pytest.mark.parametrize("linear", LINEAR, ids=str)
 def test_covariance_over_places_is_that_of_the_posterior(linear):
-    """Σ over the layer's weights of J·diag(variance)·Jᵀ."""
+    """The covariance is Σ J·diag(variance)·Jᵀ over the layer's weights."""
     layer = linear.built()
     randomize(layer)
     x = linear.inputs()
@@ -69,7 +69,7 @@ def test_covariance_over_places_is_that_of_the_posterior(linear):
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 def test_covariance_over_places_is_that_of_weights_drawn_whole(other):
-    """Where outputs are not linear in the weights, of which the layer has several."""
+    """Layers that are not linear in their weights: the default estimator agrees with `reparameterization`."""
     found = []
     for case in (other, other.replace(estimator="reparameterization")):
         layer = case.built()
@@ -80,14 +80,14 @@ def test_covariance_over_places_is_that_of_weights_drawn_whole(other):
 
 
 def shared():
-    """One layer on two inputs of an example."""
+    """Return a model that calls one layer on two inputs."""
     layer = kv.VariationalDense(2, use_bias=False, kl_weight=0.1)
     inputs = [keras.Input((3,)), keras.Input((3,))]
     return keras.Model(inputs, layers.Concatenate()([layer(each) for each in inputs]))
 
 
 def over_time():
-    """One layer on the two steps of an example, one by one."""
+    """Return a model that applies one layer to two time steps by `TimeDistributed`."""
     inputs = [keras.Input((3,)), keras.Input((3,))]
     steps = ops.stack(inputs, axis=1)
     layer = layers.TimeDistributed(kv.VariationalDense(2, use_bias=False, kl_weight=0.1))
@@ -95,14 +95,14 @@ def over_time():
 
 
 def twice():
-    """A model within a model, called twice."""
+    """Return a model that calls an inner model twice."""
     inner = keras.Sequential([keras.Input((3,)), kv.VariationalDense(2, use_bias=False, kl_weight=0.1)])
     inputs = [keras.Input((3,)), keras.Input((3,))]
     return keras.Model(inputs, layers.Concatenate()([inner(each) for each in inputs]))
 
 
 class OwnLayer(layers.Layer):
-    """Calls the layer within it twice, which only its code tells."""
+    """A layer whose `call` calls its sublayer twice, which the graph of the model does not show."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +140,7 @@ def in_own_model():
 @pytest.mark.parametrize("consistent", [False, True])
 @pytest.mark.parametrize("make", [shared, over_time, twice, in_own_layer, in_own_model])
 def test_an_example_keeps_its_draw_from_call_to_call(make, consistent):
-    """Of (x·W, z·W): Cov = diag(Σ x·z·variance) in every block; rows of their own unless consistent."""
+    """Outputs (x·W, z·W) have covariance blocks diag(Σ x·z·variance). Examples differ unless `consistent`."""
     model = make()
     randomize(model)
     is_known = make in (shared, over_time, twice)
@@ -175,7 +175,7 @@ def test_noise_of_places_is_reported(make):
 
 
 def test_noise_of_examples_is_not_reported():
-    """Nor what local reparameterisation does where it is exact."""
+    """Noise that is one draw per example raises no warning, nor does local reparameterisation where it is exact."""
     for layer in (kv.VariationalConv2D(2, 2), kv.VariationalConv2D(2, 4, **LOCAL), kv.VariationalDense(2)):
         kv.MonteCarlo(keras.Sequential([keras.Input((4, 4, 3)), layer]))
     kv.MonteCarlo(keras.Sequential([keras.Input((4,)), kv.VariationalDense(2, **LOCAL)]))

@@ -1,6 +1,6 @@
-"""Within a layer of another dtype policy, a layer gives what Keras's own gives in the same place.
+"""Inside a wrapper with another dtype policy, our layers have the same output dtype as Keras's layers.
 
-`TimeDistributed` calls the layer within its own policy, and not within the layer's.
+`TimeDistributed` calls its layer under its own policy instead of the layer's.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from keras import layers
 
 from tests.cases import CASES, array
 
-# Of the layer, and of what it is within.
+# Pairs of policies: of the layer, and of the wrapper around it.
 MIXED = [("mixed_float16", "float32"), ("float32", "mixed_bfloat16"), ("mixed_float16", "mixed_bfloat16")]
 PURE = [("float16", "float32"), ("float32", "float16")]
 
@@ -34,14 +34,14 @@ def stacked(case, make, inner, outer):
 
 
 def settings_of(case):
-    if case.is_cell:  # in a stack of two policies Keras's own fail on JAX
+    if case.is_cell:  # on JAX, Keras's own cells fail in a stack of two policies
         return [rnn] if keras.backend.backend() == "jax" else [rnn, stacked]
-    # TimeDistributed passes one input on.
+    # TimeDistributed passes only one input on, and attention needs two.
     return [] if case.is_attention else [time_distributed, *[bidirectional] * case.is_rnn]
 
 
 def with_initializer(case):
-    """Recurrent layers start from a QR decomposition, which has no float16."""
+    """Replace the default recurrent initializer, whose QR decomposition has no float16. Drop `go_backwards`."""
     if not (case.is_cell or case.is_rnn):
         return case
     arguments = {**case.keras, "recurrent_initializer": "glorot_uniform"}
@@ -58,13 +58,13 @@ def test_the_output_is_of_the_type_of_the_twins(subject, setting):
     shape = subject.shape
     x = subject.inputs(shape=(shape[0], 2, *shape[1:]) if setting is time_distributed else shape)
     compared = 0
-    # A convolution of two types fails in TensorFlow, and has its kernel's type in JAX.
+    # A convolution of two dtypes fails in TensorFlow. In JAX its output has the kernel's dtype.
     for inner, outer in MIXED if "conv" in subject.name else MIXED + PURE:
         try:
             expected = setting(subject, subject.make_twin, inner, outer)(x).dtype
         except Exception:
-            continue  # Keras's own layer does not stand there
-        if subject.is_wrapper:  # it calls the layer that it wraps, in that layer's policy
+            continue  # Keras's own layer does not run here
+        if subject.is_wrapper:  # our wrappers call their layer under that layer's policy
             expected = keras.DTypePolicy(inner).compute_dtype
         for training in (False, True):
             output = setting(subject, subject.make, inner, outer)(x, training=training)
@@ -72,5 +72,5 @@ def test_the_output_is_of_the_type_of_the_twins(subject, setting):
             assert types[0] == types[1], (inner, outer, training)
             assert np.isfinite(array(output)).all()
         compared += 1
-    few = keras.backend.backend() == "jax" and subject.is_rnn  # of a GRU, Keras runs two there
+    few = keras.backend.backend() == "jax" and subject.is_rnn  # Keras's GRU runs under only two of the pairs on JAX
     assert compared >= (2 if few else 3)

@@ -1,4 +1,4 @@
-"""What a layer draws for one thing tells nothing of what it draws for another, nor does one scope of the next."""
+"""Noise for different purposes in a layer is independent, and so is the noise of different sampling scopes."""
 
 import itertools
 
@@ -23,7 +23,7 @@ OTHERS = [case for case in CASES if case.is_kernel and not case.is_rnn and not c
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The seeds that are asked for from now on, in order."""
+    """Record the seeds that `FixedSeeds.next` returns, in order."""
     seeds, ask = [], FixedSeeds.next
 
     def recorded(self, ordered=True):
@@ -36,14 +36,14 @@ def asked(monkeypatch):
 
 
 def taken(asked):
-    """All that have been asked for; then none."""
+    """Return the recorded seeds and clear the record."""
     seeds = list(asked)
     asked.clear()
     return seeds
 
 
 def assert_unrelated(seeds):
-    """What follows from any two of the seeds has no correlation, nor have its magnitudes."""
+    """Assert that normal noise from any two of the seeds is uncorrelated, in value and in magnitude."""
     draws = [array(noise.normal((COUNT,), FixedSeeds(ops.convert_to_tensor(seed, "uint32")))) for seed in seeds]
     for one, other in itertools.combinations(draws, 2):
         assert_uncorrelated(one, other)
@@ -51,7 +51,7 @@ def assert_unrelated(seeds):
 
 
 def check(asked, call, count):
-    """In one scope a layer asks for the same seeds at every call, so many; in the next for as many others."""
+    """Assert that every call in a scope takes the same `count` seeds, and that the next scope takes others."""
     every = []
     for _ in range(2):
         with kv.sampling(consistent=True):
@@ -82,7 +82,7 @@ def test_masks_of_gates(recurrent, asked):
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 def test_draws_that_an_example_keeps(other, asked):
-    """Signs and perturbations."""
+    """The seeds of an example's noise (such as signs and perturbations of flipout) are distinct and unrelated."""
     layer = other.built(seed=1)
     asked.clear()
     with drawing(repeated=map(id, generator_states(keras.Sequential([layer])))):
@@ -93,7 +93,7 @@ def test_draws_that_an_example_keeps(other, asked):
 
 
 def by_hand(cell, x):
-    """The output of the last step of a cell that is called step by step."""
+    """Call a cell step by step and return the output of the last step."""
     states = cell.get_initial_state(batch_size=len(x))
     for step in range(x.shape[1]):
         output, states = cell(x[:, step], states)
@@ -124,7 +124,7 @@ def test_a_cell_by_hand_draws_what_it_draws_in_an_rnn(make, asked):
             steps = taken(asked)
         np.testing.assert_allclose(by_itself, drawn[-1], atol=1e-5)
         np.testing.assert_allclose(by_itself[1], by_itself[0], atol=1e-5)
-        assert set(steps) == set(steps[: len(steps) // 4])  # at every step as at the first
+        assert set(steps) == set(steps[: len(steps) // 4])  # all four steps take the seeds of the first
     assert not np.allclose(*drawn, atol=1e-3)
     with kv.sampling():
         assert not np.allclose(array(layer(x)), array(layer(x)), atol=1e-3)

@@ -1,4 +1,4 @@
-"""Random valid arguments of every layer, from a fixed seed: what holds for the cases holds for them."""
+"""Random arguments for every layer, from fixed seeds: the main properties of the cases hold for them too."""
 
 import json
 
@@ -10,12 +10,12 @@ from keras import layers
 import keras_vdrop as kv
 from tests.cases import array, case, posteriors, rates
 
-# How many configurations of each layer.
+# Number of configurations per layer.
 COUNT = 3
 
 
 class Draw:
-    """Random choices, from one seed."""
+    """Random choices from one seed."""
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
@@ -43,7 +43,7 @@ class Draw:
     def ours(
         self, axes=(), bias=True, estimators=("auto", "local_reparameterization", "flipout", "reparameterization")
     ):
-        """The variational arguments; `axes` are those that a prior may group by."""
+        """Return the variational arguments. A prior may group by one of `axes`."""
         return {
             "kernel_prior": self.prior(axes),
             "bias_prior": self.of(None, "ard", "normal", "log_uniform") if bias else None,
@@ -59,11 +59,11 @@ class Draw:
         return self.of(None, "relu", "tanh", "softplus")
 
     def convolution(self, rank, transposed=False):
-        """Arguments of a convolution, and the shape of inputs that are large enough for it."""
+        """Return arguments of a convolution, the shape of a large enough input, and its number of channels."""
         kernel = self.size(1, 3)
         strides, dilation = self.of((1, 1), (2, 1), (1, 2))
         padding = self.of("valid", "same", *(["causal"] if rank == 1 and not transposed else []))
-        # TensorFlow has convolutions with channels first on a CPU for some of them only.
+        # On a CPU, TensorFlow supports channels first only for some convolutions.
         first = not transposed and strides == dilation == 1 and padding != "causal" and self.yes()
         first = first and keras.backend.backend() != "tensorflow"
         channels = self.of(2, 4)
@@ -194,7 +194,7 @@ def concrete_dropout(draw):
 
 
 def any_layer(draw):
-    """A convolution or a recurrent layer, of which `Variational` draws some weights."""
+    """Return a case of `Variational` around a convolution or a GRU."""
     ours = {
         "include": draw.of(None, "kernel", ["kernel", "bias"]),
         "exclude": draw.of(None, "recurrent"),
@@ -232,7 +232,7 @@ LAYERS = {
     "monte_carlo_dropout": monte_carlo_dropout,
     "any_layer": any_layer,
 }
-# Float16 has no QR decomposition, by which recurrent layers start, and no convolution on some processors.
+# No float16: it has no QR decomposition, which initializes recurrent layers, and no convolution on some processors.
 POLICIES = ("float32", "mixed_bfloat16", "float64")
 
 
@@ -248,13 +248,13 @@ def test_every_public_layer_is_drawn():
 def test_random_configuration(name, index):
     draw = Draw([list(LAYERS).index(name), index])
     subject, policy = LAYERS[name](draw), draw.of(*POLICIES)
-    print(subject.keras, subject.ours, policy)  # what pytest shows of a failure
+    print(subject.keras, subject.ours, policy)  # pytest shows it if the test fails
     x = subject.inputs()
 
     try:
         stock = subject.make_twin(dtype=policy)
         expected = subject.call(stock, x)
-    except Exception as error:  # ours refuses what Keras refuses
+    except Exception as error:  # if Keras's layer fails, ours must raise the same type of error
         with pytest.raises(type(error)):
             subject.call(subject.make(dtype=policy), x)
         return
@@ -271,7 +271,7 @@ def test_random_configuration(name, index):
         assert np.isfinite(array(output)).all()
     for posterior in [*posteriors(model), *rates(model)]:
         kl = float(array(posterior.kl()))
-        # A mixture's KL is estimated from draws, and can be below 0 by chance.
+        # The KL of a scale mixture is estimated from draws, so it can be negative by chance.
         assert np.isfinite(kl) and (kl >= -1e-4 * posterior.size or "ScaleMixture" in str(posterior.prior))
 
     if any(weight.prunable for weight in posteriors(model)):

@@ -1,4 +1,4 @@
-"""A saved model loads: in a fresh process, from weights alone, by `custom_objects` alone, cloned, exported."""
+"""Models survive saving and loading, weights files, `custom_objects`, cloning and export."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ for path in pathlib.Path(sys.argv[1]).glob("*.keras"):
 
 
 def scramble(model):
-    """Give a model weights that a new one does not have, some of them pruned."""
+    """Give a model random weights, unlike those of a new model, and prune some of them."""
     randomize(model)
     if posteriors(model):
         prune(model, threshold=0.0)
@@ -31,7 +31,7 @@ def scramble(model):
 
 @pytest.fixture(scope="session")
 def loaded_elsewhere(tmp_path_factory):
-    """The predictions of every case's model, here and after loading it in another process."""
+    """Return each case's predictions by its name: in this process, and by the model loaded in another process."""
     folder, here = tmp_path_factory.mktemp("saved"), {}
     for case in CASES:
         model = case.model()
@@ -60,7 +60,7 @@ def test_weights_file(case, tmp_path):
 
 
 def test_loads_by_custom_objects_alone(case, tmp_path):
-    """A class that was never registered: `custom_objects` is all that a loader has."""
+    """A model with an unregistered class loads if `custom_objects` names the class."""
     subclass = type("Unregistered", (case.cls,), {})
     model = dataclasses.replace(case.with_prior("ard"), cls=subclass).model()
     model.save(tmp_path / "model.keras")

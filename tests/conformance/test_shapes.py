@@ -1,4 +1,4 @@
-"""What is said of an output before there is data is true of it."""
+"""The symbolic shape and dtype of an output are those of the eager output."""
 
 import keras
 import pytest

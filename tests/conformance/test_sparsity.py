@@ -1,4 +1,4 @@
-"""What `sparsity` reports of a layer is exact: against the pruned weights, the Keras layer, and its products."""
+"""The report of `sparsity` is exact: it agrees with the pruned weights, the Keras layer and the counted products."""
 
 import dataclasses
 import warnings
@@ -19,7 +19,10 @@ def kernels(model):
 
 
 def randomly_pruned(case, density):
-    """A model of the case, of whose weights that share is left, all of them at 50."""
+    """Return a model that keeps a random share `density` of its prunable weights, and its sparsity report.
+
+    The threshold of 50 prunes no further weights, so only the masks count.
+    """
     model = case.model()
     randomize(model)
     rng = np.random.default_rng(1)
@@ -62,7 +65,7 @@ def test_bytes_are_those_of_the_keras_layer(prunable):
 
 
 def products(layer, input_shape):
-    """Each kernel of a layer, the function that multiplies by it, and inputs for it, all of them 1."""
+    """Return each kernel of a layer with the function that multiplies by it and an input of ones."""
     ones = np.ones((1, *input_shape[1:]), "float32")
     if not isinstance(layer, kv.VariationalSeparableConv2D):
         return [(layer.kernel, layer.linear, ones)]
@@ -72,7 +75,7 @@ def products(layer, input_shape):
 
 @over_prunable
 def test_ones_sum_to_the_multiply_adds(prunable):
-    """Without padding: a sum of products of ones is the number of products."""
+    """With ones for inputs and weights, the sum of the products is their number. Padding is off, as it adds zeros."""
     if "padding" in prunable.keras:
         prunable = dataclasses.replace(prunable, keras={**prunable.keras, "padding": "valid"})
     model, report = randomly_pruned(prunable, 0.3)

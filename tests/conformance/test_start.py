@@ -1,4 +1,4 @@
-"""Where a posterior starts, how far a step moves it, and in which units files hold it."""
+"""The initial log variance of a posterior, how far one step moves it, and its unit in files."""
 
 import pathlib
 
@@ -14,7 +14,7 @@ KERNELS = [case for case in CASES if case.is_kernel]
 
 
 def size(values):
-    """Root mean square, and that which stands for zeros."""
+    """Return the root mean square, or 0.1 if all values are 0."""
     return np.sqrt(np.mean(values**2)) or 0.1
 
 
@@ -60,7 +60,7 @@ def test_a_model_that_is_built_at_its_first_batch():
 
 @pytest.mark.parametrize("rate", [1.0, 10.0])
 def test_a_step_of_adam_moves_it_by_its_rate(case, rate):
-    """Adam's first step is a learning rate long, whatever the gradient."""
+    """Adam's first step has the length of the learning rate, whatever the gradient, so it moves by 1e-3·rate."""
     if not case.is_kernel:
         pytest.skip("has no rate")
     model = case.with_prior("ard").replace(log_variance_rate=rate, kl_weight=1.0).model()
@@ -104,7 +104,10 @@ def test_a_config_that_says_nothing_of_a_rate_means_one(case):
 
 
 def check(model, expected):
-    """A model of `fixed_rate.keras`, made by keras_vdrop when log variances were stored in nats."""
+    """Assert that a model agrees with the values stored for `fixed_rate.keras`.
+
+    An earlier keras_vdrop, which stored log variances in nats, made that file.
+    """
     np.testing.assert_allclose(
         model.predict(expected["inputs"], verbose=0), expected["predictions"], rtol=1e-4, atol=1e-5
     )

@@ -1,4 +1,4 @@
-"""A layer trains by `fit`: every weight has a finite gradient, compiled or not, also from a bad start."""
+"""Layers train by `fit`: every weight has a finite gradient, with and without XLA, also from a bad start."""
 
 import keras
 import numpy as np
@@ -17,10 +17,10 @@ def compiled(model, jit=False):
 
 
 def step(model, x):
-    """The gradients of one step of `fit`: what gradient descent of rate 1 subtracts."""
+    """Return the gradients of one step of `fit` by path: the change that SGD with learning rate 1 subtracts."""
     before = [array(v) for v in model.trainable_variables]
     y = np.ones((len(x), *model.output_shape[1:]), "float32")
-    elbo = ELBO(len(x), labels_per_example=y[0].size)  # of a masked output it could not know
+    elbo = ELBO(len(x), labels_per_example=y[0].size)  # `ELBO` cannot infer the number for a masked output
     history = model.fit(x, y, batch_size=len(x), callbacks=[elbo], verbose=0).history
     assert set(history) == {"loss", "kl", "nll", "elbo_loss"}
     assert np.isfinite(list(history.values())).all()
@@ -56,12 +56,13 @@ def test_gradients_are_finite_from_a_bad_start(subject):
 
 @pytest.mark.parametrize("subject", FEED_FORWARD, ids=str)
 def test_rematerialisation_draws_the_same_noise_twice(subject):
-    """Within a RematScope the gradient is that of the output that was computed, noise included."""
+    """In a RematScope the gradient belongs to the output that was computed, including its noise."""
     with keras.RematScope(mode="full"):
         layer = subject.make()
     model = subject.model(layer)
     randomize(model)
-    # d output / d w at noise ε needs that ε: the loss is linear in the output, so its value gives it away.
+    # The gradient depends on the noise ε. The loss is the sum of the outputs, so its value shows whether a replay
+    # uses the same ε.
     model.compile(keras.optimizers.SGD(1e-3), lambda y, prediction: keras.ops.sum(prediction), jit_compile=False)
     layer.kl_weight = 0.0
     x = subject.inputs()
@@ -78,7 +79,8 @@ def test_rematerialisation_draws_the_same_noise_twice(subject):
         return float(array(model(x, training=True)).sum())
 
     np.testing.assert_allclose(replayed(before), loss, rtol=1e-4)
-    # Along the gradient the slope is its length. The step is short whatever that is: attention is far from linear.
+    # The slope along the gradient is the gradient's length. The step is normalised to stay short, because attention is
+    # far from linear.
     length = np.sqrt(sum((g**2).sum() for g in gradients))
     size = 1e-2
     ahead, behind = ([b + sign * size / length * g for b, g in zip(before, gradients)] for sign in (1, -1))

@@ -1,16 +1,16 @@
-"""Without variance a layer is its Keras twin."""
+"""Without variance a layer equals its Keras twin."""
 
 import numpy as np
 import pytest
 
 from tests.cases import CASES, array, posteriors, rates
 
-# What a rate leaves of the input is drawn, not learned: it has no variance that could vanish.
+# Cases without a KL drop inputs at a fixed rate, so they have no learned variance that can go to 0.
 QUIETABLE = [case for case in CASES if case.has_kl]
 
 
 def copy_weights(layer, twin):
-    """Give both the same random means, weight by weight."""
+    """Give each weight of the layer and its twin the same random values. For posteriors these are the means."""
     own = (".loc", "_loc", "bias", "kernel", "embeddings", "gamma", "beta")
     ours = [variable for variable in layer.weights if variable.name.endswith(own)]
     for variable, theirs in zip(ours, twin.weights, strict=True):
@@ -41,7 +41,7 @@ def test_equals_keras_twin_as_variance_vanishes(subject, training):
     expected = array(subject.call(twin, x))
     set_noise(layer, -45.0)
     np.testing.assert_allclose(array(subject.call(layer, x, training=training)), expected, rtol=2e-5, atol=2e-5)
-    # ... and with variance it is not, so that the line above says something
+    # With variance, the output in training must differ. Otherwise the assertion above would prove nothing.
     set_noise(layer, 0.0)
     output = array(subject.call(layer, x, training=training))
     assert np.allclose(output, expected, rtol=2e-5, atol=2e-5) == (not training)

@@ -1,4 +1,4 @@
-"""Without a KL weight a model trains, by the average KL, and one warning says that this is not the ELBO."""
+"""Without a KL weight a model trains with the average KL, and one warning says that this is not the ELBO."""
 
 import warnings
 
@@ -14,7 +14,7 @@ SUBJECTS = pytest.mark.parametrize("subject", [case for case in CASES if case.ha
 
 
 def messages(action):
-    """Of that warning, what is said in the course of an action."""
+    """Run `action` and return the messages of its warnings about an unset KL weight."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         action()
@@ -29,7 +29,7 @@ def fit(model, case, eager=False, **arguments):
 
 
 def call(model, case):
-    """What `fit` calls, without compiling it."""
+    """Call the model in training mode, without compiling it, and return the messages."""
     return messages(lambda: model(case.inputs(), training=True))
 
 
@@ -39,7 +39,7 @@ def test_unset_weight_warns_once_and_says_what_to_write(subject):
     (message,) = fit(both, subject, epochs=2)
     assert "keras_vdrop.ELBO(num_examples=" in message and "kl_weight=1 / len(" in message
     assert not call(both, subject)
-    # a model made later is told again
+    # A model made later warns again.
     assert len(call(subject.model(kl_weight=None), subject)) == 1
 
 

@@ -249,3 +249,8 @@ def test_fit_in_a_functional_model(jit_compile):
     assert float(layer.kl_weight) == 1 / 8
     for old, new in zip(before, layer.trainable_variables):
         assert not np.array_equal(old, array(new)) or "key/bias" in new.path  # which no softmax notices
+
+
+def test_free_bits_before_there_is_a_kl():
+    with pytest.raises(ValueError, match="has not been built"):
+        attention().free_bits = 0.1

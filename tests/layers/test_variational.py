@@ -359,7 +359,9 @@ def test_relative_variances_of_zeros_are_finite():
     ("arguments", "message"),
     [
         ({"layer": layers.Dense}, "not a class"),
-        ({"include": "attention"}, "searched in these paths"),
+        ({"include": "attention"}, "`include` matches no weight"),
+        ({"include": ["kernel", "kernels"]}, "'kernels'"),
+        ({"exclude": "bais"}, "`exclude` matches no weight"),
         ({"exclude": "kernel"}, "searched in these paths"),
         ({"include": "("}, "regular expression"),
         ({"include": 3}, "regular expression"),
