@@ -151,7 +151,7 @@ def convert(name):
 
 
 def main():
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, seeds=None)
     names = [*networks(), *(HUB if importlib.util.find_spec("keras_hub") else ())]
     parser.add_argument("--only", nargs="+", choices=names, help="some of them")
     options = parser.parse_args()

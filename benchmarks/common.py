@@ -15,15 +15,20 @@ import time
 import numpy as np
 
 
-def parser(description, learns=True):
-    """Return a parser of the shared arguments; `learns` adds those of benchmarks that train on data."""
+def parser(description, learns=True, seeds=3):
+    """Return a parser of the shared arguments.
+
+    `learns` adds those of benchmarks that make rows with `learn_rows`. `seeds` is the default of `--seeds`; None leaves
+    that argument out.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="made-up data and few steps, to see that it runs")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the result; nothing is kept without it")
     if learns:
         folder = os.environ.get("KERAS_VDROP_DATA")
         parser.add_argument("--data", default=folder, help="folder of data (KERAS_VDROP_DATA)")
-        parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
+        if seeds is not None:
+            parser.add_argument("--seeds", type=int, default=seeds, help="how many seeds, from 0 on")
         parser.add_argument("--resume", action="store_true", help="make only the rows that --out does not hold yet")
         parser.add_argument("--jobs", type=int, default=1, help="how many processes share the rows; needs --out")
         parser.add_argument("--part", type=int, help=argparse.SUPPRESS)

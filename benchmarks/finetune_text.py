@@ -57,6 +57,7 @@ from keras_vdrop.posterior import prunable_weights
 NETWORKS = ("plain", "all layers", "last layer", "MC dropout", "low rank", "Laplace", "pruned", "ensemble")
 LENGTH, BATCH, PREDICTED = 40, 32, 256
 MEMBERS, LEFT = 5, 0.1
+ENCODER = 1  # its place among the layers of a network, between the tokens and the last layer
 SCORES = {
     "accuracy": ("accuracy %", 2),
     "nll": ("NLL", 4),
@@ -222,9 +223,10 @@ def _temperature(name, options):
     return options.pruned_temperature if name == "pruned" else options.temperature
 
 
-def gone(model):
-    """Return the number of pruned weights."""
-    return sum(int((~ops.convert_to_numpy(weight.mask)).sum()) for weight in prunable_weights(model))
+def pruned_in_encoder(model):
+    """Return the number of pruned weights of the encoder, whose weights `network` counts."""
+    weights = prunable_weights(model.layers[ENCODER])
+    return sum(int((~ops.convert_to_numpy(weight.mask)).sum()) for weight in weights)
 
 
 def threshold_of(model, left):
@@ -325,7 +327,7 @@ def learn(name, seed, data, options, plain):
     elif name == "MC dropout":
         predict = of_dropout(model, options)
     else:
-        left = size - gone(model)
+        left = size - (pruned_in_encoder(model) if name == "pruned" else 0)
         predict = of_posterior(name, model, options)
     return {**judged(predict, data), "seconds": seconds, "weights": size, "left": left}
 

@@ -31,8 +31,10 @@ compacted network.
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
+import sys
 import tempfile
 
 import common
@@ -307,7 +309,11 @@ def share_of(model, parameters):
 
     widest = max(layer.filters for layer in model.layers if layer.name.endswith("_first"))
     shares = [count / widest for count in range(widest, 0, -1)]
-    return next((share for share in shares if parameters_at(share) <= parameters), shares[-1])
+    for share in shares:
+        if parameters_at(share) <= parameters:
+            return share
+    print(f"One filter in each block still makes {parameters_at(share):,} parameters, more than {parameters:,}.")
+    return share
 
 
 def prune_by_magnitude(trained, masks, data, options):
@@ -329,6 +335,25 @@ def _copy(source, target):
         if layer.weights:
             for variable, value in zip(target.get_layer(layer.name).weights, layer.get_weights()):
                 variable.assign(value)
+
+
+# Saved networks
+
+# The options that a trained network depends on, besides its name, its seed and `--validation`, which its file names.
+TRAINING_OPTIONS = ("quick", "prior", "group_axis", "temperature", "epochs", "filters", "blocks", "examples")
+
+
+def check_models(options):
+    """Record the training options in the folder of saved networks. Exit if they differ from those recorded there."""
+    if options.models is None:
+        return
+    path = options.models / "options.json"
+    recipe = {name: getattr(options, name) for name in TRAINING_OPTIONS}
+    if not path.is_file():
+        options.models.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(recipe, indent=1) + "\n")
+    elif (saved := json.loads(path.read_text())) != recipe:
+        sys.exit(f"{options.models} holds networks of other options, {saved}: name another folder.")
 
 
 # Measurements
@@ -411,7 +436,6 @@ class Networks:
         judged = "_validation" if self.options.validation else ""
         path = folder / f"{name.replace(', ', '_').replace(' ', '_')}{judged}_{self.seed}.keras"
         if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
             self._made(name).save(path)
         return keras.saving.load_model(path, compile=False)
 
@@ -484,7 +508,7 @@ def show(rows, options):
 def main():
     parser = common.parser(__doc__)
     common.add_places(parser)
-    parser.add_argument("--models", type=pathlib.Path, help="folder in which networks of these options are kept")
+    parser.add_argument("--models", type=pathlib.Path, help="folder for the trained networks; later runs load them")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
     parser.add_argument("--prior", choices=["ard", "log_uniform"], default="log_uniform", help="of single weights")
     parser.add_argument("--group-axis", type=int, choices=[-1, -2], default=-2, help="of the prior of filters")
@@ -503,6 +527,7 @@ def main():
         options.seeds, options.epochs, options.filters, options.blocks = 1, [1, 1, 1], [4, 8], 1
         options.draws, options.repeats, options.temperature = 3, 3, 1e-4
         options.rows = [name for name in options.rows if not name.endswith("weights")]  # "both" runs the same code
+    check_models(options)
     networks = functools.cache(functools.partial(Networks, data=load(options), options=options))
     rows = {}
     common.learn_rows(options.rows, options, functools.partial(learn, networks=networks, options=options), rows)
