@@ -7,8 +7,9 @@ import weakref
 
 import keras
 
+from keras_vdrop.checks import check_finite
 from keras_vdrop.diagnosis import Record, learning_kl
-from keras_vdrop.layers.base import check_finite, weighed_by_callback
+from keras_vdrop.layers.stochastic import weighed_by_callback
 from keras_vdrop.losses import check_outputs
 from keras_vdrop.objective import compiled_loss_weights, likelihood_factor, outputs_of, require_loss
 from keras_vdrop.observation import Observer

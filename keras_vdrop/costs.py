@@ -6,8 +6,10 @@ import re
 
 import keras
 
+from keras_vdrop.functional.tensors import product
 from keras_vdrop.layers import Variational
-from keras_vdrop.layers.base import StochasticLayer, VariationalLayer, product
+from keras_vdrop.layers.stochastic import StochasticLayer
+from keras_vdrop.layers.weights import VariationalLayer
 
 
 def places(model_or_layer):

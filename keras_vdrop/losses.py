@@ -20,8 +20,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from keras_vdrop.checks import check_finite, check_positive_int
 from keras_vdrop.functional import likelihoods
-from keras_vdrop.layers.base import check_finite, check_positive_int
 
 
 def targets(y_true, y_pred, what, size=None):

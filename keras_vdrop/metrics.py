@@ -12,9 +12,9 @@ import statistics
 import keras
 from keras import ops
 
+from keras_vdrop.checks import check_positive_int
 from keras_vdrop.functional import likelihoods
 from keras_vdrop.functional.calibration import EDGE
-from keras_vdrop.layers.base import check_positive_int
 from keras_vdrop.losses import NegativeLogLikelihood as Likelihood
 from keras_vdrop.losses import NormalNLL, aligned, mask_of, targets, weights_of
 

@@ -6,7 +6,7 @@ import operator
 
 import keras
 
-from keras_vdrop.layers.base import check_positive_int
+from keras_vdrop.checks import check_positive_int
 from keras_vdrop.posterior import posteriors
 
 

@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_vdrop.functional import tracing
-from keras_vdrop.layers.base import kl_costs, watched
+from keras_vdrop.layers.stochastic import kl_costs, watched
 from keras_vdrop.objective import outputs_of
 from keras_vdrop.posterior import posteriors
 

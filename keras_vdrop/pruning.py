@@ -7,8 +7,9 @@ import warnings
 import numpy as np
 from keras import ops
 
+from keras_vdrop.checks import check_finite
 from keras_vdrop.costs import itemsize, known_sum, places
-from keras_vdrop.layers.base import check_finite, product
+from keras_vdrop.functional.tensors import product
 from keras_vdrop.posterior import prunable_weights
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from keras import ops
 
-from keras_vdrop.layers.base import check_finite, check_non_negative
+from keras_vdrop.checks import check_finite, check_non_negative
 from keras_vdrop.posterior import prunable_weights
 from keras_vdrop.pruning import sparsity
 

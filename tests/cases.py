@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers
 
 import keras_vdrop as kv
-from keras_vdrop.layers.base import VariationalLayer
+from keras_vdrop.layers.weights import VariationalLayer
 from keras_vdrop.posterior import VariationalWeight
 from keras_vdrop.posterior import posteriors as all_posteriors
 

@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 import keras
 import pytest
 
-from keras_vdrop.layers import base
+from keras_vdrop.layers import stochastic
 
 _TESTS = itertools.count(1)
 
@@ -28,8 +28,8 @@ def _fresh():
     # Collecting garbage takes longer than most tests, but without it JAX's compiled functions fill the memory.
     keras.utils.clear_session(free_memory=next(_TESTS) % 20 == 0)
     keras.utils.set_random_seed(0)
-    base._unset.clear()
-    base._told.clear()
+    stochastic._unset.clear()
+    stochastic._told.clear()
 
 
 def pytest_report_header():

@@ -7,7 +7,7 @@ import keras_vdrop
 
 ROOT = pathlib.Path(keras_vdrop.__file__).parent
 FLOORS = [
-    ["functional", "files", "layouts", "variables", "version"],
+    ["checks", "functional", "files", "layouts", "variables", "version"],
     ["sampling", "priors"],
     ["posterior"],
     ["layers"],
@@ -51,19 +51,27 @@ def test_imports_go_downward():
                 continue
             parts = module.split(".")[1:]
             for target in [parts[0]] if parts else names:
-                inside = target == place(path) and (target in ("functional", "layers", "compaction", "conversion"))
+                inside = target == place(path) and (
+                    target in ("functional", "layers", "compaction", "conversion", "montecarlo")
+                )
                 below = LEVEL[target] < LEVEL[place(path)]
                 assert below or inside or not at_top, f"{path.name} imports {target}"
 
 
-def test_layers_import_their_base_only_and_attention_what_it_is_composed_of():
+# What all layers are made of, lowest first, and the one layer that is composed of another.
+BASES = ["rematerialization", "stochastic", "drop_in", "weights"]
+COMPOSED = {"attention": "dense"}
+
+
+def test_layers_import_their_bases_only_and_attention_what_it_is_composed_of():
     for path in (ROOT / "layers").glob("*.py"):
         if path.name == "__init__.py":
             continue
+        bases = BASES[: BASES.index(path.stem)] if path.stem in BASES else BASES
         for module, _, _ in imported(ast.parse(path.read_text())):
-            if (module or "").startswith("keras_vdrop.layers"):
-                composed = path.stem == "attention" and module == "keras_vdrop.layers.dense"
-                assert composed or module == "keras_vdrop.layers.base", f"{path.name} imports {module}"
+            if (module or "").startswith("keras_vdrop.layers."):
+                name = module.removeprefix("keras_vdrop.layers.")
+                assert name in bases or COMPOSED.get(path.stem) == name, f"{path.name} imports {module}"
 
 
 def test_public_keras_only_and_heavy_imports_on_use():

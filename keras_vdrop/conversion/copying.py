@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_vdrop.conversion.graphs import children, is_graph
 from keras_vdrop.layers import Variational, VariationalGaussianDropout
-from keras_vdrop.layers.base import StochasticLayer, is_unset
+from keras_vdrop.layers.stochastic import StochasticLayer, is_unset
 from keras_vdrop.posterior import VariationalWeight, posteriors
 
 

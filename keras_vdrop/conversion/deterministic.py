@@ -19,7 +19,8 @@ from keras_vdrop.conversion.graphs import (
     take_over,
 )
 from keras_vdrop.layers import ConcreteDropout, Variational, VariationalGaussianDropout
-from keras_vdrop.layers.base import DropIn, StochasticLayer
+from keras_vdrop.layers.drop_in import DropIn
+from keras_vdrop.layers.stochastic import StochasticLayer
 
 
 def to_deterministic(model, sample=False, seed=None):

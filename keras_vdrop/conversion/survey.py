@@ -9,9 +9,11 @@ from keras import layers
 
 from keras_vdrop import layers as ours
 from keras_vdrop.conversion.graphs import children, is_graph, is_plain_graph, serialized
-from keras_vdrop.layers.base import DropIn, StochasticLayer, VariationalLayer
+from keras_vdrop.layers.drop_in import DropIn
 from keras_vdrop.layers.recurrent import RecurrentLayer
+from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.layers.variational import trained_variables
+from keras_vdrop.layers.weights import VariationalLayer
 from keras_vdrop.posterior import posteriors
 
 # The kinds of places: a layer that has a counterpart; another layer with kernels; a variational layer; a layer with a

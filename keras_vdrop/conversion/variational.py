@@ -8,13 +8,13 @@ from collections.abc import Callable
 import keras
 
 from keras_vdrop import priors
+from keras_vdrop.checks import check_positive, check_positive_int
 from keras_vdrop.conversion.copying import carry_over, compile_as, stock_weights
 from keras_vdrop.conversion.graphs import graph_copy, known_layers, take_over
 from keras_vdrop.conversion.making import NOISE_KINDS, Arguments, counterpart, noise, remade, wrapped, wrapped_model
 from keras_vdrop.conversion.survey import ADAPTED, COUNTERPART, NOISE, VARIATIONAL, Place, choose, kernels, survey
 from keras_vdrop.functional import sparsity
 from keras_vdrop.layers import VariationalGaussianDropout
-from keras_vdrop.layers.base import check_positive, check_positive_int
 from keras_vdrop.posterior import posteriors
 
 

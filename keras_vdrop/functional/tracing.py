@@ -1,4 +1,4 @@
-"""Find the compiled function that is being traced when a layer is called.
+"""Functions that are compiled: which one is being traced when a layer is called, and how often one is traced.
 
 TensorFlow and JAX run the Python code of a function only when they trace it. Whatever a layer reads there, such as
 whether it is within a scope, is fixed for all later calls. PyTorch recompiles if what was read has changed.
@@ -7,6 +7,7 @@ whether it is within a scope, is fixed for all later calls. PyTorch recompiles i
 import sys
 
 import keras
+from keras import ops
 
 _STEPS = {"train_step": "train", "test_step": "test", "predict_step": "predict"}
 
@@ -86,3 +87,32 @@ def _is_tensorflow_call(frame):
 def _is_jax_call(frame):
     """Return whether a frame traces a function under `jit`, and not the body of a loop, which runs at once."""
     return frame.f_code.co_name == "cache_miss" and frame.f_globals.get("__name__") == "jax._src.pjit"
+
+
+def in_tensorflow():
+    """Return whether the backend is TensorFlow."""
+    return keras.backend.backend() == "tensorflow"
+
+
+def side_by_side(function, elements):
+    """Apply `function` to each element and stack the results; vectorised where the backend can vectorise draws."""
+    if elements.shape[0] == 1:
+        return keras.tree.map_structure(lambda each: each[None], function(elements[0]))
+    if in_tensorflow():
+        import tensorflow as tf
+
+        # `ops.vectorized_map` would warn that random numbers are drawn one element after the other.
+        return tf.vectorized_map(function, elements, warn=False)
+    if keras.backend.backend() == "jax":
+        return ops.vectorized_map(function, elements)
+    results = [function(element) for element in ops.unstack(elements)]
+    return keras.tree.map_structure(lambda *each: ops.stack(each), *results)
+
+
+def traced_once(function):
+    """Wrap a function so that a TensorFlow graph holds one copy of it for all calls with the same shapes."""
+    if not in_tensorflow():
+        return function
+    import tensorflow as tf
+
+    return function if tf.executing_eagerly() else tf.function(function)

@@ -6,8 +6,8 @@ import string
 import keras
 
 from keras_vdrop.functional import noise
-from keras_vdrop.layers.base import VariationalLayer
 from keras_vdrop.layers.dense import VariationalEinsumDense
+from keras_vdrop.layers.weights import VariationalLayer
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")

@@ -3,7 +3,9 @@
 import keras
 from keras import ops
 
-from keras_vdrop.layers.base import AffineLayer, check_positive_int, left_along
+from keras_vdrop.checks import check_positive_int
+from keras_vdrop.functional.tensors import left_along
+from keras_vdrop.layers.weights import AffineLayer
 
 
 class ConvolutionLayer(AffineLayer):

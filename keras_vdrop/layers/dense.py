@@ -5,7 +5,7 @@ import re
 import keras
 from keras import ops
 
-from keras_vdrop.layers.base import AffineLayer
+from keras_vdrop.layers.weights import AffineLayer
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")

@@ -7,8 +7,10 @@ import keras
 from keras import ops
 
 from keras_vdrop import priors
+from keras_vdrop.checks import check_finite, check_positive, check_rate
 from keras_vdrop.functional import noise
-from keras_vdrop.layers.base import StochasticLayer, check_finite, check_positive, check_rate, is_float, left_along
+from keras_vdrop.functional.tensors import is_float, left_along
+from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.posterior import KLPenalty, Posterior, VariationalWeight
 from keras_vdrop.sampling import mask_shape
 

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_vdrop.layers.base import VariationalLayer, left_along, product
+from keras_vdrop.functional.tensors import left_along, product
+from keras_vdrop.layers.weights import VariationalLayer
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")

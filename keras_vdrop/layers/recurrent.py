@@ -9,8 +9,10 @@ import inspect
 import keras
 from keras import ops
 
+from keras_vdrop.checks import check_positive_int, check_rate
 from keras_vdrop.functional import noise
-from keras_vdrop.layers.base import DropIn, VariationalLayer, check_positive_int, check_rate
+from keras_vdrop.layers.drop_in import DropIn
+from keras_vdrop.layers.weights import VariationalLayer
 from keras_vdrop.posterior import VariationalWeight
 from keras_vdrop.sampling import FixedSeeds, advance, is_consistent, mask_shape
 

@@ -7,14 +7,8 @@ import re
 import keras
 
 from keras_vdrop import priors
-from keras_vdrop.layers.base import (
-    StochasticLayer,
-    check_finite,
-    check_log_variance,
-    check_policy,
-    check_positive,
-    check_positive_int,
-)
+from keras_vdrop.checks import check_finite, check_log_variance, check_policy, check_positive, check_positive_int
+from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.posterior import LowRankUpdate, VariationalWeight, posteriors
 
 

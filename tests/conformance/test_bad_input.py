@@ -6,7 +6,7 @@ import pytest
 
 import keras_vdrop as kv
 from keras_vdrop import priors
-from keras_vdrop.layers.base import StochasticLayer
+from keras_vdrop.layers.stochastic import StochasticLayer
 from tests.cases import CASES, array
 
 KERNELS = [case for case in CASES if case.has_kl and not case.is_wrapper]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_vdrop as kv
-from keras_vdrop.layers.base import AffineLayer
+from keras_vdrop.layers.weights import AffineLayer
 from tests.cases import CASES, array, posteriors, randomize
 
 PRUNABLE = [each for each in CASES if each.is_kernel or each.name == "gaussian_dropout"]

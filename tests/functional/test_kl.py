@@ -266,10 +266,10 @@ def gradients(function, loc, log_variance):
 
 @pytest.mark.parametrize("function", FINITE)
 def test_finite_wherever_a_layer_may_start(function):
-    from keras_vdrop.layers import base
+    from keras_vdrop import checks
 
     locs = [-1e4, -30.0, -1e-3, -1e-20, 0.0, 1e-30, 1e-10, 0.1, 1.0, 1e4]
-    log_variances = np.linspace(base._LEAST_LOG_VARIANCE, base._LARGEST_LOG_VARIANCE, 25)
+    log_variances = np.linspace(checks._LEAST_LOG_VARIANCE, checks._LARGEST_LOG_VARIANCE, 25)
     loc, log_variance = (value.ravel().astype("float32") for value in np.meshgrid(locs, log_variances))
     pairs = [(loc, log_variance)]
     if function is grouped:

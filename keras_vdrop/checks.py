@@ -1,0 +1,60 @@
+"""Checks of arguments: each raises a `ValueError` that names the argument and the value."""
+
+import math
+import numbers
+
+# Within these bounds the KL to every prior is finite in float32, even summed over many weights.
+_LEAST_LOG_VARIANCE, _LARGEST_LOG_VARIANCE = -80, 40
+
+
+def check_positive_int(name, value):
+    """Raise a `ValueError` unless `value` is an int > 0."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
+
+
+def check_finite(name, value):
+    """Raise a `ValueError` unless `value` is a finite number."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number. Received: {name}={value!r}")
+
+
+def check_non_negative(name, value):
+    """Raise a `ValueError` unless `value` is a finite number ≥ 0."""
+    check_finite(name, value)
+    if value < 0:
+        raise ValueError(f"`{name}` must be ≥ 0. Received: {name}={value!r}")
+
+
+def check_positive(name, value):
+    """Raise a `ValueError` unless `value` is a finite number > 0."""
+    check_finite(name, value)
+    if value <= 0:
+        raise ValueError(f"`{name}` must be > 0. Received: {name}={value!r}")
+
+
+def check_rate(name, value):
+    """Raise a `ValueError` unless `value` is a probability in [0, 1)."""
+    check_finite(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"`{name}` must be a rate in [0, 1). Received: {name}={value!r}")
+
+
+def check_log_variance(name, value):
+    """Raise a `ValueError` unless `value` is a log variance for which the KL is finite in float32."""
+    check_finite(name, value)
+    if not _LEAST_LOG_VARIANCE <= value <= _LARGEST_LOG_VARIANCE:
+        raise ValueError(
+            f"`{name}` is the log of a variance, usually from −10 to 0, and from {_LEAST_LOG_VARIANCE} to "
+            f"{_LARGEST_LOG_VARIANCE}. Received: {name}={value!r}"
+        )
+
+
+def check_policy(policy):
+    """Raise a `ValueError` if a dtype policy quantizes weights."""
+    if getattr(policy, "quantization_mode", None) is not None:
+        raise ValueError(
+            "A distribution over weights cannot be quantized. Received: "
+            f"dtype={policy.name!r}; train with a policy of floats, such as "
+            f'"float32" or "mixed_float16", and quantize what `keras_vdrop.to_deterministic` gives.'
+        )

@@ -1,0 +1,160 @@
+"""What `MonteCarlo` checks: its model before the first draw, and what it has predicted."""
+
+import math
+import numbers
+import warnings
+
+import keras
+import numpy as np
+from keras import layers
+
+from keras_vdrop import costs
+from keras_vdrop.layers.drop_in import DropIn
+from keras_vdrop.layers.stochastic import StochasticLayer
+from keras_vdrop.losses import NegativeLogLikelihood, check_activation, last_activation, last_layer, output_names
+from keras_vdrop.montecarlo.predictions import flat_rows
+
+# Keras layers whose noise is active in training only.
+_KERAS_NOISE = (
+    layers.Dropout,
+    layers.SpatialDropout1D,
+    layers.SpatialDropout2D,
+    layers.SpatialDropout3D,
+    layers.GaussianDropout,
+    layers.GaussianNoise,
+    layers.AlphaDropout,
+)
+
+# The lowest and highest of the values that should be probabilities, and the lowest and highest of their sums.
+ENDS = ("low", "high", "least", "most")
+
+
+def check_draws(model):
+    """Raise if nothing in the model is drawn, and warn of noise that is active in training only."""
+    off = _keras_noise(model)
+    if not any(isinstance(layer, StochasticLayer) and layer.draws for layer in model._flatten_layers()):
+        way_out = "Use one, such as keras_vdrop.VariationalDense, where it has a Keras layer."
+        if off:
+            way_out = f"Keras's Dropout is for training alone: put keras_vdrop.MonteCarloDropout in the place of {off}."
+        raise ValueError(
+            f"Every draw from the model {model.name!r} would be the same: it has no variational layer with a prior "
+            f"or a rate. {way_out}"
+        )
+    if off:
+        warnings.warn(
+            f"Keras's own dropout is for training alone, and stays off in a MonteCarlo: that of {off}. Where it is to "
+            "be drawn as well, use keras_vdrop.MonteCarloDropout.",
+            stacklevel=3,
+        )
+
+
+def _keras_noise(model):
+    """Return the names of the layers with Keras's own dropout or noise, at a rate or scale above 0."""
+    found = []
+    for layer in model._flatten_layers():
+        if isinstance(layer, (StochasticLayer, DropIn)):
+            continue
+        names = ("rate", "stddev") if isinstance(layer, _KERAS_NOISE) else ("dropout", "recurrent_dropout")
+        rates = [getattr(layer, name, 0.0) for name in names]
+        if any(isinstance(rate, numbers.Real) and rate > 0 for rate in rates) and layer.name not in found:
+            found.append(layer.name)
+    return found
+
+
+def check_noise_is_a_draw(model):
+    """Warn of layers that were trained with noise that no draw of their weights can produce."""
+    names = [
+        layer.name
+        for layer, in_one_call in costs.used_repeatedly(model)
+        if layer.learns_locally and (layer.estimator == "local_reparameterization" or not in_one_call)
+    ]
+    if names:
+        warnings.warn(
+            f"The layers {names} are used at several places of an example, and each place has noise of its own while "
+            "they learn. No draw of their weights does that, so `MonteCarlo` does not show the uncertainty of their "
+            'posterior. Learn by `estimator="flipout"`, and give a layer all places in one call, not one by one as a '
+            "shared layer or `TimeDistributed` gets them.",
+            stacklevel=3,
+        )
+
+
+def check_outputs(model, readings):
+    """Raise if a likelihood does not fit the outputs, as far as the model shows that before it is called."""
+    names = output_names(model)
+    if None in readings:
+        if names is not None and len(names) > 1 and readings[None].likelihood is not None:
+            raise ValueError(
+                "A `likelihood` is that of one output; for a model of several, give a dict by name, or None. "
+                f"Received: likelihood={readings[None].likelihood!r}, and the outputs {sorted(names)}"
+            )
+    elif names is not None and set(names) != set(readings):
+        raise ValueError(wrong_names(readings, names))
+    for name, reading in readings.items():
+        activation = last_activation(last_layer(model, name))
+        if reading.is_classes and reading.from_logits and activation in ("softmax", "sigmoid"):
+            raise ValueError(
+                f"The model {model.name!r} ends in an activation that makes probabilities{reading.where}. "
+                "Give `from_logits=False`."
+            )
+        if reading.likelihood == "normal" or isinstance(reading.likelihood, NegativeLogLikelihood):
+            check_activation(model, name, stacklevel=3)
+
+
+def check_metrics(metrics, readings):
+    """Raise for metrics that would take a prediction for the parameters of a distribution, or for logits."""
+    for name, reading in readings.items():
+        own = metrics.get(name) if isinstance(metrics, dict) else metrics
+        if len(readings) > 1 and not isinstance(metrics, dict):
+            continue  # only Keras knows which outputs they belong to
+        for metric in keras.tree.flatten(own):
+            reading.check_metric(metric)
+
+
+def wrong_names(likelihood, outputs):
+    missing, unknown = sorted(set(outputs) - set(likelihood)), sorted(set(likelihood) - set(outputs))
+    wrong = [f"none for {missing}"] * bool(missing) + [f"one for {unknown}, which no output is called"] * bool(unknown)
+    return f"`likelihood` must have one, or None, for each of {sorted(outputs)}. Received: {' and '.join(wrong)}"
+
+
+def known_names(names):
+    return f"Known: {sorted(names)}"
+
+
+def rows_not_finite(result):
+    """Count the rows that contain NaN or infinity."""
+    arrays = keras.tree.flatten(result)
+    rows = np.zeros(len(arrays[0]), bool)
+    for values in arrays:
+        rows |= ~flat_rows(np.isfinite(values)).all(axis=1)
+    return int(rows.sum())
+
+
+def report_not_finite(wrong, rows):
+    """Warn if any rows contain NaN or infinity."""
+    if wrong:
+        warnings.warn(
+            f"There is NaN or infinity in the predictions of {wrong} of {rows} rows: look at their inputs, and at the "
+            "model's weights.",
+            stacklevel=4,
+        )
+
+
+def range_of(probability, likelihood, of):
+    """Return the values that `ENDS` names, over finite values only. `of` is `numpy`, or `keras.ops` for tensors."""
+    sums = of.ones_like(probability) if likelihood == "bernoulli" else of.sum(probability, axis=-1)
+
+    def extremes(values):
+        known = of.isfinite(values)
+        return of.min(of.where(known, values, math.inf)), of.max(of.where(known, values, -math.inf))
+
+    return *extremes(probability), *extremes(sums)
+
+
+def check_probabilities(low, high, least, most):
+    """Raise if means are not probabilities: means of probabilities always are, and those of logits hardly ever."""
+    if low < -1e-3 or high > 1 + 1e-3 or (math.isfinite(least) and max(1.0 - least, most - 1.0) > 1e-2):
+        raise ValueError(
+            "With `from_logits=False` the outputs must be probabilities. Received: means from "
+            f"{low:g} to {high:g}, with sums from {least:g} to {most:g}; give `from_logits=True`, or end the model in "
+            "a softmax or a sigmoid."
+        )

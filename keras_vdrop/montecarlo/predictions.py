@@ -1,0 +1,144 @@
+"""The statistics that `MonteCarlo` returns, and decisions that follow from them."""
+
+import math
+import statistics
+
+import keras
+import numpy as np
+
+from keras_vdrop.functional.checks import fraction
+
+
+class Predictions(dict):
+    """The statistics that `MonteCarlo.predict` returns, a dict of arrays, with methods that act on them.
+
+    The statistics are attributes as well: `predicted.mean` is `predicted["mean"]`.
+
+    Example:
+        >>> import keras, keras_vdrop as kv, numpy as np
+        >>> model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(3, initial_log_variance=-2.0)])
+        >>> drawn = kv.MonteCarlo(model, likelihood="categorical").predict(np.ones((20, 4)), verbose=0)
+        >>> int(drawn.abstain(coverage=0.9).sum())
+        2
+        >>> drawn.bald().shape
+        (20,)
+    """
+
+    def __dir__(self):
+        return [*super().__dir__(), *self]
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(f"{type(self).__name__} has no {name!r}; its statistics are {sorted(self)}.")
+
+    def stddev(self):
+        """Return the standard deviation of a predicted number, in the units of y and the shape of `mean`.
+
+        With a likelihood, it is that of y, √(aleatoric + epistemic variance), due to both data and model. Without one,
+        it is that of the output over the draws, due to the model alone; the noise of y comes on top.
+
+        Raises:
+            ValueError: For classes, which have no standard deviation.
+        """
+        if "probability" in self:
+            raise ValueError(
+                "Classes have no standard deviation: see `probability`, and how sure it is in `predictive_entropy`, or "
+                "give `MonteCarlo` another `likelihood`."
+            )
+        if "variance" in self:
+            return keras.tree.map_structure(np.sqrt, self["variance"])
+        return np.sqrt(self["aleatoric_variance"] + self["epistemic_variance"])
+
+    def interval(self, coverage=0.9):
+        """Return mean ± Φ⁻¹((1 + coverage) / 2)·stddev, the central interval of a normal distribution.
+
+        With a likelihood, it contains y with probability `coverage`, if the model is calibrated and y is about normal.
+        If you cannot assume that, use quantiles of draws (`functional.regression.sample_interval`) or intervals from
+        validation data (`functional.conformal`). Without a likelihood, it is the interval of the output over the draws,
+        and contains y less often.
+
+        Args:
+            coverage: Float in (0, 1).
+
+        Returns:
+            Two arrays of the shape of `mean`: lower, upper.
+
+        Raises:
+            ValueError: For a coverage out of range, or for classes.
+
+        Example:
+            >>> import numpy as np
+            >>> from keras_vdrop.montecarlo import Predictions
+            >>> zero, half = np.zeros(1), np.full(1, 0.5)
+            >>> predicted = Predictions(mean=zero, aleatoric_variance=half, epistemic_variance=half)
+            >>> [round(float(end[0]), 2) for end in predicted.interval(coverage=0.95)]
+            [-1.96, 1.96]
+        """
+        reach = statistics.NormalDist().inv_cdf(0.5 + 0.5 * fraction("coverage", coverage))
+        stddev = self.stddev()
+        return tuple(
+            keras.tree.map_structure(lambda mean, spread, side=side: mean + side * reach * spread, self["mean"], stddev)
+            for side in (-1.0, 1.0)
+        )
+
+    def uncertainty(self):
+        """Return the total uncertainty of each row, (B,), due to data and model (the model alone without a likelihood).
+
+        It is the predictive entropy, in nats, or the variance, in squared units of y, summed over all values of a row.
+        """
+        if "predictive_entropy" in self:
+            return _each_row(self["predictive_entropy"])
+        if "variance" in self:
+            return sum(_each_row(variance) for variance in keras.tree.flatten(self["variance"]))
+        return _each_row(self["aleatoric_variance"] + self["epistemic_variance"])
+
+    def abstain(self, coverage=0.95):
+        """Return a boolean array (B,), True for the rows to hand to a person: the most uncertain, NaN first.
+
+        Args:
+            coverage: Float in [0, 1], the least share of rows to answer. On validation data, `plots.risk_coverage`
+                shows how the error falls if the model answers fewer rows.
+
+        Raises:
+            ValueError: For a coverage out of range.
+
+        Reference:
+            Selective Classification for Deep Neural Networks, Geifman, El-Yaniv, 2017, https://arxiv.org/abs/1705.08500
+        """
+        if not 0.0 <= coverage <= 1.0:
+            raise ValueError(f"`coverage` must lie between 0 and 1. Received: coverage={coverage!r}")
+        uncertainty = self.uncertainty()
+        handed_over = math.floor((1.0 - coverage) * len(uncertainty) + 1e-9)
+        order = np.argsort(-np.nan_to_num(uncertainty, nan=np.inf, posinf=np.inf), kind="stable")
+        return np.isin(np.arange(len(uncertainty)), order[:handed_over])
+
+    def bald(self):
+        """Return I[y; w | x] of each row, (B,), in nats: how much its label would tell about the weights.
+
+        In active learning, label the rows with the highest values. For classes, it is the mutual information. For
+        numbers, it is ½·log(1 + epistemic / aleatoric variance), which holds if both parts are normal. It is summed
+        over all values of a row.
+
+        Raises:
+            ValueError: Without a likelihood, since only that tells which part of the variance is due to the data.
+
+        Reference:
+            Bayesian Active Learning for Classification and Preference Learning, Houlsby, Huszár, Ghahramani, Lengyel,
+            2011, https://arxiv.org/abs/1112.5745
+        """
+        if "mutual_information" in self:
+            return _each_row(self["mutual_information"])
+        if "variance" in self:
+            raise ValueError("What a label would tell depends on its noise: give `MonteCarlo` a `likelihood`.")
+        return _each_row(0.5 * np.log1p(self["epistemic_variance"] / self["aleatoric_variance"]))
+
+
+def _each_row(values):
+    """Sum over all axes but the first."""
+    return flat_rows(np.asarray(values)).sum(axis=1)
+
+
+def flat_rows(values):
+    """Reshape a NumPy array (B, ...), which may have no rows, to (B, n)."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))

@@ -1,0 +1,138 @@
+"""What `MonteCarlo.evaluate` collects in its pass over the data and reports at the end."""
+
+import math
+import warnings
+
+import keras
+from keras import ops
+
+from keras_vdrop.losses import mask_of, weights_of
+from keras_vdrop.montecarlo.checks import ENDS, check_probabilities, range_of, report_not_finite
+from keras_vdrop.montecarlo.readings import MomentsNLL, moments
+
+# The fewest values of y for which `evaluate` may warn that predictions are worse than the mean and variance of y.
+_ENOUGH = 30
+
+
+def of(readings):
+    """Return the reports that the readings of a model's outputs, by name, call for."""
+    return [Finite(), *filter(None, (_of_output(name, reading) for name, reading in readings.items()))]
+
+
+def _of_output(name, reading):
+    """Return the report on an output, or None."""
+    if reading.likelihood is None:
+        return None
+    if not reading.is_classes:
+        return Fit(name, reading)
+    return None if reading.from_logits else Probabilities(name, reading.likelihood)
+
+
+class Report(keras.metrics.Metric):
+    """Base of metrics that collect facts in `evaluate` and report them at its end; they do not appear in the logs."""
+
+    def result(self):
+        return {}
+
+    def report(self):
+        raise NotImplementedError
+
+    def _add(self, name, initial=0.0):
+        return self.add_variable((), initializer=keras.initializers.Constant(initial), name=name)
+
+    def _number(self, variable):
+        return float(ops.convert_to_numpy(variable))
+
+
+class Finite(Report):
+    """The number of rows, and the number of rows with NaN or infinity."""
+
+    def __init__(self):
+        super().__init__(name="finite", dtype="float32")
+        self.rows, self.wrong = self._add("rows"), self._add("wrong")
+
+    def update_state(self, found, rows):
+        arrays = keras.tree.flatten(found)
+        wrong = False
+        for values in arrays:
+            flat = ops.reshape(values, (ops.shape(values)[0], -1))
+            wrong = ops.logical_or(wrong, ops.logical_not(ops.all(ops.isfinite(flat), axis=1)))
+        self.rows.assign_add(ops.cast(ops.shape(arrays[0])[0], "float32"))
+        self.wrong.assign_add(ops.sum(ops.cast(wrong, "float32")))
+
+    @property
+    def count(self):
+        """The number of rows."""
+        return int(self._number(self.rows))
+
+    def report(self):
+        report_not_finite(int(self._number(self.wrong)), self.count)
+
+
+class Probabilities(Report):
+    """The range of outputs that should be probabilities, and the range of their sums."""
+
+    def __init__(self, name, likelihood):
+        super().__init__(name="probabilities", dtype="float32")
+        self.output, self.likelihood = name, likelihood
+        self.ends = [self._add(end, math.inf if end in ("low", "least") else -math.inf) for end in ENDS]
+
+    def reset_state(self):
+        for variable, end in zip(self.ends, ENDS):
+            variable.assign(math.inf if end in ("low", "least") else -math.inf)
+
+    def update_state(self, found, rows):
+        found = found if self.output is None else found[self.output]
+        for variable, value, end in zip(self.ends, range_of(found["probability"], self.likelihood, ops), ENDS):
+            variable.assign((ops.minimum if end in ("low", "least") else ops.maximum)(variable, value))
+
+    def report(self):
+        check_probabilities(*map(self._number, self.ends))
+
+
+class Fit(Report):
+    """The NLL of predicted numbers, compared with that of a normal distribution with the mean and variance of y."""
+
+    def __init__(self, name, reading):
+        super().__init__(name="fit", dtype="float32")
+        self.output, self.reading = name, reading
+        self.count, self.mean, self.squares, self.nll = map(self._add, ("count", "mean", "squares", "nll"))
+
+    def update_state(self, found, rows):
+        if self.output not in rows:
+            return
+        y, found, _ = rows[self.output]
+        y, _ = self.reading.laid_out(y, found, None)
+        y = ops.cast(y, "float32")
+        mask = mask_of(found["mean"])
+        counts = ops.ones_like(y) if mask is None else ops.ones_like(y) * weights_of(ops.cast(mask, y.dtype), y)
+        count = ops.sum(counts)
+        mean = ops.divide_no_nan(ops.sum(counts * y), count)
+        shift, total = mean - self.mean, self.count + count
+        # Combine the squared deviations of both parts. Plain sums of squares would cancel where y is far from 0.
+        squares = ops.sum(counts * ops.square(y - mean))
+        self.squares.assign_add(squares + ops.square(shift) * ops.divide_no_nan(self.count * count, total))
+        self.mean.assign_add(shift * ops.divide_no_nan(count, total))
+        self.count.assign(total)
+        self.nll.assign_add(ops.sum(counts * MomentsNLL().values(y, moments(found))))
+
+    def report(self):
+        count, mean, squares, nll = map(self._number, (self.count, self.mean, self.squares, self.nll))
+        if count < _ENOUGH or not squares > 0:
+            return
+        scale = math.sqrt(squares / count)
+        least = 0.5 * math.log(2.0 * math.pi * math.e) + math.log(scale)
+        if not nll / count > least + 0.1:
+            return
+        standard = abs(mean) < 3.0 and 0.3 < scale < 3.0
+        way_out = (
+            "Train it for longer, or look at its inputs."
+            if standard
+            else ("Standardise y, (y − mean) / standard deviation: the network starts from numbers of about 1.")
+        )
+        warnings.warn(
+            f"The prediction of y{self.reading.where} is worse than none: its NLL is {nll / count:.3g} nats a number, "
+            f"and that of the normal distribution with the mean {mean:.3g} and the standard deviation {scale:.3g} of y "
+            f"itself is {least:.3g}. {way_out}",
+            stacklevel=3,
+        )

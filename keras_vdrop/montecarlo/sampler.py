@@ -1,0 +1,515 @@
+"""The model that predicts with many draws of another model's weights."""
+
+import contextlib
+import itertools
+
+import keras
+from keras import ops
+
+from keras_vdrop import costs
+from keras_vdrop.checks import check_positive_int
+from keras_vdrop.functional import uncertainty
+from keras_vdrop.functional.tracing import in_tensorflow, side_by_side, traced_once
+from keras_vdrop.losses import mask_of, output_names, with_mask
+from keras_vdrop.montecarlo import checks, empty, reports
+from keras_vdrop.montecarlo.readings import point_name, readings_of, serialized
+from keras_vdrop.sampling import FixedSeeds, drawing, generator_states, seed_generator, take_part
+
+_OUTPUTS = ("statistics", "samples")
+_SEED_STATE = "seed_state"
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class MonteCarlo(keras.Model):
+    """A model that predicts with S draws of another model's weights, E_q[p(y | x, w)] ≈ mean over w_1 ... w_S ~ q.
+
+    All draws run inside one compiled graph: `sample_batch_size` of them side by side, and these groups one after the
+    other. The memory for activations therefore does not depend on S. The wrapped model does not change and stays
+    deterministic, and everything in it that is not variational stays in inference mode. A stateful RNN starts every
+    draw from its current state, and keeps that state. Masked time steps get statistics like all others, but `evaluate`
+    ignores them. Saving a `MonteCarlo` saves the wrapped model, without that model's compile configuration.
+
+    Keras's own dropout (`Dropout` and similar layers, and arguments such as `dropout=` of attention) is not drawn, and
+    a warning says so. Use `MonteCarloDropout` for dropout that is to be drawn.
+
+    On TensorFlow it runs without XLA unless `compile(jit_compile=True)` asks for it. XLA takes some seconds to compile,
+    and then predicts faster.
+
+    `evaluate`, after `compile(metrics=[...])`, compares y with the `probability` or the `mean`. Unless `compile` is
+    given a loss, the loss is −log p(y), where p is the mean probability, or the normal distribution with that mean and
+    the sum of both variances. Like the training losses, it is the mean over the class labels of an example (Keras's
+    cross-entropies), or the sum over the numbers of an example (`losses`); several outputs are summed. Weights of
+    examples or of time steps, and the masks of the outputs, are taken into account.
+
+    Args:
+        model: A built `keras.Model` with at least one variational layer.
+        num_samples: Positive int, S.
+        likelihood: What the outputs mean. It decides which statistics `predict` returns:
+            None: `mean` and `variance` over the draws, of each output.
+            "categorical": outputs (B, ..., C): `probability`, `predictive_entropy` (total), `expected_entropy`
+                (aleatoric, of the data), `mutual_information` (epistemic, of the model), in nats.
+            "bernoulli": outputs (B, ...), the probability of 1 or its logit: the same statistics.
+            "normal": outputs (B, ..., 2), the loc and the raw scale, as `losses.NormalNLL` takes them: `mean`,
+                `aleatoric_variance` and `epistemic_variance`.
+            A loss of `losses`, or any object with `moments(outputs)` -> (mean, variance) of y: the same three.
+            For a model with several outputs, a dict of these by the names of the outputs: the keys of a model's dict of
+                outputs, or `model.output_names` if the model returns a list.
+        from_logits: Whether the outputs of a categorical or bernoulli model are logits; or a dict of bools by name.
+        output: "statistics", or "samples" for the outputs themselves, (B, S, ...).
+        seed: Int for the same draws in every run, or None.
+        consistent: If True, all rows of all batches and calls share the same S draws of weights and masks: S functions
+            drawn from the posterior. If False, each row has its own draws, as far as the layers' estimators allow.
+        sample_batch_size: Positive int, how many draws are computed side by side. All that precedes the first noise is
+            then computed once for all of them (not on PyTorch), and accelerators are better used; memory grows with it.
+            It does not change the result. (XLA on TensorFlow gains nothing from it, and takes one draw at a time.)
+        **kwargs: `name`, `dtype`.
+
+    Returns:
+        `predict` and `predict_on_batch` return `Predictions`, a dict of arrays; with a dict of likelihoods, a dict of
+        `Predictions` by name; or an array of samples.
+
+    Raises:
+        ValueError: For a value out of range; for a model in which nothing is drawn; for probabilities where logits are
+            expected, as far as the last layer's activation shows, or the reverse; for a dict whose names are not those
+            of the outputs. In a call, for outputs whose size does not fit the likelihood. In `compile`, for metrics
+            that take a distribution's parameters or logits. In `evaluate`, for y or weights whose layout does not match
+            the outputs, or for data without rows.
+
+    Warns:
+        UserWarning: If a layer was trained with noise that no draw of its weights can produce; if Keras's own dropout
+            stays off; if there is an activation before a raw scale. In `predict` and `evaluate`, if rows contain NaN or
+            infinity, with their number. In `evaluate`, if numbers are predicted worse than by the mean and variance of
+            y, as happens if y was not standardised.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(3)])
+        >>> statistics = kv.MonteCarlo(model, num_samples=8)(keras.ops.ones((2, 4)))
+        >>> statistics["mean"].shape == statistics["variance"].shape == (2, 3)
+        True
+
+    Reference:
+        Dropout as a Bayesian Approximation, Gal, Ghahramani, 2016, https://arxiv.org/abs/1506.02142
+    """
+
+    def __init__(
+        self,
+        model,
+        num_samples=32,
+        likelihood=None,
+        from_logits=True,
+        output="statistics",
+        seed=None,
+        consistent=False,
+        sample_batch_size=8,
+        **kwargs,
+    ):
+        check_positive_int("num_samples", num_samples)
+        check_positive_int("sample_batch_size", sample_batch_size)
+        if output not in _OUTPUTS:
+            raise ValueError(f"`output` must be one of {_OUTPUTS}. Received: output={output!r}")
+        if isinstance(model, MonteCarlo):
+            raise ValueError(f"{model.name!r} is a MonteCarlo already: give the model that it draws, its `model`.")
+        readings = readings_of(likelihood, from_logits)
+        if not model.built:
+            raise ValueError(f"The model {model.name!r} has not been built: call it on some data first.")
+        checks.check_draws(model)
+        checks.check_noise_is_a_draw(model)
+        checks.check_outputs(model, readings)
+        # The dtype of the statistics and of the inputs that are passed on. The wrapped model has its own policy.
+        kwargs.setdefault("dtype", "float64" if model.compute_dtype == "float64" else "float32")
+        super().__init__(**kwargs)
+        self.model = model
+        self.seed = seed
+        self.seed_generator = seed_generator(seed)
+        self.num_samples = num_samples
+        self.sample_batch_size = sample_batch_size
+        self.likelihood = likelihood
+        self.from_logits = from_logits
+        self.output_kind = output
+        self._readings = readings
+        self._reports = reports.of(readings)
+        self.consistent = bool(consistent)
+        if in_tensorflow():
+            self.jit_compile = False
+        self.built = True
+
+    def build(self, input_shape):
+        self.built = True
+
+    # Draws
+
+    def samples(self, inputs):
+        """Return the outputs of the wrapped model under S draws, (S, B, ...)."""
+        if empty.has_no_rows(inputs):
+            return keras.tree.map_structure(lambda each: each[:, :0], self.samples(empty.one_row_of(inputs)))
+        first, rest = self._seeds()
+        draws = self._draws_of(inputs)
+        samples, _ = draws(first)
+        if rest is None:
+            return samples
+        more = ops.map(lambda seeds: draws(seeds)[0], rest)
+        count = rest.shape[0] * rest.shape[1]
+        return keras.tree.map_structure(
+            lambda one, others: ops.concatenate([one, ops.reshape(others, (count, *ops.shape(one)[1:]))]), samples, more
+        )
+
+    def _seeds(self):
+        """Draw one seed for each draw and each of the G generators of noise.
+
+        Returns:
+            The seeds of the first group of draws, (s, G), and those of n more groups of k draws each, (n, k, G), or
+            None if n = 0. k is the number of draws side by side, and s is the remainder of S / k, or k where that is 0.
+        """
+        shape = self.num_samples, len(generator_states(self.model))
+        generator = FixedSeeds(self.seed_generator.state) if self.consistent else self.seed_generator
+        seeds = keras.random.randint(shape, 0, 2**31 - 1, seed=generator)
+        # XLA cannot tell where a loop ends, such as an RNN's, once TensorFlow has vectorised it.
+        together = 1 if in_tensorflow() and self.jit_compile else self.sample_batch_size
+        first = self.num_samples % together or min(together, self.num_samples)
+        if first == self.num_samples:
+            return seeds, None
+        return seeds[:first], ops.reshape(seeds[first:], (-1, together, shape[1]))
+
+    def _draws_of(self, inputs):
+        """Return a function from seeds (s, G) to the outputs (s, B, ...) under s draws, computed side by side.
+
+        The function also returns the masks (B, ...) of the outputs that have one, by the index of the output.
+        """
+        states = generator_states(self.model)
+        ids = {id(state) for state in states}
+        # An example keeps its draw of a layer that it uses more than once. Only the code of a user's layer tells how
+        # often it calls its sublayers, so these count as well. Layers with local reparameterization do not: they
+        # learned with independent noise at each position, and draw like that here.
+        repeated = [
+            id(layer.seed_generator.state)
+            for layer, _ in costs.used_repeatedly(self.model, calls_within=None)
+            if layer.estimator != "local_reparameterization"
+        ]
+        held = [(v, ops.convert_to_tensor(v)) for v in self.model.variables if id(v) not in ids]
+
+        def draw(seeds):
+            """Return outputs and masks of a draw: each generator starts from its seed, and no other state changes."""
+            started = [
+                (state, ops.cast(ops.stack([seed, 0]), state.dtype)) for state, seed in zip(states, ops.unstack(seeds))
+            ]
+            with keras.StatelessScope(state_mapping=started + held), drawing(self.consistent, repeated) as scope:
+                outputs = self.model(inputs, training=False)
+                masks = {place: mask_of(each) for place, each in enumerate(self._in_order(outputs))}
+            if not scope.used:
+                raise ValueError(
+                    f"Nothing was drawn from {self.model.name!r}: its layers are called by a function that was "
+                    "compiled before, such as a `call` under `tf.function`. Leave the compiling to `MonteCarlo`."
+                )
+            return outputs, {place: mask for place, mask in masks.items() if mask is not None}
+
+        def draws(seeds):
+            outputs, masks = side_by_side(draw, seeds)
+            return outputs, {place: mask[0] for place, mask in masks.items()}
+
+        return traced_once(draws)
+
+    # Statistics
+
+    def call(self, inputs):
+        if empty.has_no_rows(inputs):  # TensorFlow can neither vectorise draws of 0 rows nor sum them
+            return empty.without_rows(self.call(empty.one_row_of(inputs)))
+        if self.output_kind == "samples":
+            return keras.tree.map_structure(lambda each: ops.swapaxes(each, 0, 1), self.samples(inputs))
+        summary = self._summary()
+        first, rest = self._seeds()
+        draws = self._draws_of(inputs)
+        outputs, masks = draws(first)
+        samples = self._interpreted(outputs)
+        origin = keras.tree.map_structure(lambda each: each[0], samples)
+
+        def total(samples):
+            return keras.tree.map_structure(lambda each: ops.sum(each, axis=0), summary.terms(samples, origin))
+
+        totals = total(samples)
+        if rest is not None:
+
+            def add(step, totals):
+                samples = self._interpreted(draws(ops.take(rest, step, axis=0))[0])
+                return keras.tree.map_structure(ops.add, totals, total(samples))
+
+            totals = ops.fori_loop(0, rest.shape[0], add, totals)
+        means = keras.tree.map_structure(lambda each: each / self.num_samples, totals)
+        return self._masked(summary.statistics(means, origin), masks)
+
+    @property
+    def _is_named(self):
+        """Whether there are statistics for several outputs, by name."""
+        return None not in self._readings
+
+    def _summary(self):
+        if self._is_named:
+            return uncertainty.by_name({name: reading.summary for name, reading in self._readings.items()})
+        return self._readings[None].summary
+
+    def _interpreted(self, outputs):
+        """Convert outputs to the samples that the summary takes, in float32 at least."""
+        outputs = keras.tree.map_structure(_at_least_float32, outputs)
+        if not self._is_named:
+            return self._readings[None].samples(outputs)
+        outputs = self._by_name(outputs, "outputs")
+        if set(outputs) != set(self._readings):
+            raise ValueError(checks.wrong_names(self._readings, outputs))
+        return {name: reading.samples(outputs[name]) for name, reading in self._readings.items()}
+
+    def _by_name(self, values, what):
+        """Return values that belong to outputs (a dict, a list in the order of the outputs, or one value) by name."""
+        known = checks.known_names(self._readings)
+        if isinstance(values, dict):
+            if unknown := sorted(set(values) - set(self._readings)):
+                raise ValueError(f"The {what} have names that no output has: {unknown}. {known}")
+            return dict(values)
+        values = list(values) if isinstance(values, (list, tuple)) else [values]
+        names = output_names(self.model) or (tuple(self._readings) if len(self._readings) == 1 else None)
+        if names is None:
+            raise ValueError(f"The outputs of {self.model.name!r} have no names: have it give a dict. {known}")
+        if len(values) != len(names):
+            raise ValueError(f"Expected {what} for {names}. Received: {len(values)} of them")
+        return dict(zip(names, values))
+
+    def _in_order(self, outputs):
+        """Return the outputs as a flat list, in the order in which `_masked` assigns their masks."""
+        return keras.tree.flatten(self._by_name(outputs, "outputs") if self._is_named else outputs)
+
+    def _masked(self, found, masks):
+        """Attach the masks of the outputs to the statistics that y is compared with, for `evaluate`."""
+        if not masks:
+            return found
+        places = itertools.count()
+
+        def keep(found):
+            key = point_name(found)
+            point = keras.tree.map_structure(lambda each: with_mask(each, masks.get(next(places))), found[key])
+            return {**found, key: point}
+
+        return {name: keep(found[name]) for name in sorted(found)} if self._is_named else keep(found)
+
+    # The interface of a Keras model
+
+    def compile(
+        self,
+        optimizer=None,
+        loss=None,
+        loss_weights=None,
+        metrics=None,
+        weighted_metrics=None,
+        *args,
+        jit_compile="auto",
+        **kwargs,
+    ):
+        """Configure `evaluate`, as in Keras. No optimizer is needed; on TensorFlow, `jit_compile="auto"` means False.
+
+        Raises:
+            ValueError: For a metric that takes a model's outputs (the parameters of a distribution, or logits) and not
+                a prediction made from them.
+        """
+        if jit_compile == "auto" and in_tensorflow():
+            jit_compile = False
+        for each in (metrics, weighted_metrics):
+            checks.check_metrics(each, self._readings)
+        super().compile(
+            optimizer, loss, loss_weights, metrics, weighted_metrics, *args, jit_compile=jit_compile, **kwargs
+        )
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def make_predict_function(self, force=False):
+        take_part()  # a MonteCarlo draws in any scope, but once compiled it no longer tells the scope
+        return super().make_predict_function(force)
+
+    def make_test_function(self, force=False):
+        take_part()
+        return super().make_test_function(force)
+
+    def predict(self, x, *args, **kwargs):
+        """Predict as in Keras; return `Predictions`, a dict of them by output name, or an array of samples.
+
+        Inputs without rows give arrays without rows. A data set without a batch does not tell their shapes.
+
+        Raises:
+            ValueError: For a data set or generator without a batch.
+        """
+        if empty.has_no_rows(x):
+            return self.predict_on_batch(x)
+        try:
+            with self._restored():
+                result = super().predict(x, *args, **kwargs)
+        except UnboundLocalError as error:  # Keras reads the last batch, which was never set
+            raise ValueError(
+                f"There is nothing to predict: the data have no batch. Received: x={x!r}; give arrays of 0 rows for "
+                "predictions of 0 rows."
+            ) from error
+        return self._as_predictions(result)
+
+    def predict_on_batch(self, x):
+        """Predict one batch; otherwise as `predict`."""
+        if not empty.has_no_rows(x):
+            return self._as_predictions(super().predict_on_batch(x))
+        return self._as_predictions(empty.without_rows(super().predict_on_batch(empty.one_row_of(x))))
+
+    def _as_predictions(self, result):
+        """Check the arrays, and return them in the form that `predict` documents."""
+        checks.report_not_finite(checks.rows_not_finite(result), len(keras.tree.flatten(result)[0]))
+        if self.output_kind == "samples":
+            return result
+        if not self._is_named:
+            return self._readings[None].predictions(result)
+        return {name: reading.predictions(result[name]) for name, reading in self._readings.items()}
+
+    def evaluate(self, x=None, *args, **kwargs):
+        """Evaluate as in Keras; the loss is the NLL of the prediction, unless `compile` was given one.
+
+        Raises:
+            ValueError: If there are no rows.
+        """
+        if empty.has_no_rows(x) or empty.has_no_batch(x):
+            raise ValueError(empty.nothing_to_evaluate(x))
+        try:
+            with self._restored():
+                result = super().evaluate(x, *args, **kwargs)
+        except Exception as error:  # the type differs between backends
+            if empty.gives_no_rows(x):
+                raise ValueError(empty.nothing_to_evaluate(x)) from error
+            raise
+        if not self._reports[0].count:
+            raise ValueError(empty.nothing_to_evaluate(x))
+        for report in self._reports:
+            report.report()
+        return result
+
+    def test_on_batch(self, x, *args, **kwargs):
+        """Evaluate one batch, which must have rows; otherwise as in Keras."""
+        if empty.has_no_rows(x):
+            raise ValueError(empty.nothing_to_evaluate(x))
+        return super().test_on_batch(x, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _restored(self):
+        """Restore all variables if the body fails before its first batch is done.
+
+        On JAX, Keras takes the values out of the variables for its steps, and does not put them back in that case.
+        """
+        held = []
+        if keras.backend.backend() == "jax":
+            held = [(variable, variable.value) for variable in (*self.variables, *self.metrics_variables)]
+        try:
+            yield
+        except Exception:
+            for variable, value in held:
+                if not value.is_deleted():  # a step that has run deletes it
+                    variable.assign(value)
+            raise
+
+    def fit(self, *args, **kwargs):
+        """Not supported: a `MonteCarlo` only predicts."""
+        raise NotImplementedError("A MonteCarlo only predicts: fit the model that it wraps.")
+
+    train_on_batch = fit
+
+    def export(self, filepath, format="tf_saved_model", *, input_signature=None, **kwargs):
+        """Export to a SavedModel, as in Keras. The exported model takes the inputs of the wrapped model.
+
+        Raises:
+            ValueError: For another format. The runtimes of ONNX and LiteRT have no operations for the draws, and would
+                reject the file.
+        """
+        if format != "tf_saved_model":
+            raise ValueError(
+                "A MonteCarlo draws random numbers by operations that only TensorFlow runs, so it is exported to a "
+                f'SavedModel alone. Received: format={format!r}; give "tf_saved_model", or export the model without '
+                "noise, keras_vdrop.compact(model) or keras_vdrop.to_deterministic(model)."
+            )
+        if input_signature is None and hasattr(self.model, "inputs"):
+            input_signature = self.model.inputs if isinstance(self.model, keras.Sequential) else [self.model.input]
+        super().export(filepath, format, input_signature=input_signature, **kwargs)
+
+    @property
+    def losses(self):
+        """An empty list: the penalties of the wrapped model are for its training."""
+        return []
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=False):
+        if self.loss is not None or (not self._is_named and self.likelihood is None):
+            y, point, weight = self._compared(y, y_pred, sample_weight)
+            return super().compute_loss(x, y, point, weight, training)
+        rows = self._rows(y, y_pred, sample_weight)
+        if self._is_named and set(rows) != set(self._readings):
+            raise ValueError(f"The loss takes y for every output. Received: y for {sorted(rows)}")
+        return sum(self._readings[name].loss(*row) for name, row in rows.items())
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        rows = self._rows(y, y_pred, sample_weight)
+        for report in self._reports:
+            report.update_state(y_pred, rows)
+        y, point, weight = self._compared(y, y_pred, sample_weight)
+        return super().compute_metrics(x, y, point, weight)
+
+    def _rows(self, y, found, weight):
+        """Return (y, statistics, weight) of every output that has a y, by name; None is the name of a single output."""
+        if self.output_kind == "samples":
+            raise ValueError('`evaluate` compares y with a statistic. Received: output="samples"')
+        if not self._is_named:
+            return {None: (y, found, weight)}
+        y = self._by_name(y, "y")
+        if weight is None or ops.is_tensor(weight):
+            weight = dict.fromkeys(y, weight)
+        weight = self._by_name(weight, "sample_weight")
+        return {name: (y[name], found[name], weight.get(name)) for name in y}
+
+    def _compared(self, y, found, weight):
+        """Return y, the predictions to compare it with, and weights, as Keras's losses and metrics take them."""
+        rows = self._rows(y, found, weight)
+        compared = {name: self._readings[name].compared(*row) for name, row in rows.items()}
+        if not self._is_named:
+            return compared[None]
+        y, point, weight = ({name: each[part] for name, each in compared.items()} for part in range(3))
+        if all(each is None for each in weight.values()):
+            return y, point, None
+        ones = {name: ops.ones(ops.shape(each)[:1]) for name, each in point.items() if weight[name] is None}
+        return y, point, {**weight, **ones}
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store[_SEED_STATE] = self.seed_generator.state
+
+    def load_own_variables(self, store):
+        keys = set(store.keys())  # a store lacks some methods of a dict
+        super().load_own_variables({key: store[key] for key in keys - {_SEED_STATE}})
+        if _SEED_STATE in keys:
+            self.seed_generator.state.assign(store[_SEED_STATE])
+
+    def get_config(self):
+        model = keras.saving.serialize_keras_object(self.model)
+        model.pop("compile_config", None)  # not used here, but loading would need its custom objects
+        return {
+            **super().get_config(),
+            "model": model,
+            "num_samples": self.num_samples,
+            "likelihood": serialized(self.likelihood),
+            "from_logits": dict(self.from_logits) if isinstance(self.from_logits, dict) else self.from_logits,
+            "output": self.output_kind,
+            "seed": self.seed,
+            "consistent": self.consistent,
+            "sample_batch_size": self.sample_batch_size,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        def loaded(value):
+            if not isinstance(value, dict):
+                return value
+            if "class_name" in value:
+                return keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+            return {name: loaded(each) for name, each in value.items()}
+
+        return cls(**{**config, "model": loaded(config["model"]), "likelihood": loaded(config["likelihood"])})
+
+
+def _at_least_float32(x):
+    return x if keras.backend.standardize_dtype(x.dtype) == "float64" else ops.cast(x, "float32")
