@@ -2,13 +2,12 @@
 
 import math
 import numbers
-import sys
 import typing
 
 import keras
-import numpy as np
 from keras import ops
 
+from keras_vdrop import distributions
 from keras_vdrop.functional import kl, sparsity
 from keras_vdrop.variables import LogScaleOf
 
@@ -139,7 +138,7 @@ class LogUniform(Prior):
             nats; or "cubic", the polynomial of Kingma et al. 2015, which is valid for alpha ≤ 1 and so does not prune.
     """
 
-    FORMS = ("sigmoid", "exact", "cubic")
+    FORMS = tuple(kl.LOG_UNIFORM_FORMS)
 
     def __init__(self, form="sigmoid"):
         if form not in self.FORMS:
@@ -147,14 +146,10 @@ class LogUniform(Prior):
         self.form = form
 
     def kl(self, loc, log_variance):
-        if self.form == "cubic":
-            return kl.log_uniform_cubic(sparsity.log_alpha(loc, log_variance))
-        return (kl.log_uniform_exact if self.form == "exact" else kl.log_uniform)(loc, log_variance)
+        return kl.LOG_UNIFORM_FORMS[self.form](loc, log_variance)
 
     def distribution(self, loc, log_variance):
-        from keras_vdrop import tfp
-
-        return tfp.LogUniform(batch_shape=tuple(loc.shape), form=self.form)
+        return distributions.log_uniform()(batch_shape=tuple(loc.shape), form=self.form)
 
     def get_config(self):
         return {"form": self.form}
@@ -345,18 +340,13 @@ class Distribution(Prior):
             distributions.
     """
 
-    _NODES = 20
-
-    # Points at which the density must not be 0.
-    _SOMEWHERE = (-100.0, 100.0)
-
     def __init__(self, distribution):
         if keras.backend.backend() != "tensorflow":
             raise ValueError(
                 "A TFP distribution as a prior needs the TensorFlow backend. Received: "
                 f"{distribution} with the backend {keras.backend.backend()!r}; use priors.LogUniform, ARD or Normal."
             )
-        if not _is_distribution(distribution):
+        if not distributions.is_distribution(distribution):
             raise ValueError(
                 f"`distribution` must be a tfp.distributions.Distribution. Received: distribution={distribution!r}"
             )
@@ -365,54 +355,16 @@ class Distribution(Prior):
                 "A prior must be a distribution over scalars, so that every weight has one. Received: "
                 f"{distribution} with event_shape={distribution.event_shape}"
             )
-        if not self._is_positive_everywhere(distribution):
+        if not distributions.is_positive_everywhere(distribution):
             raise ValueError(
                 "A prior must have a density above 0 at every number, or the KL to it is infinite. Received: "
                 f"{distribution}; take one over all numbers, such as tfd.Normal, tfd.Laplace or tfd.StudentT."
             )
         self._distribution = distribution
 
-    def _is_positive_everywhere(self, distribution):
-        """Return whether the density appears to be above 0 on the whole real line.
-
-        It checks the support that the distribution declares, if any, and the density at two points. A distribution over
-        integers fails.
-        """
-        import tensorflow as tf
-
-        if not distribution.dtype.is_floating:
-            return False
-        with tf.init_scope():
-            somewhere = tf.constant(self._SOMEWHERE, distribution.dtype)
-            try:
-                support = distribution.experimental_default_event_space_bijector()
-            except NotImplementedError:
-                support = None  # the distribution does not declare it
-            if support is not None and not bool(tf.reduce_all(support.forward(somewhere) == somewhere)):
-                return False
-            try:
-                densities = [distribution.log_prob(x) for x in tf.unstack(somewhere)]
-            except (ValueError, tf.errors.InvalidArgumentError):  # if it validates its arguments
-                return False
-            return all(bool(tf.reduce_all(tf.math.is_finite(density))) for density in densities)
-
     def kl(self, loc, log_variance):
-        from tensorflow_probability import distributions as tfd
-
         dtype = keras.backend.standardize_dtype(loc.dtype)
-        loc, log_variance = (ops.cast(value, self._distribution.dtype.name) for value in (loc, log_variance))
-        posterior = tfd.Normal(loc, ops.exp(0.5 * log_variance))
-        try:
-            value = tfd.kl_divergence(posterior, self._distribution)
-        except NotImplementedError:
-            value = -posterior.entropy() - self._expected_log_prob(loc, posterior.scale)
-        return ops.cast(value, dtype)
-
-    def _expected_log_prob(self, loc, scale):
-        nodes, weights = np.polynomial.hermite_e.hermegauss(self._NODES)
-        weights = weights / weights.sum()
-        terms = (float(w) * self._distribution.log_prob(loc + float(x) * scale) for x, w in zip(nodes, weights))
-        return sum(terms)
+        return ops.cast(distributions.kl_from_normal(loc, log_variance, self._distribution), dtype)
 
     def distribution(self, loc, log_variance):
         return self._distribution
@@ -421,43 +373,11 @@ class Distribution(Prior):
         return f"Distribution({self._distribution})"
 
     def get_config(self):
-        return {"distribution": _distribution_config(self._distribution)}
+        return {"distribution": distributions.config_of(self._distribution)}
 
     @classmethod
     def from_config(cls, config):
-        return cls(_distribution_from_config(config["distribution"]))
-
-
-def _distribution_config(value):
-    """Convert a TFP distribution and its parameters to nested dicts, lists, numbers and strings."""
-    if _is_distribution(value):
-        parameters = {key: _distribution_config(item) for key, item in value.parameters.items()}
-        return {"distribution": type(value).__name__, "parameters": parameters}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, sys.modules["tensorflow"].DType):
-        return value.name
-    try:
-        return np.asarray(value, "float64").tolist()
-    except (TypeError, ValueError):
-        raise ValueError(f"A prior made from {value!r} cannot be saved; make it from numbers.") from None
-
-
-def _distribution_from_config(config):
-    from tensorflow_probability import distributions as tfd
-
-    if isinstance(config, list):
-        return np.asarray(config, "float32")
-    if not isinstance(config, dict):
-        return config
-    parameters = {key: _distribution_from_config(item) for key, item in config["parameters"].items()}
-    return getattr(tfd, config["distribution"])(**parameters)
-
-
-def _is_distribution(value):
-    """Return whether a value is a TFP distribution, without importing TFP."""
-    tfp = sys.modules.get("tensorflow_probability")
-    return tfp is not None and isinstance(value, tfp.distributions.Distribution)
+        return cls(distributions.from_config(config["distribution"]))
 
 
 _BY_NAME = {"log_uniform": LogUniform, "ard": ARD, "normal": Normal, "scale_mixture": ScaleMixture}
@@ -485,7 +405,7 @@ def get(identifier):
         prior = _from_serialized(identifier)
         if isinstance(prior, Prior):
             return prior
-    elif _is_distribution(identifier):
+    elif distributions.is_distribution(identifier):
         return Distribution(identifier)
     raise ValueError(
         f"Unknown prior. Expected one of {sorted(_BY_NAME)}, a keras_vdrop.priors.Prior, "

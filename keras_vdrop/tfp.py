@@ -3,7 +3,7 @@
 TFP takes seconds to import, so it is imported on first use.
 """
 
-import functools
+from keras_vdrop.distributions import log_uniform
 
 
 def posterior(weight):
@@ -60,64 +60,5 @@ def _broadcast(distribution, shape):
 
 def __getattr__(name):
     if name == "LogUniform":
-        return _log_uniform()
+        return log_uniform()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-@functools.cache
-def _log_uniform():
-    import tensorflow as tf
-    from tensorflow_probability import distributions as tfd
-
-    from keras_vdrop import priors
-
-    class LogUniform(tfd.Distribution):
-        """The prior p(|w|) ∝ 1/|w| over all real w. It is improper: a log density up to a constant, and no samples.
-
-        The KL of a `tfd.Normal` to it is registered, normalised to 0 for variance / loc² → ∞.
-
-        Args:
-            batch_shape: Tuple of ints, the shape of independent copies.
-            form: Approximation of the KL, as in `priors.LogUniform`.
-            dtype: Dtype of the values.
-        """
-
-        def __init__(self, batch_shape=(), form="sigmoid", dtype="float32", name="LogUniform"):
-            parameters = dict(locals())
-            self._prior = priors.LogUniform(form)
-            self._batch = tuple(batch_shape)
-            super().__init__(
-                dtype=tf.as_dtype(dtype),
-                reparameterization_type=tfd.NOT_REPARAMETERIZED,
-                validate_args=False,
-                allow_nan_stats=True,
-                parameters=parameters,
-                name=name,
-            )
-
-        @classmethod
-        def _parameter_properties(cls, dtype, num_classes=None):
-            return {}
-
-        def _batch_shape(self):
-            return tf.TensorShape(self._batch)
-
-        def _batch_shape_tensor(self):
-            return tf.constant(self._batch, "int32")
-
-        def _event_shape(self):
-            return tf.TensorShape([])
-
-        def _event_shape_tensor(self):
-            return tf.constant([], "int32")
-
-        def _log_prob(self, value):
-            return -tf.math.log(tf.abs(value))
-
-    @tfd.RegisterKL(tfd.Normal, LogUniform)
-    def _kl_normal_log_uniform(posterior, prior, name=None):
-        with tf.name_scope(name or "kl_normal_log_uniform"):
-            loc, scale = tf.convert_to_tensor(posterior.loc), tf.convert_to_tensor(posterior.scale)
-            return prior._prior.kl(loc, 2.0 * tf.math.log(scale))
-
-    return LogUniform

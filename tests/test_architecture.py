@@ -8,7 +8,8 @@ import keras_vdrop
 ROOT = pathlib.Path(keras_vdrop.__file__).parent
 FLOORS = [
     ["checks", "functional", "files", "layouts", "variables", "version"],
-    ["sampling", "priors"],
+    ["sampling", "distributions"],
+    ["priors"],
     ["posterior"],
     ["layers"],
     ["costs", "losses"],

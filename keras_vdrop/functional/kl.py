@@ -10,7 +10,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_vdrop.functional.sparsity import over_groups
+from keras_vdrop.functional.sparsity import log_alpha, over_groups
 from keras_vdrop.functional.tensors import tensors
 
 # KL ≈ K1·(1 − sigmoid(K2 + 1.5·log alpha)) + ½·log(1 + 1/alpha). With a slope of 1.5 the sigmoid needs no logarithm.
@@ -157,6 +157,14 @@ def log_uniform_cubic(log_alpha):
     alpha = ops.exp(log_alpha)
     c1, c2, c3 = _CUBIC
     return _CUBIC_OFFSET - (0.5 * log_alpha + alpha * (c1 + alpha * (c2 + alpha * c3)))
+
+
+# The functions of (loc, log_variance) that approximate KL(q ‖ log-uniform), by their names.
+LOG_UNIFORM_FORMS = {
+    "sigmoid": log_uniform,
+    "exact": log_uniform_exact,
+    "cubic": lambda loc, log_variance: log_uniform_cubic(log_alpha(loc, log_variance)),
+}
 
 
 def ard(loc, log_variance, group_axis=None, blocks=1):

@@ -1,0 +1,157 @@
+"""TensorFlow Probability's side of priors: their KL, their configs, and the one distribution that TFP lacks.
+
+TFP takes seconds to import, so it is imported on first use.
+"""
+
+import functools
+import sys
+
+import numpy as np
+from keras import ops
+
+from keras_vdrop.functional.kl import LOG_UNIFORM_FORMS
+
+# The nodes of Gauss–Hermite quadrature.
+_NODES = 20
+
+# Points at which the density of a prior must not be 0.
+_SOMEWHERE = (-100.0, 100.0)
+
+
+def is_positive_everywhere(distribution):
+    """Return whether the density appears to be above 0 on the whole real line.
+
+    It checks the support that the distribution declares, if any, and the density at two points. A distribution over
+    integers fails.
+    """
+    import tensorflow as tf
+
+    if not distribution.dtype.is_floating:
+        return False
+    with tf.init_scope():
+        somewhere = tf.constant(_SOMEWHERE, distribution.dtype)
+        try:
+            support = distribution.experimental_default_event_space_bijector()
+        except NotImplementedError:
+            support = None  # the distribution does not declare it
+        if support is not None and not bool(tf.reduce_all(support.forward(somewhere) == somewhere)):
+            return False
+        try:
+            densities = [distribution.log_prob(x) for x in tf.unstack(somewhere)]
+        except (ValueError, tf.errors.InvalidArgumentError):  # if it validates its arguments
+            return False
+        return all(bool(tf.reduce_all(tf.math.is_finite(density))) for density in densities)
+
+
+def kl_from_normal(loc, log_variance, distribution):
+    """Compute KL(N(loc, exp(log_variance)) ‖ distribution) in the dtype of the distribution.
+
+    TFP's closed form is used if it has one. Otherwise KL = −H(q) − E_q[log p], the expectation by quadrature.
+    """
+    from tensorflow_probability import distributions as tfd
+
+    loc, log_variance = (ops.cast(value, distribution.dtype.name) for value in (loc, log_variance))
+    posterior = tfd.Normal(loc, ops.exp(0.5 * log_variance))
+    try:
+        return tfd.kl_divergence(posterior, distribution)
+    except NotImplementedError:
+        return -posterior.entropy() - _expected_log_prob(distribution, loc, posterior.scale)
+
+
+def _expected_log_prob(distribution, loc, scale):
+    """Return E[log p(w)] over w ~ N(loc, scale²) by Gauss–Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
+    weights = weights / weights.sum()
+    terms = (float(w) * distribution.log_prob(loc + float(x) * scale) for x, w in zip(nodes, weights))
+    return sum(terms)
+
+
+def config_of(value):
+    """Convert a TFP distribution and its parameters to nested dicts, lists, numbers and strings."""
+    if is_distribution(value):
+        parameters = {key: config_of(item) for key, item in value.parameters.items()}
+        return {"distribution": type(value).__name__, "parameters": parameters}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, sys.modules["tensorflow"].DType):
+        return value.name
+    try:
+        return np.asarray(value, "float64").tolist()
+    except (TypeError, ValueError):
+        raise ValueError(f"A prior made from {value!r} cannot be saved; make it from numbers.") from None
+
+
+def from_config(config):
+    """Return the distribution from whose parameters `config_of` made the config."""
+    from tensorflow_probability import distributions as tfd
+
+    if isinstance(config, list):
+        return np.asarray(config, "float32")
+    if not isinstance(config, dict):
+        return config
+    parameters = {key: from_config(item) for key, item in config["parameters"].items()}
+    return getattr(tfd, config["distribution"])(**parameters)
+
+
+def is_distribution(value):
+    """Return whether a value is a TFP distribution, without importing TFP."""
+    tfp = sys.modules.get("tensorflow_probability")
+    return tfp is not None and isinstance(value, tfp.distributions.Distribution)
+
+
+@functools.cache
+def log_uniform():
+    """Return the class of the log-uniform distribution, which TFP lacks."""
+    import tensorflow as tf
+    from tensorflow_probability import distributions as tfd
+
+    class LogUniform(tfd.Distribution):
+        """The prior p(|w|) ∝ 1/|w| over all real w. It is improper: a log density up to a constant, and no samples.
+
+        The KL of a `tfd.Normal` to it is registered, normalised to 0 for variance / loc² → ∞.
+
+        Args:
+            batch_shape: Tuple of ints, the shape of independent copies.
+            form: Approximation of the KL, as in `priors.LogUniform`.
+            dtype: Dtype of the values.
+        """
+
+        def __init__(self, batch_shape=(), form="sigmoid", dtype="float32", name="LogUniform"):
+            parameters = dict(locals())
+            self._kl = LOG_UNIFORM_FORMS[form]
+            self._batch = tuple(batch_shape)
+            super().__init__(
+                dtype=tf.as_dtype(dtype),
+                reparameterization_type=tfd.NOT_REPARAMETERIZED,
+                validate_args=False,
+                allow_nan_stats=True,
+                parameters=parameters,
+                name=name,
+            )
+
+        @classmethod
+        def _parameter_properties(cls, dtype, num_classes=None):
+            return {}
+
+        def _batch_shape(self):
+            return tf.TensorShape(self._batch)
+
+        def _batch_shape_tensor(self):
+            return tf.constant(self._batch, "int32")
+
+        def _event_shape(self):
+            return tf.TensorShape([])
+
+        def _event_shape_tensor(self):
+            return tf.constant([], "int32")
+
+        def _log_prob(self, value):
+            return -tf.math.log(tf.abs(value))
+
+    @tfd.RegisterKL(tfd.Normal, LogUniform)
+    def _kl_normal_log_uniform(posterior, prior, name=None):
+        with tf.name_scope(name or "kl_normal_log_uniform"):
+            loc, scale = tf.convert_to_tensor(posterior.loc), tf.convert_to_tensor(posterior.scale)
+            return prior._kl(loc, 2.0 * tf.math.log(scale))
+
+    return LogUniform
