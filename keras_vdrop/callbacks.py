@@ -10,9 +10,9 @@ import keras
 from keras_vdrop.checks import check_finite
 from keras_vdrop.diagnosis import Record, learning_kl
 from keras_vdrop.layers.stochastic import weighed_by_callback
-from keras_vdrop.losses import check_outputs
 from keras_vdrop.objective import compiled_loss_weights, likelihood_factor, outputs_of, require_loss
 from keras_vdrop.observation import Observer
+from keras_vdrop.outputs import check_outputs
 from keras_vdrop.posterior import posteriors, require_posteriors
 from keras_vdrop.pruning import sparsity
 
@@ -81,7 +81,7 @@ class ELBO(keras.callbacks.Callback):
     Warns:
         Each once: if it replaces a `kl_weight` that a layer was given; if a variational layer is called that does not
         belong to the model; if `num_examples` does not fit the first epoch. At the beginning of `fit`: what
-        `losses.check_outputs` finds in outputs whose loss is one of `losses`. At the end of `fit`, with figures: if the
+        is wrong with outputs whose loss is one of `losses`. At the end of `fit`, with figures: if the
         posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights, BatchNormalization has seen the
         noise, β was never above 0, or training was stopped before β = 1. The first two are judged after 50 optimizer
         steps under one KL weight, or 200 if the `fit` has one epoch or the KL has halved; the third after 5 epochs.

@@ -8,129 +8,28 @@ level only, which `ELBO(likelihood_scale=...)` specifies.
 The last axis of the outputs holds the parameters of the distribution. `functional.likelihoods.scale_of` maps a raw
 scale to a scale of at least 0.001; it starts near 0.7, so standardise y. If y is of the order of 1,000, or of 0.001,
 the network spends its first steps on reaching that scale. End the model without an activation, which would restrict the
-range of the scale; `check_outputs`, which `ELBO` calls, warns about one.
+range of the scale; `ELBO` warns about one.
 
 Keras's metrics treat the outputs as predictions, so `metrics=["mse"]` also compares y with the raw scale. Metrics such
 as `metrics.RootMeanSquaredError` compare y with the mean.
 """
 
-import warnings
-
 import keras
-import numpy as np
 from keras import layers, ops
 
 from keras_vdrop.checks import check_finite, check_positive_int
 from keras_vdrop.functional import likelihoods
+from keras_vdrop.targets import aligned, mask_of, targets, weights_of
 
-
-def targets(y_true, y_pred, what, size=None):
-    """Return the targets (B, ...) of outputs (B, ..., n); a last axis of 1 is added or removed as needed.
-
-    Raises:
-        ValueError: For targets of another shape than the outputs', or n other than `size`, if given.
-    """
-    y = aligned(y_true, y_pred.shape[:-1], ops.shape(y_pred)[:-1])
-    if y is None or size not in (None, y_pred.shape[-1]):
-        raise ValueError(f"Expected {what}. Received: shapes {tuple(y_true.shape)} and {tuple(y_pred.shape)}")
-    return y
-
-
-def aligned(y, shape, sizes=None):
-    """Return `y` in the given shape, or None if it has another one.
-
-    A last axis of 1 is added or removed as needed. Other shapes must not be broadcast: that would compare the numbers
-    of one example with those of others.
-
-    Args:
-        y: Tensor.
-        shape: Tuple of ints, with None for a size that is not known before the graph runs.
-        sizes: The same shape with the sizes known when the graph runs, or None. If given, `y` is reshaped to it where
-            `shape` leaves a size open, so that `y` of other sizes fails at run time instead of being broadcast.
-    """
-    if not _has_rank(y):
-        return None if sizes is None else ops.reshape(y, sizes)
-    if len(y.shape) == len(shape) + 1 and y.shape[-1] == 1:
-        y = ops.squeeze(y, axis=-1)
-    elif len(y.shape) == len(shape) - 1 and shape[-1] == 1:
-        y = ops.expand_dims(y, axis=-1)
-    if len(y.shape) != len(shape) or any(None not in pair and pair[0] != pair[1] for pair in zip(y.shape, shape)):
-        return None
-    known = sizes is None or None not in (*y.shape[1:], *shape[1:])
-    return y if known else ops.reshape(y, sizes)
-
-
-def _has_rank(tensor):
-    """Return whether the number of axes is known. It is not in a graph that TensorFlow traced for several ranks."""
-    return getattr(tensor.shape, "rank", 0) is not None
-
-
-def weights_of(sample_weight, values):
-    """Reshape sample weights so that they broadcast to values (B, ...), with which they share the leading axes.
-
-    Args:
-        sample_weight: Tensor of shape (), (B,), (B, T), ..., or (..., 1). Along an axis of size 1, the weight is
-            shared.
-        values: Tensor (B, ...).
-
-    Raises:
-        ValueError: For another shape, or in TensorFlow, an unknown number of axes.
-    """
-    weight, rank = sample_weight, len(values.shape)
-    if not _has_rank(weight):
-        raise ValueError(
-            "TensorFlow does not know how many axes the weights have, as they had another number of them in a call "
-            "before: call `compile` again, or give weights of one shape. Received: sample_weight of unknown shape"
-        )
-    if len(weight.shape) == rank + 1 and weight.shape[-1] == 1:
-        weight = ops.squeeze(weight, axis=-1)
-    pairs = zip(weight.shape, values.shape)
-    if len(weight.shape) > rank or any(size not in (1, None) and other not in (size, None) for size, other in pairs):
-        raise ValueError(
-            f"Weights must have the shape of what they weigh, {tuple(values.shape)}, or of its leading axes. "
-            f"Received: sample_weight of the shape {tuple(sample_weight.shape)}"
-        )
-    return ops.reshape(weight, (*ops.shape(weight), *[1] * (rank - len(weight.shape))))
-
-
-def mask_of(tensor):
-    """Return the mask that Keras attaches to a tensor, or None. Only a layer has public access to it."""
-    if not (ops.is_tensor(tensor) or isinstance(tensor, keras.KerasTensor)):
-        return None
-    if keras.backend.backend() == "torch":
-        return getattr(tensor, "_keras_mask", None)  # code that PyTorch compiles cannot create a layer
-    found = []
-    _MaskReader(found.append)(tensor)
-    return found[0]
-
-
-class _MaskReader(layers.Layer):
-    def __init__(self, tell):
-        super().__init__(name="mask_reader", autocast=False)
-        self.supports_masking = True
-        self._tell = tell
-
-    def call(self, inputs, mask=None):
-        self._tell(mask)
-        return inputs
-
-
-class _MaskWriter(layers.Layer):
-    def __init__(self, mask):
-        super().__init__(name="mask_writer", autocast=False)
-        self.supports_masking = True
-        self._mask = mask
-
-    def call(self, inputs):
-        return inputs
-
-    def compute_mask(self, inputs, previous_mask=None):
-        return self._mask
-
-
-def with_mask(tensor, mask):
-    """Return the tensor with a mask attached as Keras does; unchanged if the mask is None."""
-    return tensor if mask is None else _MaskWriter(mask)(tensor)
+__all__ = [
+    "DistributionNLL",
+    "LaplaceNLL",
+    "NegativeLogLikelihood",
+    "NormalMixtureNLL",
+    "NormalNLL",
+    "StudentTNLL",
+    "learned_scale",
+]
 
 
 class _Reduction(keras.losses.Loss):
@@ -419,143 +318,3 @@ def learned_scale(loc, name="raw_scale"):
 def _total(values):
     """Sum the numbers of each example: (B,)."""
     return ops.sum(ops.reshape(values, (ops.shape(values)[0], -1)), axis=-1)
-
-
-def output_names(model):
-    """Return the names of a model's outputs, in order, as in `compile(loss={...})`; None if they are not known."""
-    if isinstance(model, keras.Sequential):
-        return (model.layers[-1].name,)
-    if not hasattr(model, "output_names"):
-        return None
-    return tuple(sorted(model.output)) if isinstance(model.output, dict) else tuple(model.output_names)
-
-
-def last_layer(model, name=None):
-    """Return the layer that computes the named output, or the only output; None if it cannot be determined."""
-    if isinstance(model, keras.Sequential):
-        last = model.layers[-1]
-    elif hasattr(model, "operations"):
-        # The names of outputs are the keys of a dict, and otherwise the names of their layers.
-        place = 0 if name is None else output_names(model).index(name)
-        names = model.output_names
-        found = [each for each in model.operations if each.name == names[place]]
-        if (name is None and len(names) > 1) or names.count(names[place]) > 1 or not found:
-            return None
-        (last,) = found
-    else:
-        return None
-    while isinstance(last, keras.layers.Wrapper):
-        last = last.layer
-    return last_layer(last) if isinstance(last, keras.Model) else last
-
-
-def last_activation(layer):
-    """Return Keras's name of the activation of a layer; None if it has none, or one that Keras does not know."""
-    for cls in (layers.Softmax, layers.ReLU, layers.LeakyReLU, layers.ELU):
-        if isinstance(layer, cls):
-            return cls.__name__.lower()
-    activation = getattr(layer, "activation", None)
-    name = keras.activations.serialize(activation) if callable(activation) else None
-    return name if isinstance(name, str) and name != "linear" else None
-
-
-def check_activation(model, name=None, stacklevel=2):
-    """Warn if outputs that are the parameters of a distribution end in an activation.
-
-    Args:
-        model: A built model. The check can inspect the last layer of Sequential and Functional models only.
-        name: Name of the output, if there are several.
-        stacklevel: As for `warnings.warn`.
-
-    Warns:
-        UserWarning: Names the activation and the range of scales that it allows.
-    """
-    layer = last_layer(model, name)
-    activation = last_activation(layer)
-    if activation is None:
-        return
-    grid = np.linspace(-100.0, 100.0, 2001, dtype="float32")
-    function = layer if isinstance(layer, (layers.Softmax, layers.ReLU, layers.LeakyReLU, layers.ELU)) else None
-    function = function or keras.activations.get(activation)
-    raw = ops.convert_to_numpy(function(ops.convert_to_tensor(np.stack([-grid, grid], axis=-1))))[:, 1]
-    scale = np.logaddexp(0.0, raw.astype("float64")) + likelihoods.LEAST_SCALE
-    least, most = (f"{end:.3g}" for end in (scale.min(), scale.max()))
-    reach = f"at least {least}" if raw.max() > 50 else f"between {least} and {most}"
-    warnings.warn(
-        f"The outputs of {model.name!r}{f' for {name!r}' if name else ''} are a distribution's parameters, and end in "
-        f"the activation {activation!r}: of a raw scale it makes one whose scale is {reach}, and it binds the mean as "
-        "well. End the model without an activation; the loss makes the scale positive.",
-        stacklevel=stacklevel + 1,
-    )
-
-
-# Names of Keras's metrics of point predictions, in lower case and without underscores.
-_OF_A_POINT = {
-    "mse",
-    "mae",
-    "mape",
-    "meansquarederror",
-    "meanabsoluteerror",
-    "meanabsolutepercentageerror",
-    "rootmeansquarederror",
-    "r2score",
-}
-
-
-def check_outputs(model, stacklevel=2):
-    """Warn about mistakes with outputs that are the parameters of a distribution, as far as they can be detected.
-
-    Args:
-        model: A compiled, built model.
-        stacklevel: As for `warnings.warn`.
-
-    Warns:
-        UserWarning: If an output whose loss is a `NegativeLogLikelihood` ends in an activation, or has a Keras metric
-            that compares y with all parameters, including the raw scale.
-    """
-    names = output_names(model) or ()
-    try:
-        config = compile_config(model)
-    except Exception:  # an object has no config, so the metrics are unknown
-        config = {}
-    for place, name in enumerate(names):
-        loss = _of_output(model.loss, name, place, len(names))
-        if not isinstance(loss, NegativeLogLikelihood):
-            continue
-        check_activation(model, name if len(names) > 1 else None, stacklevel + 1)
-        given = [_of_output(config.get(kind), name, place, len(names)) for kind in ("metrics", "weighted_metrics")]
-        wrong = [metric for metric in _keras_names(given) if metric.lower().replace("_", "") in _OF_A_POINT]
-        if wrong:
-            warnings.warn(
-                f"The metric {wrong[0]!r} compares y with all the parameters that {model.name!r} gives, the raw scale "
-                "among them: use `keras_vdrop.metrics.RootMeanSquaredError`, or `MeanAbsoluteError`, which take the "
-                "mean.",
-                stacklevel=stacklevel + 1,
-            )
-
-
-def compile_config(model):
-    """Return the arguments of `compile` as Keras saves them. Raises what the `get_config` of an argument raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about lambdas, which need not be serialized here
-        return model.get_compile_config() or {}
-
-
-def _of_output(given, name, place, count):
-    """Return the entry for one output of an argument of `compile`."""
-    if isinstance(given, dict):
-        return given.get(name)
-    if isinstance(given, (list, tuple)) and count > 1:
-        return given[place]
-    return given
-
-
-def _keras_names(metrics):
-    """Return the names of Keras's own metrics in a config of `compile`."""
-    if isinstance(metrics, str):
-        return [metrics]
-    if isinstance(metrics, dict) and "class_name" in metrics:
-        return [] if metrics.get("registered_name") else [metrics["class_name"]]
-    if isinstance(metrics, (list, tuple)):
-        return [name for each in metrics for name in _keras_names(each)]
-    return []

@@ -16,7 +16,8 @@ from keras_vdrop.checks import check_positive_int
 from keras_vdrop.functional import likelihoods
 from keras_vdrop.functional.calibration import EDGE
 from keras_vdrop.losses import NegativeLogLikelihood as Likelihood
-from keras_vdrop.losses import NormalNLL, aligned, mask_of, targets, weights_of
+from keras_vdrop.losses import NormalNLL
+from keras_vdrop.targets import aligned, mask_of, targets, weights_of
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")

@@ -10,7 +10,9 @@ import math
 
 from keras import losses as keras_losses
 
-from keras_vdrop.losses import NegativeLogLikelihood, compile_config, mask_of
+from keras_vdrop.losses import NegativeLogLikelihood
+from keras_vdrop.outputs import compile_config
+from keras_vdrop.targets import mask_of
 
 # The mean is over all numbers of an example.
 _MEANS_OVER_NUMBERS = (

@@ -7,12 +7,13 @@ import keras_vdrop
 
 ROOT = pathlib.Path(keras_vdrop.__file__).parent
 FLOORS = [
-    ["checks", "functional", "files", "layouts", "variables", "version"],
+    ["checks", "functional", "files", "layouts", "targets", "variables", "version"],
     ["sampling", "distributions"],
     ["priors"],
     ["posterior"],
     ["layers"],
     ["costs", "losses"],
+    ["outputs"],
     ["pruning", "conversion", "objective", "normalization"],
     ["compaction", "selection", "observation", "diagnosis"],
     ["montecarlo", "callbacks", "metrics"],

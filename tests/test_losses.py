@@ -10,6 +10,8 @@ from scipy import stats
 import keras_vdrop as kv
 from keras_vdrop import losses
 from keras_vdrop.functional import likelihoods
+from keras_vdrop.outputs import check_outputs
+from keras_vdrop.targets import with_mask
 from tests.cases import array, posteriors, scale_of
 
 RNG = np.random.default_rng(0)
@@ -204,7 +206,7 @@ def test_weights_and_masks_of_steps(batch, steps, masked, kind):
         "mean_with_sample_weight": totals.sum() / each.mean(axis=1).sum(),
     }
     tensor = keras.ops.convert_to_tensor(outputs)
-    tensor = losses.with_mask(tensor, keras.ops.convert_to_tensor(mask)) if masked else tensor
+    tensor = with_mask(tensor, keras.ops.convert_to_tensor(mask)) if masked else tensor
     for reduction, value in expected.items():
         got = NORMAL(reduction=reduction)(y, tensor, sample_weight=given)
         np.testing.assert_allclose(array(got), value, rtol=1e-4, atol=1e-5)
@@ -250,7 +252,7 @@ def test_weights_and_masks_of_another_layout_are_refused(shape):
     y, outputs, *_ = sequences(8, 5)
     with pytest.raises(ValueError, match=r"\(8, 5\).*\(" + ", ".join(map(str, shape))):
         NORMAL()(y, outputs, sample_weight=np.ones(shape))
-    masked = losses.with_mask(keras.ops.convert_to_tensor(outputs), keras.ops.ones(shape, "bool"))
+    masked = with_mask(keras.ops.convert_to_tensor(outputs), keras.ops.ones(shape, "bool"))
     with pytest.raises(ValueError, match=r"\(8, 5\).*\(" + ", ".join(map(str, shape))):
         NORMAL()(y, masked)
 
@@ -281,11 +283,11 @@ def test_an_activation_before_a_raw_scale_is_said(activation, reach):
     for model in (one, inside, after):
         model.compile("sgd", NORMAL())
         with pytest.warns(UserWarning, match=f"{activation!r}.*{reach}"):
-            losses.check_outputs(model)
+            check_outputs(model)
     several = two_headed(activation)
     several.compile("sgd", {"a": NORMAL(), "b": "mse"})
     with pytest.warns(UserWarning, match=f"for 'a'.*{activation!r}"):
-        losses.check_outputs(several)
+        check_outputs(several)
 
 
 @pytest.mark.parametrize("metric", ["mse", "mae", keras.metrics.RootMeanSquaredError()])
@@ -293,15 +295,15 @@ def test_a_metric_of_all_parameters_is_said(metric):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     model.compile("sgd", NORMAL(), metrics=[metric])
     with pytest.warns(UserWarning, match="raw scale"):
-        losses.check_outputs(model)
+        check_outputs(model)
     model.compile("sgd", NORMAL(), metrics=[kv.metrics.RootMeanSquaredError()])
-    losses.check_outputs(model)
+    check_outputs(model)
     model.compile("sgd", "mse", metrics=[metric])
-    losses.check_outputs(model)
+    check_outputs(model)
     several = two_headed(None)
     several.compile("sgd", {"a": NORMAL(), "b": "mse"}, metrics={"a": [metric]})
     with pytest.warns(UserWarning, match="raw scale"):
-        losses.check_outputs(several)
+        check_outputs(several)
 
 
 @pytest.mark.parametrize("with_input", [True, False])
@@ -336,7 +338,7 @@ def test_metrics_that_cannot_be_saved_are_no_hindrance(metric):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="relu")])
     model.compile("sgd", NORMAL(), metrics=[metric])
     with pytest.warns(UserWarning) as said:
-        losses.check_outputs(model)
+        check_outputs(model)
     assert ["relu" in str(each.message) for each in said if each.category is UserWarning] == [True]
 
 

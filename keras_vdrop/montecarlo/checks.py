@@ -11,8 +11,9 @@ from keras import layers
 from keras_vdrop import costs
 from keras_vdrop.layers.drop_in import DropIn
 from keras_vdrop.layers.stochastic import StochasticLayer
-from keras_vdrop.losses import NegativeLogLikelihood, check_activation, last_activation, last_layer, output_names
+from keras_vdrop.losses import NegativeLogLikelihood
 from keras_vdrop.montecarlo.predictions import flat_rows
+from keras_vdrop.outputs import check_activation, last_activation, last_layer, output_names
 
 # Keras layers whose noise is active in training only.
 _KERAS_NOISE = (

@@ -5,9 +5,10 @@ import numpy as np
 from keras import ops
 
 from keras_vdrop.functional import likelihoods, uncertainty
-from keras_vdrop.losses import NegativeLogLikelihood, aligned, mask_of, weights_of, with_mask
+from keras_vdrop.losses import NegativeLogLikelihood
 from keras_vdrop.montecarlo.checks import check_probabilities, known_names, range_of
 from keras_vdrop.montecarlo.predictions import Predictions
+from keras_vdrop.targets import aligned, mask_of, weights_of, with_mask
 
 _LIKELIHOODS = (None, "categorical", "bernoulli", "normal")
 

@@ -6,9 +6,9 @@ import warnings
 import keras
 from keras import ops
 
-from keras_vdrop.losses import mask_of, weights_of
 from keras_vdrop.montecarlo.checks import ENDS, check_probabilities, range_of, report_not_finite
 from keras_vdrop.montecarlo.readings import MomentsNLL, moments
+from keras_vdrop.targets import mask_of, weights_of
 
 # The fewest values of y for which `evaluate` may warn that predictions are worse than the mean and variance of y.
 _ENOUGH = 30

@@ -10,10 +10,11 @@ from keras_vdrop import costs
 from keras_vdrop.checks import check_positive_int
 from keras_vdrop.functional import uncertainty
 from keras_vdrop.functional.tracing import in_tensorflow, side_by_side, traced_once
-from keras_vdrop.losses import mask_of, output_names, with_mask
 from keras_vdrop.montecarlo import checks, empty, reports
 from keras_vdrop.montecarlo.readings import point_name, readings_of, serialized
+from keras_vdrop.outputs import output_names
 from keras_vdrop.sampling import FixedSeeds, drawing, generator_states, seed_generator, take_part
+from keras_vdrop.targets import mask_of, with_mask
 
 _OUTPUTS = ("statistics", "samples")
 _SEED_STATE = "seed_state"

@@ -1,0 +1,150 @@
+"""What a model's outputs are: their names, the layers that compute them, and mistakes in how they are used."""
+
+import warnings
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from keras_vdrop.functional import likelihoods
+from keras_vdrop.losses import NegativeLogLikelihood
+
+
+def output_names(model):
+    """Return the names of a model's outputs, in order, as in `compile(loss={...})`; None if they are not known."""
+    if isinstance(model, keras.Sequential):
+        return (model.layers[-1].name,)
+    if not hasattr(model, "output_names"):
+        return None
+    return tuple(sorted(model.output)) if isinstance(model.output, dict) else tuple(model.output_names)
+
+
+def last_layer(model, name=None):
+    """Return the layer that computes the named output, or the only output; None if it cannot be determined."""
+    if isinstance(model, keras.Sequential):
+        last = model.layers[-1]
+    elif hasattr(model, "operations"):
+        # The names of outputs are the keys of a dict, and otherwise the names of their layers.
+        place = 0 if name is None else output_names(model).index(name)
+        names = model.output_names
+        found = [each for each in model.operations if each.name == names[place]]
+        if (name is None and len(names) > 1) or names.count(names[place]) > 1 or not found:
+            return None
+        (last,) = found
+    else:
+        return None
+    while isinstance(last, keras.layers.Wrapper):
+        last = last.layer
+    return last_layer(last) if isinstance(last, keras.Model) else last
+
+
+def last_activation(layer):
+    """Return Keras's name of the activation of a layer; None if it has none, or one that Keras does not know."""
+    for cls in (layers.Softmax, layers.ReLU, layers.LeakyReLU, layers.ELU):
+        if isinstance(layer, cls):
+            return cls.__name__.lower()
+    activation = getattr(layer, "activation", None)
+    name = keras.activations.serialize(activation) if callable(activation) else None
+    return name if isinstance(name, str) and name != "linear" else None
+
+
+def check_activation(model, name=None, stacklevel=2):
+    """Warn if outputs that are the parameters of a distribution end in an activation.
+
+    Args:
+        model: A built model. The check can inspect the last layer of Sequential and Functional models only.
+        name: Name of the output, if there are several.
+        stacklevel: As for `warnings.warn`.
+
+    Warns:
+        UserWarning: Names the activation and the range of scales that it allows.
+    """
+    layer = last_layer(model, name)
+    activation = last_activation(layer)
+    if activation is None:
+        return
+    grid = np.linspace(-100.0, 100.0, 2001, dtype="float32")
+    function = layer if isinstance(layer, (layers.Softmax, layers.ReLU, layers.LeakyReLU, layers.ELU)) else None
+    function = function or keras.activations.get(activation)
+    raw = ops.convert_to_numpy(function(ops.convert_to_tensor(np.stack([-grid, grid], axis=-1))))[:, 1]
+    scale = np.logaddexp(0.0, raw.astype("float64")) + likelihoods.LEAST_SCALE
+    least, most = (f"{end:.3g}" for end in (scale.min(), scale.max()))
+    reach = f"at least {least}" if raw.max() > 50 else f"between {least} and {most}"
+    warnings.warn(
+        f"The outputs of {model.name!r}{f' for {name!r}' if name else ''} are a distribution's parameters, and end in "
+        f"the activation {activation!r}: of a raw scale it makes one whose scale is {reach}, and it binds the mean as "
+        "well. End the model without an activation; the loss makes the scale positive.",
+        stacklevel=stacklevel + 1,
+    )
+
+
+# Names of Keras's metrics of point predictions, in lower case and without underscores.
+_OF_A_POINT = {
+    "mse",
+    "mae",
+    "mape",
+    "meansquarederror",
+    "meanabsoluteerror",
+    "meanabsolutepercentageerror",
+    "rootmeansquarederror",
+    "r2score",
+}
+
+
+def check_outputs(model, stacklevel=2):
+    """Warn about mistakes with outputs that are the parameters of a distribution, as far as they can be detected.
+
+    Args:
+        model: A compiled, built model.
+        stacklevel: As for `warnings.warn`.
+
+    Warns:
+        UserWarning: If an output whose loss is a `NegativeLogLikelihood` ends in an activation, or has a Keras metric
+            that compares y with all parameters, including the raw scale.
+    """
+    names = output_names(model) or ()
+    try:
+        config = compile_config(model)
+    except Exception:  # an object has no config, so the metrics are unknown
+        config = {}
+    for place, name in enumerate(names):
+        loss = _of_output(model.loss, name, place, len(names))
+        if not isinstance(loss, NegativeLogLikelihood):
+            continue
+        check_activation(model, name if len(names) > 1 else None, stacklevel + 1)
+        given = [_of_output(config.get(kind), name, place, len(names)) for kind in ("metrics", "weighted_metrics")]
+        wrong = [metric for metric in _keras_names(given) if metric.lower().replace("_", "") in _OF_A_POINT]
+        if wrong:
+            warnings.warn(
+                f"The metric {wrong[0]!r} compares y with all the parameters that {model.name!r} gives, the raw scale "
+                "among them: use `keras_vdrop.metrics.RootMeanSquaredError`, or `MeanAbsoluteError`, which take the "
+                "mean.",
+                stacklevel=stacklevel + 1,
+            )
+
+
+def compile_config(model):
+    """Return the arguments of `compile` as Keras saves them. Raises what the `get_config` of an argument raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about lambdas, which need not be serialized here
+        return model.get_compile_config() or {}
+
+
+def _of_output(given, name, place, count):
+    """Return the entry for one output of an argument of `compile`."""
+    if isinstance(given, dict):
+        return given.get(name)
+    if isinstance(given, (list, tuple)) and count > 1:
+        return given[place]
+    return given
+
+
+def _keras_names(metrics):
+    """Return the names of Keras's own metrics in a config of `compile`."""
+    if isinstance(metrics, str):
+        return [metrics]
+    if isinstance(metrics, dict) and "class_name" in metrics:
+        return [] if metrics.get("registered_name") else [metrics["class_name"]]
+    if isinstance(metrics, (list, tuple)):
+        return [name for each in metrics for name in _keras_names(each)]
+    return []
