@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import keras_vdrop as kv
-from keras_vdrop.layers.recurrent import RecurrentCell
+from keras_vdrop.layers.cells import RecurrentCell
 from tests.cases import array, randomize
 from tests.statistics import assert_mean, assert_variance
 

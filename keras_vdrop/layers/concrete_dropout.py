@@ -1,0 +1,159 @@
+"""`ConcreteDropout`: dropout before a layer, of learned rate."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_vdrop.checks import check_positive, check_rate
+from keras_vdrop.functional import noise
+from keras_vdrop.layers.stochastic import StochasticLayer
+from keras_vdrop.posterior import KLPenalty, Posterior
+from keras_vdrop.sampling import mask_shape
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
+    """y = layer(x·z / (1 − p)), z ~ Bernoulli(1 − p) relaxed, with a learned rate p: Dropout that learns its rate.
+
+    z = 1 − σ((logit p + logit u) / temperature), u ~ U(0, 1);
+    KL = ‖W‖² / (2·prior_scale²·(1 − p)) + D·(log 2 − H(p)), with the wrapped layer's kernel W, the number D of input
+    channels, and the entropy H of a Bernoulli variable
+
+    The first term is weight decay of the wrapped kernel, which costs more at a greater rate. The second term pulls the
+    rate towards ½. Both are in nats, in `layer.losses`, and weighted by `kl_weight`, 1 / (number of training examples),
+    like every KL here. With fewer data the learned rate is therefore greater. Without noise (in prediction, outside
+    `sampling()`) y = layer(x).
+
+    Args:
+        layer: A Keras layer with a plain `kernel`, such as Dense, Conv2D or EinsumDense.
+        initial_rate: Float in (0, 1), the initial p.
+        temperature: Float > 0, the temperature of the relaxation; as it approaches 0, z becomes 0 or 1.
+        prior_scale: Float > 0, the standard deviation of the prior of a weight (the paper's 1 / l).
+        spatial: Whether whole channels are dropped, the same at every position, as suits a convolution.
+        kl_weight: Float ≥ 0, 1 / (number of training examples); None if the `ELBO` callback sets it.
+        seed: Int for the same noise in every run, or None.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Input shape:
+        That of the wrapped layer.
+
+    Output shape:
+        That of the wrapped layer.
+
+    Raises:
+        ValueError: For a value that is out of range, a layer without a kernel, or a kernel that already has a prior.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.ConcreteDropout(keras.layers.Dense(3), kl_weight=1 / 1000)
+        >>> layer(keras.ops.ones((2, 5))).shape == (2, 3)
+        True
+        >>> round(float(layer.rate), 3)
+        0.1
+
+    Reference:
+        Concrete Dropout, Gal, Hron, Kendall, 2017, https://arxiv.org/abs/1705.07832
+    """
+
+    def __init__(
+        self,
+        layer,
+        initial_rate=0.1,
+        temperature=0.1,
+        prior_scale=1.0,
+        spatial=False,
+        kl_weight=None,
+        seed=None,
+        **kwargs,
+    ):
+        check_rate("initial_rate", initial_rate)
+        if initial_rate == 0.0:
+            raise ValueError("`initial_rate` must be > 0, or its logit is infinite. Received: initial_rate=0.0")
+        for name, value in (("temperature", temperature), ("prior_scale", prior_scale)):
+            check_positive(name, value)
+        super().__init__(layer=layer, kl_weight=kl_weight, seed=seed, **kwargs)
+        self.initial_rate = float(initial_rate)
+        self.temperature = float(temperature)
+        self.prior_scale = float(prior_scale)
+        self.spatial = bool(spatial)
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        channels = input_shape[self._channel_axis()]
+        if channels is None:
+            raise ValueError(
+                f"The channels of the inputs to {self.name!r} must be known. Received: "
+                f"input_shape={tuple(input_shape)}; give them in `keras.Input`."
+            )
+        keras.layers.Wrapper.build(self, input_shape)
+        kernel = getattr(self.layer, "kernel", None)
+        if not isinstance(kernel, keras.Variable):
+            raise ValueError(
+                "ConcreteDropout wraps a layer with a plain `kernel`, whose weight decay is part of its KL. Received: "
+                f"layer={self.layer.name!r} of type {type(self.layer).__name__}, with kernel={kernel!r}"
+            )
+        posterior = BernoulliRate(self, kernel, channels)
+        self.rate_logit = self.add_weight(
+            name="rate_logit",
+            shape=(),
+            initializer=keras.initializers.Constant(math.log(self.initial_rate / (1.0 - self.initial_rate))),
+            regularizer=KLPenalty(posterior),
+            dtype="float32",
+            autocast=False,
+        )
+        self._posterior_size = posterior.size
+        self._build_noise()
+
+    def _channel_axis(self):
+        return 1 if getattr(self.layer, "data_format", None) == "channels_first" else -1
+
+    @property
+    def rate(self):
+        """p, the probability that an input is dropped, as learned so far."""
+        return ops.sigmoid(ops.convert_to_tensor(self.rate_logit))
+
+    def call(self, inputs, training=False):
+        return self.layer(self._drop(inputs) if self._noisy(training) else inputs)
+
+    def _drop(self, x):
+        shape = ops.shape(x)
+        if self.spatial:
+            kept = (0, self._channel_axis() % len(shape))
+            shape = tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
+        logit = ops.convert_to_tensor(self.rate_logit)
+        dropped = noise.concrete(mask_shape(shape), logit, self.temperature, self._seeds())
+        return x * ops.cast((1.0 - dropped) / (1.0 - self.rate), x.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return self.layer.compute_output_shape(input_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "initial_rate": self.initial_rate,
+            "temperature": self.temperature,
+            "prior_scale": self.prior_scale,
+            "spatial": self.spatial,
+        }
+
+
+class BernoulliRate(Posterior):
+    """The posterior of a kernel whose input channels are dropped: W times a Bernoulli variable for each channel."""
+
+    def __init__(self, owner, kernel, channels):
+        super().__init__(owner, channels)
+        self.kernel = kernel
+
+    @property
+    def variables(self):
+        return [self.owner.rate_logit]
+
+    def kl(self):
+        rate = self.owner.rate
+        logit = ops.convert_to_tensor(self.owner.rate_logit)
+        # Compute both logarithms from the logit, so that they are finite at every rate.
+        entropy = rate * ops.softplus(-logit) + (1.0 - rate) * ops.softplus(logit)
+        squares = ops.sum(ops.square(ops.cast(ops.convert_to_tensor(self.kernel), "float32")))
+        decay = squares * (1.0 + ops.exp(logit)) / (2.0 * self.owner.prior_scale**2)
+        return decay + self.size * (math.log(2.0) - entropy)

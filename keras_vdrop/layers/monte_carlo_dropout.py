@@ -1,0 +1,72 @@
+"""`MonteCarloDropout`: dropout that prediction can draw."""
+
+import keras
+from keras import ops
+
+from keras_vdrop.functional import noise
+from keras_vdrop.layers.stochastic import StochasticLayer
+from keras_vdrop.sampling import mask_shape
+
+
+@keras.saving.register_keras_serializable(package="keras_vdrop")
+class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
+    """y = x·z / (1 − rate), z ~ Bernoulli(1 − rate): `keras.layers.Dropout` that is also active under `sampling()`.
+
+    In a model that `MonteCarlo` wraps, it drops inputs at prediction, as in MC dropout, while BatchNormalization and
+    Keras's own Dropout stay in inference mode. Without noise y = x.
+
+    Args:
+        rate: Float in [0, 1], the probability that an input is dropped.
+        noise_shape: As in `keras.layers.Dropout`: the shape of the mask, broadcast to the input; None along an axis
+            stands for the input's size.
+        seed: Int for the same noise in every run, or None.
+        per_example: Whether every example has its own mask. If not, all examples of a call share one mask, so that a
+            draw is one network. For one mask in a whole prediction use `MonteCarlo(consistent=True)`.
+        **kwargs: `name`, `dtype`.
+
+    Input shape:
+        (B, ...).
+
+    Output shape:
+        That of the input.
+
+    Raises:
+        ValueError: For a value that is out of range.
+
+    Example:
+        >>> import keras, keras_vdrop as kv
+        >>> layer = kv.MonteCarloDropout(0.5, seed=0)
+        >>> x = keras.ops.ones((2, 8))
+        >>> bool(keras.ops.all(layer(x) == x))
+        True
+        >>> with kv.sampling():
+        ...     bool(keras.ops.all(layer(x) == x))
+        False
+
+    Reference:
+        Dropout as a Bayesian Approximation, Gal, Ghahramani, 2016, https://arxiv.org/abs/1506.02142
+    """
+
+    def __init__(self, rate, noise_shape=None, seed=None, per_example=True, **kwargs):
+        super().__init__(rate=rate, noise_shape=noise_shape, seed=seed, **kwargs)
+        self.per_example = bool(per_example)
+
+    @property
+    def draws(self):
+        return self.rate > 0.0
+
+    def call(self, inputs, training=False):
+        if not self.draws or not self._noisy(training):
+            return inputs
+        shape = list(ops.shape(inputs))
+        for axis, size in enumerate(self.noise_shape or ()):
+            shape[axis] = shape[axis] if size is None else size
+        if not self.per_example:
+            shape[0] = 1
+        keep = noise.bernoulli(mask_shape(shape), 1.0 - self.rate, self._seeds(), inputs.dtype)
+        return inputs * (keep / (1.0 - self.rate)) if self.rate < 1.0 else ops.zeros_like(inputs)
+
+    def get_config(self):
+        config = {**super().get_config(), "per_example": self.per_example}
+        del config["kl_weight"]  # the layer has no KL
+        return config
