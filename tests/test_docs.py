@@ -1,0 +1,74 @@
+"""The code in the README and in the pages of the documentation runs as it is written, and shows every public name."""
+
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import keras_vdrop as kv
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TENSORFLOW_ONLY = "# TensorFlow only\n"
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """Return the names that a page may use: data, and a compiled model."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    model = keras.Sequential([keras.Input((28, 28, 1)), keras.layers.Flatten(), kv.VariationalDense(10)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    x, y = rng.normal(size=(64, 28, 28, 1)).astype("float32"), rng.integers(0, 10, 64)
+    return {"x": x, "y": y, "model": model, "keras": keras, "kv": kv}
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_blocks_run(page, names):
+    """The blocks of a page run in order, in one namespace."""
+    for block in blocks(page):
+        if keras.backend.backend() == "tensorflow" or not block.startswith(TENSORFLOW_ONLY):
+            exec(compile(block, str(page), "exec"), names)
+
+
+def test_the_example_of_the_readme_learns(names):
+    (block,) = blocks(ROOT / "README.md")
+    exec(compile(block, "README.md", "exec"), names)
+    assert (names["predicted"]["probability"].argmax(-1) == names["y_test"]).mean() > 0.9
+    assert kv.sparsity(names["model"]).ratio > 5
+
+
+def public():
+    """Return {name in the reference: object} of everything that the package exports."""
+    found = {name: getattr(kv, name) for name in kv.__all__ if not name.startswith("_")}
+    modules = {name: found.pop(name) for name in ("functional", "losses", "metrics", "plots", "priors", "tfp")}
+    del modules["tfp"]
+    for name in modules.pop("functional").__all__:
+        modules[f"functional.{name}"] = getattr(kv.functional, name)
+    for path, module in modules.items():
+        for name, each in vars(module).items():
+            if callable(each) and not name.startswith("_") and getattr(each, "__module__", "") == module.__name__:
+                found[f"{path}.{name}"] = each
+    return found
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (ROOT / "docs" / "reference.md").read_text()
+    listed = {line.split(".")[-1] for line in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+    assert [name for name in public() if name.split(".")[-1] not in listed] == []
+
+
+def test_every_class_and_function_is_explained_in_a_guide():
+    text = "".join(page.read_text() for page in PAGES if page.stem != "reference")
+    assert [name for name in kv.__all__ if not name.startswith("_") and name not in text] == []
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
