@@ -7,6 +7,8 @@ from keras_vdrop.functional.tensors import tensors
 # Near the least normal float32; keeps log alpha finite for a weight that is exactly 0.
 _SMALLEST_SQUARE = 1e-37
 
+__all__ = ["keep_mask", "log_alpha"]
+
 
 def log_alpha(loc, log_variance, group_axis=None, blocks=1):
     """Compute log alpha = log_variance − log(loc²), the log noise-to-signal ratio. A large one means dispensable.

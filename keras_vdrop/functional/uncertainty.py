@@ -12,6 +12,8 @@ from keras import ops
 
 from keras_vdrop.functional.tensors import tensors
 
+__all__ = ["bernoulli", "categorical", "entropy", "moments", "normal"]
+
 
 class Summary(NamedTuple):
     """Definition of statistics as a function of means over samples.
