@@ -4,6 +4,8 @@ import contextlib
 import math
 import warnings
 import weakref
+from collections.abc import Callable
+from typing import Literal
 
 import keras
 
@@ -105,15 +107,15 @@ class ELBO(keras.callbacks.Callback):
 
     def __init__(
         self,
-        num_examples,
-        warmup_epochs=None,
-        start_epoch=None,
-        schedule="linear",
-        per="epoch",
-        temperature=1.0,
-        free_bits=0.0,
-        likelihood_scale=None,
-        labels_per_example=None,
+        num_examples: int,
+        warmup_epochs: int | None = None,
+        start_epoch: int | None = None,
+        schedule: Literal["linear", "cubic", "cosine"] | Callable[[int], float] = "linear",
+        per: Literal["epoch", "batch"] = "epoch",
+        temperature: float = 1.0,
+        free_bits: float = 0.0,
+        likelihood_scale: float | None = None,
+        labels_per_example: float | None = None,
     ):
         super().__init__()
         for name, value, least in (
@@ -517,7 +519,7 @@ class SparsityLogger(keras.callbacks.Callback):
         threshold: As for `sparsity`.
     """
 
-    def __init__(self, threshold=None):
+    def __init__(self, threshold: float | None = None):
         super().__init__()
         self.threshold = threshold
 

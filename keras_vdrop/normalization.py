@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import operator
+from typing import Any
 
 import keras
 
@@ -10,7 +11,7 @@ from keras_vdrop.checks import check_positive_int
 from keras_vdrop.posterior import posteriors
 
 
-def update_batch_normalization(model, x, batch_size=128):
+def update_batch_normalization(model: keras.Model, x: Any, batch_size: int = 128) -> keras.Model:
     """Set the statistics of every BatchNormalization to those of the given inputs without noise, and return the model.
 
     In `fit`, the moving variance of an activation includes the variance of the noise. `predict` adds no noise, so it

@@ -1,6 +1,7 @@
 """`VariationalWeight`, a weight with a posterior, and functions that find the posteriors of a model."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
@@ -407,7 +408,7 @@ def learning_posteriors(model):
     return [each for each in posteriors(model) if any(id(variable) in trainable for variable in each.variables)]
 
 
-def kl_divergence(model_or_layer):
+def kl_divergence(model_or_layer: keras.Model | keras.layers.Layer) -> Any:
     """Compute the unweighted sum of KL(posterior ‖ prior) over all posteriors: a scalar tensor, in nats.
 
     Args:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import warnings
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -140,7 +141,7 @@ def _structure_lines(row):
     return ["  " + ", ".join(parts)] if row.structure else []
 
 
-def sparsity(model, threshold=None):
+def sparsity(model: keras.Model | keras.layers.Layer, threshold: float | None = None) -> Sparsity:
     """Count the weights that a model needs, those whose log alpha is at most the threshold, and what they cost.
 
     Args:
@@ -189,7 +190,7 @@ def _row(name, owner, kept, places):
     )
 
 
-def prune(model, threshold=None):
+def prune(model: keras.Model | keras.layers.Layer, threshold: float | None = None) -> Sparsity:
     """Set every weight whose log alpha is above the threshold to zero, in place and permanently.
 
     The mask persists through further training, saving and loading. Fit again to fine-tune the kept weights.

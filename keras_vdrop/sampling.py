@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import threading
+from collections.abc import Iterator
 
 import keras
 from keras import ops
@@ -53,7 +54,7 @@ class _Scope:
 
 
 @contextlib.contextmanager
-def sampling(consistent=False):
+def sampling(consistent: bool = False) -> Iterator[None]:
     """Make variational layers draw their weights within the scope, even if `training` is False.
 
     Everything else (BatchNormalization, Keras's own Dropout) stays in inference mode. `predict`, `evaluate` and `fit`

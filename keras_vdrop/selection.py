@@ -1,7 +1,10 @@
 """Choice of the threshold for pruning, by what it costs in a metric on validation data."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -93,8 +96,16 @@ _MORE = ("acc", "auc", "precision", "recall", "f1", "score", "iou", "true_", "si
 
 
 def select_threshold(
-    model, x, y=None, tolerance=0.01, metric="accuracy", mode="auto", thresholds=None, batch_size=None, prepare=None
-):
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    tolerance: float = 0.01,
+    metric: str = "accuracy",
+    mode: Literal["auto", "min", "max"] = "auto",
+    thresholds: Sequence[float] | None = None,
+    batch_size: int | None = None,
+    prepare: Callable[[keras.Model], Any] | None = None,
+) -> ThresholdChoice:
     """Find the threshold that prunes the most weights while a metric gets worse by at most a tolerance.
 
     The function prunes the model at each threshold, evaluates it and restores it: the model does not change.

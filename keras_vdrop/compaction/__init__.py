@@ -7,6 +7,7 @@ the smallest consistent set. Then the weights are cut, and the next bias absorbs
 """
 
 import contextlib
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,7 +19,7 @@ from keras_vdrop.posterior import posteriors, prunable_weights
 from keras_vdrop.pruning import sparsity, warn_of_empty_layers
 
 
-def compact(model, threshold=None, x=None):
+def compact(model: keras.Model, threshold: float | None = None, x: Any = None) -> keras.Model:
     """Return a model of Keras's own layers with smaller shapes and the same predictions.
 
     Units, filters and channels on which nothing depends are removed, and those with a constant output are folded into

@@ -23,7 +23,7 @@ from keras_vdrop.layers.drop_in import DropIn
 from keras_vdrop.layers.stochastic import StochasticLayer
 
 
-def to_deterministic(model, sample=False, seed=None):
+def to_deterministic(model: keras.Model, sample: bool = False, seed: int | None = None) -> keras.Model:
     """Return the same model made of Keras's own layers, with w = loc, or one draw w ~ N(loc, exp(log_variance)).
 
     Pruned weights are 0. The result loads and runs without this package. At the mean, it predicts what `model`

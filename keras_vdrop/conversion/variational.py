@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import keras
 
@@ -19,23 +20,23 @@ from keras_vdrop.posterior import posteriors
 
 
 def to_variational(
-    model,
-    layers=None,
-    prior="normal",
+    model: keras.Model,
+    layers: Any = None,
+    prior: Any = "normal",
     *,
-    bias_prior=None,
-    estimator="auto",
-    kl_weight=None,
-    initial_log_variance=None,
-    relative_variance=None,
-    log_variance_rate=5.0,
-    threshold=None,
-    empirical_bayes=True,
-    rank=None,
-    lora_alpha=None,
-    dropout=None,
-    print_fn=print,
-):
+    bias_prior: Any = None,
+    estimator: Literal["auto", "local_reparameterization", "flipout", "reparameterization"] = "auto",
+    kl_weight: float | None = None,
+    initial_log_variance: float | None = None,
+    relative_variance: float | None = None,
+    log_variance_rate: float = 5.0,
+    threshold: float | None = None,
+    empirical_bayes: bool = True,
+    rank: int | None = None,
+    lora_alpha: float | None = None,
+    dropout: Literal["monte_carlo", "variational"] | None = None,
+    print_fn: Callable[[str], Any] = print,
+) -> keras.Model:
     """Return the same model made of variational layers: w ~ N(loc, exp(log_variance)), loc the trained weights.
 
     At the posterior mean it predicts what `model` predicts. Dense, EinsumDense, Embedding, the convolutions, recurrent

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from typing import Any, Literal
 
 import keras
 from keras import ops
@@ -95,15 +96,15 @@ class MonteCarlo(keras.Model):
 
     def __init__(
         self,
-        model,
-        num_samples=32,
-        likelihood=None,
-        from_logits=True,
-        output="statistics",
-        seed=None,
-        consistent=False,
-        sample_batch_size=8,
-        **kwargs,
+        model: keras.Model,
+        num_samples: int = 32,
+        likelihood: Any = None,
+        from_logits: bool | dict[str, bool] = True,
+        output: Literal["statistics", "samples"] = "statistics",
+        seed: int | None = None,
+        consistent: bool = False,
+        sample_batch_size: int = 8,
+        **kwargs: Any,
     ):
         check_positive_int("num_samples", num_samples)
         check_positive_int("sample_batch_size", sample_batch_size)

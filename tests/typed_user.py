@@ -1,0 +1,34 @@
+"""What a type checker sees of the package: this file is checked by pyright in CI, and never run.
+
+Each `pyright: ignore` marks a mistake that the checker must find: it reports the comments that it does not need.
+"""
+
+import keras
+from typing_extensions import assert_type
+
+import keras_vdrop as kv
+from keras_vdrop.posterior import VariationalWeight
+from keras_vdrop.pruning import Sparsity
+from keras_vdrop.selection import Candidate
+
+dense = kv.VariationalDense(3, activation="relu", kernel_prior="ard", kl_weight=0.1)
+assert_type(dense, kv.VariationalDense)
+assert_type(dense.kernel, VariationalWeight)
+lstm = kv.VariationalLSTM(3, recurrent_dropout=0.1, tied_masks=False)
+kv.VariationalDense("three")  # pyright: ignore[reportArgumentType]
+kv.VariationalDense(3, estimator="local")  # pyright: ignore[reportArgumentType]
+kv.VariationalLSTM(3, estimator="local_reparameterization")  # pyright: ignore[reportArgumentType]
+
+model = keras.Sequential([keras.Input((4, 4)), lstm, dense])
+elbo = kv.ELBO(num_examples=3, schedule=lambda epoch: 0.1 * epoch)
+kv.ELBO(num_examples=3, per="step")  # pyright: ignore[reportArgumentType]
+kv.ELBO()  # pyright: ignore[reportCallIssue]
+
+assert_type(kv.prune(model), Sparsity)
+assert_type(kv.select_threshold(model, [1.0], [1]).chosen, Candidate | None)
+small: keras.Model = kv.compact(kv.to_variational(model, rank=None))
+kv.to_variational(model, dropout="gaussian")  # pyright: ignore[reportArgumentType]
+sampler = kv.MonteCarlo(model, num_samples=32, likelihood="categorical", output="samples")
+kv.MonteCarlo(model, output="draws")  # pyright: ignore[reportArgumentType]
+with kv.sampling(consistent=True):
+    model([1.0])
