@@ -255,11 +255,12 @@ class StochasticLayer(Rematerialized):
 
     def save_own_variables(self, store):
         # Keras's Dense and Conv would save only the kernel and the bias.
-        for key, variable in self._keys().items():
+        keys, scaled = self._keys(), self._scaled()
+        for key, variable in keys.items():
             store[key] = variable
-        rates = {scaled.factor for scaled in self._scaled().values()}
+        rates = {scaled[id(variable)].factor for variable in keys.values() if id(variable) in scaled}
         if rates:
-            (store[_RATE],) = map(np.float32, rates)  # all weights of a layer have one rate
+            (store[_RATE],) = map(np.float32, rates)  # all of the layer's own weights have one rate
         if self.seed_generator is not None:
             store[_SEED_STATE] = self.seed_generator.state
 
