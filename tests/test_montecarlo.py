@@ -719,7 +719,7 @@ def test_evaluate_refuses_y_and_weights_of_another_layout(likelihood, loss):
             sampler.evaluate(x, np.zeros(shape), verbose=0)
     if likelihood is not None:
         sampler = compiled()
-        with pytest.raises(ValueError, match="sample_weight of the shape"):
+        with pytest.raises(ValueError, match="sample_weight or mask of shape"):
             sampler.evaluate(x, np.zeros((3, 5)), sample_weight=np.ones((3, 4)), verbose=0)
 
 
