@@ -38,6 +38,9 @@ _HEAVY_MESSAGE = (
 
 _SEED_STATE = "seed_generator_state"
 
+# The key in files for what a stored log variance is to be multiplied by.
+_RATE = "log_variance_rate"
+
 # The results of `kl_cost` within the scope `kl_costs`, by posterior; None outside the scope.
 _costs = contextvars.ContextVar("costs", default=None)
 
@@ -253,9 +256,11 @@ class StochasticLayer(Rematerialized):
 
     def save_own_variables(self, store):
         # Keras's Dense and Conv would save only the kernel and the bias.
-        scaled = self._scaled()
         for key, variable in self._keys().items():
-            store[key] = scaled[id(variable)].value if id(variable) in scaled else variable
+            store[key] = variable
+        rates = {scaled.factor for scaled in self._scaled().values()}
+        if rates:
+            (store[_RATE],) = map(np.float32, rates)  # all weights of a layer have one rate
         if self.seed_generator is not None:
             store[_SEED_STATE] = self.seed_generator.state
 
@@ -272,7 +277,7 @@ class StochasticLayer(Rematerialized):
         return [each for each in posteriors(self) if isinstance(each, VariationalWeight)]
 
     def _scaled(self):
-        """Return each scaled log variance by the id of its variable; files hold the log variance, not the variable."""
+        """Return each scaled log variance by the id of its variable."""
         return {id(weight.log_variance.variable): weight.log_variance for weight in self._variational_weights()}
 
     def _value_before(self, variable):
@@ -285,13 +290,15 @@ class StochasticLayer(Rematerialized):
 
     def load_own_variables(self, store):
         found = {key: store[key] for key in set(store.keys())}  # a store lacks some methods of a dict
-        state = found.pop(_SEED_STATE, None)
+        state, rate = found.pop(_SEED_STATE, None), found.pop(_RATE, None)
         scaled = self._scaled()
         for key, variable in self._keys().items() if found else ():
             if key not in found and self._value_before(variable) is not None:
                 found[key] = self._value_before(variable)
             elif key in found and id(variable) in scaled:
-                found[key] = np.asarray(found[key]) / scaled[id(variable)].factor
+                # Values of the same rate stay as they are, bit for bit. Older files hold the log variance itself.
+                factor = (1.0 if rate is None else np.asarray(rate)) / np.float32(scaled[id(variable)].factor)
+                found[key] = np.asarray(found[key]) * factor
         keras.layers.Layer.save_own_variables(self, own := {})
         keys = {id(variable): key for key, variable in self._keys().items()}
         values = {index: found.pop(keys[id(each)]) for index, each in own.items() if keys[id(each)] in found}

@@ -84,7 +84,7 @@ def test_a_rate_that_is_none(value):
 
 @pytest.mark.parametrize("rates", [(1.0, 10.0), (10.0, 1.0), (5.0, 5.0)])
 @pytest.mark.parametrize("subject", KERNELS, ids=str)
-def test_weights_files_hold_nats(subject, rates, tmp_path):
+def test_weights_files_load_at_another_rate(subject, rates, tmp_path):
     model, other = (subject.replace(log_variance_rate=rate).model() for rate in rates)
     randomize(model)
     model.save_weights(tmp_path / "model.weights.h5")
