@@ -153,7 +153,7 @@ def convert(name):
 def main():
     parser = common.parser(__doc__, seeds=None)
     names = [*networks(), *(HUB if importlib.util.find_spec("keras_hub") else ())]
-    parser.add_argument("--only", nargs="+", choices=names, help="some of them")
+    parser.add_argument("--only", nargs="+", choices=names, help="run only these networks")
     options = parser.parse_args()
     options.seeds = 1  # rounding differences do not depend on the seed
     warnings.simplefilter("ignore")

@@ -339,9 +339,9 @@ def main():
     parser = common.parser(__doc__)
     parser.add_argument("--problems", nargs="+", choices=[*PROBLEMS], default=[*PROBLEMS])
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS])
-    parser.add_argument("--draws", type=int, default=64, help="to judge by")
-    parser.add_argument("--spread-draws", type=int, default=1000, help="to compare with whole weights")
-    parser.add_argument("--validation", action="store_true", help="judge by other data than those of the table")
+    parser.add_argument("--draws", type=int, default=64, help="draws for the scored predictions")
+    parser.add_argument("--spread-draws", type=int, default=1000, help="draws for the comparison with whole weights")
+    parser.add_argument("--validation", action="store_true", help="score on other data than the published table")
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.draws, options.spread_draws, options.kinds = 1, 8, 8, ["plain", "default"]

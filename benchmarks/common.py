@@ -22,23 +22,23 @@ def parser(description, learns=True, seeds=3):
     that argument out.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="made-up data and few steps, to see that it runs")
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the result; nothing is kept without it")
+    parser.add_argument("--quick", action="store_true", help="use generated data and few steps, to check that it runs")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the result; without it, nothing is saved")
     if learns:
         folder = os.environ.get("KERAS_VDROP_DATA")
-        parser.add_argument("--data", default=folder, help="folder of data (KERAS_VDROP_DATA)")
+        parser.add_argument("--data", default=folder, help="folder of data (default: KERAS_VDROP_DATA)")
         if seeds is not None:
-            parser.add_argument("--seeds", type=int, default=seeds, help="how many seeds, from 0 on")
-        parser.add_argument("--resume", action="store_true", help="make only the rows that --out does not hold yet")
-        parser.add_argument("--jobs", type=int, default=1, help="how many processes share the rows; needs --out")
+            parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, starting at 0")
+        parser.add_argument("--resume", action="store_true", help="compute only the rows that are not in --out yet")
+        parser.add_argument("--jobs", type=int, default=1, help="number of processes that share the rows; needs --out")
         parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def add_places(parser):
     """Add the arguments that select the backend and device, for `start_anew`."""
-    parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="in place of KERAS_BACKEND")
-    parser.add_argument("--device", choices=["cpu", "gpu"], help="in place of what the backend chooses")
+    parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="backend, instead of KERAS_BACKEND")
+    parser.add_argument("--device", choices=["cpu", "gpu"], help="device, instead of the backend's choice")
 
 
 def start_anew(backend, device):
@@ -75,11 +75,11 @@ def data_file(folder, *parts):
     """Return the path of a data file, or exit with a message that says what is missing and where to put it."""
     if folder is None:
         sys.exit(
-            f"Where are the data? Pass --data DIR with DIR/{'/'.join(parts)}, set KERAS_VDROP_DATA, or use --quick."
+            f"No data folder is set. Pass --data DIR with DIR/{'/'.join(parts)}, set KERAS_VDROP_DATA, or use --quick."
         )
     path = pathlib.Path(folder, *parts)
     if not path.is_file():
-        sys.exit(f"{path} is missing: put it there, or name another folder by --data.")
+        sys.exit(f"There is no file {path}. Put it there, or pass another folder as --data.")
     return path
 
 
@@ -156,7 +156,7 @@ def _learn_side_by_side(options, rows, settings):
     After an interruption, `--resume` reads those files.
     """
     if options.out is None:
-        sys.exit("--jobs needs --out, beside which every process keeps its rows.")
+        sys.exit("--jobs needs --out: each process saves its rows beside that file.")
     keep(options.out, {"options": settings, "rows": rows})
     for part in _parts(options):
         part.unlink()
@@ -169,7 +169,7 @@ def _learn_side_by_side(options, rows, settings):
     for part in _parts(options):
         part.unlink()
     if failed:
-        sys.exit(f"{failed} of {options.jobs} processes failed; --resume makes the rows that are missing.")
+        sys.exit(f"{failed} of {options.jobs} processes failed. Use --resume to compute the missing rows.")
 
 
 def _part(options, part):
@@ -189,7 +189,7 @@ def _add_rows(rows, path, settings):
         return
     kept = json.loads(path.read_text())
     if kept["options"] != settings:
-        sys.exit(f"{path} holds rows of other options, {kept['options']}: name another file, or drop --resume.")
+        sys.exit(f"{path} contains rows of other options: {kept['options']}. Pass another file, or omit --resume.")
     for name, each in kept["rows"].items():
         known = {row["seed"] for row in rows.setdefault(name, [])}
         rows[name] += [row for row in each if row["seed"] not in known]

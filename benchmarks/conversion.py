@@ -218,8 +218,8 @@ def main():
     parser = common.parser(__doc__, learns=False)
     common.add_places(parser)
     parser.add_argument("--networks", nargs="+", choices=[*FULL], default=[*FULL])
-    parser.add_argument("--repeats", type=int, default=15, help="steps of each")
-    parser.add_argument("--jit", choices=["off", "on"], nargs="+", default=["off"], help="compiled by XLA or not")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each model")
+    parser.add_argument("--jit", choices=["off", "on"], nargs="+", default=["off"], help="whether to compile with XLA")
     options = parser.parse_args()
     common.start_anew(options.backend, options.device)
     if options.quick:

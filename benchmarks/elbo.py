@@ -26,7 +26,7 @@ import keras_vdrop as kv
 from keras_vdrop.functional import kl
 
 NETWORKS = ("plain", "local_reparameterization", "defaults")
-COLUMNS = {"negative_elbo": "−ELBO", "nll": "NLL", "kl": "KL / N", "error": "test error %", "left": "weights left"}
+COLUMNS = {"negative_elbo": "−ELBO", "nll": "NLL", "kl": "KL / N", "error": "test error %", "left": "kept weights"}
 
 
 @keras.saving.register_keras_serializable(package="benchmarks")

@@ -455,11 +455,13 @@ def main():
     parser.add_argument("--problems", nargs="+", choices=[*PROBLEMS], default=[*PROBLEMS])
     parser.add_argument("--priors", nargs="+", choices=PRIORS, default=[*PRIORS])
     parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=[*ESTIMATORS])
-    parser.add_argument("--epochs", type=int, default=6, help="of all but the pooled network")
-    parser.add_argument("--examples", type=int, default=10_000, help="how many images to learn from")
-    parser.add_argument("--judged", type=int, default=3_000, help="how many images to judge by; a third, of the others")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of all networks except the pooled one")
+    parser.add_argument("--examples", type=int, default=10_000, help="number of training images")
+    parser.add_argument(
+        "--judged", type=int, default=3_000, help="number of scored images; a third as many from the other set"
+    )
     parser.add_argument("--draws", type=int, default=12)
-    parser.add_argument("--gradients", type=int, default=30, help="draws of the gradient")
+    parser.add_argument("--gradients", type=int, default=30, help="number of draws of the gradient")
     parser.add_argument("--repeats", type=int, default=30, help="timed steps of each network")
     options = parser.parse_args()
     if options.quick:

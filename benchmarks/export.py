@@ -115,12 +115,12 @@ def show(networks, formats):
 
 def main():
     parser = common.parser(__doc__, learns=False)
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the noise")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split, the weights and the noise")
     parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--temperature", type=float, default=0.3, help="of the KL; 1 is the ELBO")
+    parser.add_argument("--temperature", type=float, default=0.3, help="temperature of the KL; 1 is the ELBO")
     options = parser.parse_args()
     if keras.backend.backend() != "tensorflow":
-        sys.exit("Keras exports all of these formats from TensorFlow only.")
+        sys.exit("Keras exports all of these formats only with the TensorFlow backend.")
     if options.quick:
         options.epochs = 2
     data, (x, y) = demo.load_digits(options.seed)

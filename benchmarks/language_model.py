@@ -138,7 +138,7 @@ def learn(name, seed, data, size, options):
 
 
 def show(rows):
-    titles = f"{'training':>12}{'best epoch':>14}{'valid there':>14}{'valid at end':>14}{'test':>10}{'ratio':>8}"
+    titles = f"{'training':>12}{'best epoch':>14}{'valid at best':>14}{'valid at end':>14}{'test':>10}{'ratio':>8}"
     print(f"\n{'perplexity':<24}{titles}")
     for name, each in rows.items():
         best = [1 + int(np.argmin(row["valid"])) for row in each]
@@ -156,18 +156,22 @@ def show(rows):
 def main():
     parser = common.parser(__doc__)
     parser.add_argument(
-        "--tokens", type=int, default=100_000, help="of the training and of the validation text; 0 for all"
+        "--tokens", type=int, default=100_000, help="tokens of the training and of the validation text; 0 for all"
     )
-    parser.add_argument("--vocabulary", type=int, default=3_000, help="how many words; 0 for all")
-    parser.add_argument("--units", type=int, default=200, help="of the embedding and of each LSTM")
-    parser.add_argument("--layers", type=int, default=1, help="how many LSTMs")
+    parser.add_argument("--vocabulary", type=int, default=3_000, help="number of words in the vocabulary; 0 for all")
+    parser.add_argument("--units", type=int, default=200, help="units of the embedding and of each LSTM")
+    parser.add_argument("--layers", type=int, default=1, help="number of LSTMs")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=20, help="streams of text")
-    parser.add_argument("--steps", type=int, default=35, help="of time, over which gradients go back")
-    parser.add_argument("--rate", type=float, default=2e-3, help="Adam's first; it falls to a twentieth")
-    parser.add_argument("--dropout", type=float, default=0.25, help="each rate of the networks with dropout")
-    parser.add_argument("--log-variance", type=float, default=-8.0, help="the Bayesian networks' first")
-    parser.add_argument("--temperature", type=float, default=0.1, help="of the KL: 1 is the ELBO, less fits more")
+    parser.add_argument("--batch", type=int, default=20, help="number of text streams in a batch")
+    parser.add_argument("--steps", type=int, default=35, help="time steps through which gradients are propagated")
+    parser.add_argument("--rate", type=float, default=2e-3, help="Adam's initial rate, which falls to a twentieth")
+    parser.add_argument("--dropout", type=float, default=0.25, help="every dropout rate of the networks with dropout")
+    parser.add_argument(
+        "--log-variance", type=float, default=-8.0, help="initial log variance of the Bayesian networks"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.1, help="temperature of the KL; 1 is the ELBO, less fits more closely"
+    )
     parser.add_argument("--warmup", type=int, default=5, help="epochs over which the KL weight rises")
     options = parser.parse_args()
     if options.quick:

@@ -71,7 +71,7 @@ def _assign_block(layer, values, name):
 def _assign(layer, values):
     """Assign all weights of a layer, in the layer's order."""
     if len(layer.weights) != len(values):
-        raise ValueError(f"{layer.name!r} has {len(layer.weights)} weights. Received: {len(values)}")
+        raise ValueError(f"{layer.name!r} takes {len(layer.weights)} weights. Received: {len(values)}")
     for variable, value in zip(layer.weights, values):
         variable.assign(value)
 

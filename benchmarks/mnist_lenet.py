@@ -178,7 +178,7 @@ def learn_stages(options, data):
             ramp = min(each.ramp, epochs - 1)
             elbo = kv.ELBO(len(data["train"][0]), warmup_epochs=ramp, temperature=each.temperature)
             fit(model, data, epochs, each.flat, [elbo])
-            print(kv.prune(model, each.threshold), f"\n{error(model, data):.2f} % wrong", flush=True)
+            print(kv.prune(model, each.threshold), f"\n{error(model, data):.2f} % error", flush=True)
         yield model
 
 
@@ -327,7 +327,7 @@ def show(rows, options):
             print("  zero: " + ", ".join(f"{layer} {share:.2f} %" for layer, share in zeros.items()))
             for batch in of_seeds[0].get("speed", {}):
                 times = common.spread([row["speed"][batch]["times"] for row in of_seeds])
-                print(f"  {batch} images at once: {times} times as fast as the dense network")
+                print(f"  {batch} images per batch: {times} times as fast as the dense network")
     if options.images == "mnist":
         for name, (error, ratio) in PUBLISHED[options.net].items():
             print(f"{name:<52}{'-' if error is None else f'{error:.2f}':>16}{ratio:>16}")
@@ -338,12 +338,12 @@ def main():
     parser.add_argument("--net", choices=[*STAGES], default="300-100")
     parser.add_argument("--prior", choices=["ard", "log_uniform"], default="ard")
     parser.add_argument("--images", choices=["mnist", "fashion_mnist"], default="mnist")
-    parser.add_argument("--structured", action="store_true", help="pixels and units live and die together")
-    parser.add_argument("--validation", action="store_true", help="judge by 10,000 of the training images")
-    parser.add_argument("--epochs", type=int, help="of every round, in place of the recipe's")
+    parser.add_argument("--structured", action="store_true", help="prune whole pixels and units")
+    parser.add_argument("--validation", action="store_true", help="score on 10,000 of the training images")
+    parser.add_argument("--epochs", type=int, help="epochs of every round, instead of the recipe's")
     options = parser.parse_args()
     if options.structured and options.prior != "ard":
-        parser.error("--structured has an ARD prior over groups, and no other.")
+        parser.error("--structured needs the ARD prior over groups. Use --prior ard.")
     if options.quick:
         options.seeds, options.epochs = 1, options.epochs or 2
     data = images.load(options.data, None if options.quick else options.images, options.validation)

@@ -155,11 +155,13 @@ def _cell(rows, key):
 
 def main():
     parser = common.parser(__doc__)
-    parser.add_argument("--images", choices=[*OTHER], default="mnist", help="what to learn")
-    parser.add_argument("--ood", type=pathlib.Path, help="a file with x_test (N, 28, 28) in place of the other set")
-    parser.add_argument("--epochs", type=int, default=12, help="of all")
-    parser.add_argument("--temperature", type=float, default=0.3, help="of the KL: 1 is the ELBO")
-    parser.add_argument("--validation", action="store_true", help="judge by 10,000 of the training images")
+    parser.add_argument("--images", choices=[*OTHER], default="mnist", help="images to train on")
+    parser.add_argument(
+        "--ood", type=pathlib.Path, help="a file with x_test (N, 28, 28), used instead of the other set"
+    )
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of all networks")
+    parser.add_argument("--temperature", type=float, default=0.3, help="temperature of the KL; 1 is the ELBO")
+    parser.add_argument("--validation", action="store_true", help="score on 10,000 of the training images")
     options = parser.parse_args()
     if options.quick:
         options.epochs, options.seeds = 1, 1

@@ -118,7 +118,7 @@ def draw(rows, regression, path, colors):
 
 def main():
     parser = common.parser(__doc__, seeds=5)
-    parser.add_argument("--pictures", type=pathlib.Path, help="folder for the two pictures")
+    parser.add_argument("--pictures", type=pathlib.Path, help="folder for the two plots")
     options = parser.parse_args()
     if options.quick:
         options.seeds = 2

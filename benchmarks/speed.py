@@ -395,8 +395,10 @@ def main():
     parser = common.parser(__doc__, learns=False)
     common.add_places(parser)
     parser.add_argument("--topics", nargs="+", choices=list(TOPICS), default=list(TOPICS))
-    parser.add_argument("--repeats", type=int, default=30, help="steps of each network; a fifth, where they are long")
-    parser.add_argument("--plot", type=pathlib.Path, help="a picture of the growth")
+    parser.add_argument(
+        "--repeats", type=int, default=30, help="timed steps of each network; a fifth of them for long steps"
+    )
+    parser.add_argument("--plot", type=pathlib.Path, help="file for a plot of the growth")
     options = parser.parse_args()
     common.start_anew(options.backend, options.device)
     if options.quick:

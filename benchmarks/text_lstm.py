@@ -109,15 +109,21 @@ def learn(name, seed, data, size, options):
 
 def main():
     parser = common.parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=6, help="of the networks without a KL, which keep their best")
-    parser.add_argument("--dropout", type=float, default=0.5, help="each rate of the networks with dropout")
-    parser.add_argument("--rate", type=float, default=2e-3, help="Adam's first rate for the Bayesian networks")
-    parser.add_argument("--columns", type=int, default=4, help="epochs of the first step, one of them without KL")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of the networks without a KL; the best is kept")
+    parser.add_argument("--dropout", type=float, default=0.5, help="every dropout rate of the networks with dropout")
+    parser.add_argument("--rate", type=float, default=2e-3, help="Adam's initial rate for the Bayesian networks")
+    parser.add_argument("--columns", type=int, default=4, help="epochs of the first step, one of them without the KL")
     parser.add_argument("--single", type=int, default=8, help="epochs of the second step")
     parser.add_argument("--tuning", type=int, default=8, help="epochs of the third step")
-    parser.add_argument("--temperatures", type=float, nargs=3, default=[0.3, 0.6, 0.4], help="of the KL in each step")
-    parser.add_argument("--light", type=float, nargs=2, default=[0.1, 0.2], help="of the light KL, in two steps")
-    parser.add_argument("--threshold", type=float, default=2.0, help="on log alpha, after the second and third steps")
+    parser.add_argument(
+        "--temperatures", type=float, nargs=3, default=[0.3, 0.6, 0.4], help="temperature of the KL in each step"
+    )
+    parser.add_argument(
+        "--light", type=float, nargs=2, default=[0.1, 0.2], help="temperature of the light KL in the two steps"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=2.0, help="threshold on log alpha after the second and third steps"
+    )
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.epochs, options.columns, options.single, options.tuning = 1, 1, 2, 1, 1
@@ -127,7 +133,7 @@ def main():
     for name, each in rows.items():
         if "kernels" in each[0]:
             left = {of: f"{np.mean([row['kernels'][of] for row in each]):,.0f}" for of in each[0]["kernels"]}
-            print(f"{name}: left of " + ", ".join(f"{of} {count}" for of, count in left.items()))
+            print(f"{name}: kept weights of " + ", ".join(f"{of} {count}" for of, count in left.items()))
 
 
 if __name__ == "__main__":

@@ -77,14 +77,16 @@ def learn(name, seed, data, size, options):
 
 def main():
     parser = common.parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=15, help="of both; the twin keeps its best")
-    parser.add_argument("--rate", type=float, default=2e-3, help="Adam's first rate for the variational network")
-    parser.add_argument("--warmup", type=int, default=5, help="epochs over which the KL weight rises")
-    parser.add_argument("--tuning", type=int, default=6, help="how many of the epochs come after pruning")
     parser.add_argument(
-        "--temperature", type=float, default=0.3, help="of the KL: 1 is the ELBO, less keeps more weights"
+        "--epochs", type=int, default=15, help="epochs of both networks; the twin keeps its best weights"
     )
-    parser.add_argument("--dropout", type=float, default=0.5, help="of the twin")
+    parser.add_argument("--rate", type=float, default=2e-3, help="Adam's initial rate for the variational network")
+    parser.add_argument("--warmup", type=int, default=5, help="epochs over which the KL weight rises")
+    parser.add_argument("--tuning", type=int, default=6, help="how many of these epochs follow pruning")
+    parser.add_argument(
+        "--temperature", type=float, default=0.3, help="temperature of the KL; 1 is the ELBO, less keeps more weights"
+    )
+    parser.add_argument("--dropout", type=float, default=0.5, help="dropout rate of the twin")
     options = parser.parse_args()
     if options.quick:
         options.epochs, options.seeds, options.warmup, options.tuning = 2, 1, 1, 1

@@ -317,11 +317,11 @@ def show(rows):
 
 def main():
     parser = common.parser(__doc__)
-    parser.add_argument("--sets", nargs="+", default=list(SETS), help="names of files")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), help="names of the data sets")
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    parser.add_argument("--epochs", type=int, help="in place of 10,000 steps")
-    parser.add_argument("--draws", type=int, default=2_000, help="of all members together")
-    parser.add_argument("--rate", type=float, default=5e-3, help="Adam's first rate")
+    parser.add_argument("--epochs", type=int, help="number of epochs, instead of 10,000 steps")
+    parser.add_argument("--draws", type=int, default=2_000, help="number of draws of all members together")
+    parser.add_argument("--rate", type=float, default=5e-3, help="Adam's initial rate")
     options = parser.parse_args()
     options.seeds = 1
     if options.quick:

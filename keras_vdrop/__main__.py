@@ -20,24 +20,26 @@ def main(arguments=None):
     demo.add_argument(
         "--out",
         default="demo",
-        help="folder for the model and the picture, numbered where it is taken (default: %(default)s)",
+        help="folder for the model and the plot; gets a number if it is not empty (default: %(default)s)",
     )
-    demo.add_argument("--seed", type=_seed, default=0, help="of the split, the weights and the noise (default: 0)")
-    demo.add_argument("--quick", action="store_true", help="fewer epochs: to see it run, not to judge it by")
+    demo.add_argument("--seed", type=_seed, default=0, help="seed of the split, the weights and the noise (default: 0)")
+    demo.add_argument("--quick", action="store_true", help="train for few epochs, only to check that it runs")
     demo.add_argument("--beta", type=_beta, default=0.3, help="weight of the KL; 1 is the ELBO (default: %(default)s)")
 
-    report = commands.add_parser("report", help="how many weights a saved model needs, layer by layer")
-    compact = commands.add_parser("compact", help="save a smaller model of Keras's own layers that predicts the same")
+    report = commands.add_parser("report", help="print how many weights a saved model needs in each layer")
+    compact = commands.add_parser(
+        "compact", help="save a smaller model of Keras's own layers with the same predictions"
+    )
     for command in (report, compact):
         command.add_argument("model", type=pathlib.Path, help="a .keras file")
-        command.add_argument("--threshold", type=_finite, help="on log alpha (default: each layer's own)")
+        command.add_argument("--threshold", type=_finite, help="threshold on log alpha (default: that of each layer)")
     compact.add_argument("-o", "--out", type=pathlib.Path, required=True, help="the .keras file to write")
     compact.add_argument(
         "--data",
         type=pathlib.Path,
-        help="an .npz file on which to compare the two models: its arrays are the inputs, in the order of their names",
+        help="an .npz file of inputs on which the two models are compared; its arrays are sorted by name",
     )
-    compact.add_argument("--force", action="store_true", help="write over a file that is there")
+    compact.add_argument("--force", action="store_true", help="overwrite an existing file")
 
     options = parser.parse_args(arguments)
     run = {"demo": _demo, "report": _report, "compact": _compact}[options.command]
@@ -91,11 +93,11 @@ def _compact(options, parser):
     if options.out.suffix != ".keras":
         parser.error(f"--out must end in .keras, Keras's format. Received: {options.out}")
     if options.out.exists() and not options.force:
-        parser.error(f"{options.out} is there already: name another file, or pass --force.")
+        parser.error(f"{options.out} already exists. Choose another file, or pass --force.")
     if not options.out.parent.is_dir():
-        parser.error(f"The folder {options.out.parent} is not there.")
+        parser.error(f"There is no folder {options.out.parent}.")
     if options.out.is_dir():
-        parser.error(f"{options.out} is a folder.")
+        parser.error(f"--out must be a file. Received: {options.out}, a folder")
     _check_writable(options.out.parent)
     from keras_vdrop.compaction import compact
     from keras_vdrop.costs import file_sizes
@@ -126,7 +128,7 @@ def _load(path, parser):
     import keras
 
     if not path.is_file():
-        parser.error(f"{path} is not there.")
+        parser.error(f"There is no file {path}.")
     try:
         return keras.saving.load_model(path, compile=False)
     except Exception as error:  # a damaged file may raise any exception
@@ -135,9 +137,9 @@ def _load(path, parser):
 
 def _check_arrays(path, parser):
     if not path.is_file():
-        parser.error(f"{path} is not there.")
+        parser.error(f"There is no file {path}.")
     if not zipfile.is_zipfile(path):
-        parser.error(f"{path} is no .npz file, as numpy.savez writes it.")
+        parser.error(f"{path} is not an .npz file. Write one with numpy.savez.")
 
 
 def _arrays(path, count, parser):
@@ -150,7 +152,7 @@ def _arrays(path, count, parser):
     except Exception as error:  # a damaged file may raise any exception
         raise OSError(f"{path} can't be read: {type(error).__name__}: {error}") from error
     if len(arrays) != count:
-        parser.error(f"{path} must hold an array for each of {count} inputs of the model. It has: {', '.join(arrays)}")
+        parser.error(f"The model needs one array for each input: {count}. Received: {path} with {', '.join(arrays)}")
     x = list(arrays.values())
     return x[0] if count == 1 else x
 

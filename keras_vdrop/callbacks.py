@@ -137,7 +137,7 @@ class ELBO(keras.callbacks.Callback):
                     raise ValueError(f"`{name}` must be above 0. Received: {name}={value!r}")
         if not callable(schedule) and schedule not in SCHEDULES:
             raise ValueError(
-                f"`schedule` must be one of {sorted(SCHEDULES)} or a callable of the step. "
+                f"`schedule` must be one of {sorted(SCHEDULES)} or a callable that takes the step. "
                 f"Received: schedule={schedule!r}"
             )
         if per not in ("epoch", "batch"):
@@ -180,8 +180,8 @@ class ELBO(keras.callbacks.Callback):
         if self.start_epoch is None and self.warmup_epochs is None:
             if self._epochs is None:
                 raise ValueError(
-                    "The warm-up is a part of the epochs of `fit`, which are known there only. Received: "
-                    "start_epoch=None, warmup_epochs=None; give one of them."
+                    "By default the warm-up is a share of the epochs of `fit`, which are known only within `fit`. Pass "
+                    "`start_epoch` or `warmup_epochs`. Received: start_epoch=None, warmup_epochs=None"
                 )
             return self._epochs // 10, 3 * self._epochs // 10
         return self.start_epoch or 0, self.warmup_epochs or 0
@@ -189,8 +189,8 @@ class ELBO(keras.callbacks.Callback):
     def _batches_before(self, epoch):
         if epoch and not self._steps:
             raise ValueError(
-                "How many batches came before this epoch is not known, so a schedule of batches cannot go on. "
-                f"Received: initial_epoch={epoch}; pass `steps_per_epoch` to `fit`."
+                "The schedule counts batches, but the number of batches before this epoch is unknown. "
+                f"Pass `steps_per_epoch` to `fit`. Received: initial_epoch={epoch}"
             )
         return epoch * self._steps if epoch else 0
 
@@ -257,9 +257,9 @@ class ELBO(keras.callbacks.Callback):
             if own is not None and not math.isclose(own, self._full_weight, rel_tol=1e-6):
                 self._tell(
                     "own weight",
-                    f"`ELBO` sets the KL weight {self._full_weight:.3g} in place of the {own:.3g} that the layer "
-                    f"{layer.name!r} was given. Leave `kl_weight` out where `ELBO` sets it; a factor of the KL is its "
-                    "`temperature`.",
+                    f"`ELBO` sets the KL weight {self._full_weight:.3g} in place of the {own:.3g} that was passed to "
+                    f"the layer {layer.name!r}. Do not pass `kl_weight` to layers if you use `ELBO`. To scale the KL, "
+                    "pass `temperature` to `ELBO`.",
                 )
 
     def _tell(self, what, message):
@@ -283,10 +283,10 @@ class ELBO(keras.callbacks.Callback):
         self._steps = (self.params or {}).get("steps")
         if self._steps and self.num_examples < self._steps:
             raise ValueError(
-                f"There cannot be fewer training examples than steps of an epoch. Received: "
-                f"num_examples={self.num_examples} for {self._steps} steps; pass the number of examples, not of "
-                "batches: `num_examples=len(x)`. Where an epoch sees the same examples again, give `fit` "
-                "`steps_per_epoch=num_examples // batch_size`."
+                "`num_examples` must be at least the number of steps of an epoch. Pass the number of training "
+                "examples, not of batches: `num_examples=len(x)`. If an epoch repeats examples, pass "
+                "`steps_per_epoch=num_examples // batch_size` to `fit`. "
+                f"Received: num_examples={self.num_examples} for {self._steps} steps"
             )
         self._training, self._first_epoch, self._first_batch = True, True, True
         self._seen = None
@@ -348,9 +348,9 @@ class ELBO(keras.callbacks.Callback):
             check_outputs(self.model)
         if self._factor is None:
             raise ValueError(
-                "The KL cannot be weighed by itself for a model whose outputs are not known and whose `train_step` "
-                "does not call `compute_loss`. Pass `labels_per_example` to `ELBO`: the number of terms over which "
-                "the loss takes its mean in an example. Received: labels_per_example=None"
+                "`ELBO` cannot determine the weight of the KL for a model whose outputs are unknown and whose "
+                "`train_step` does not call `compute_loss`. Pass `labels_per_example` to `ELBO`: the number of terms "
+                "of an example over which the loss is a mean. Received: labels_per_example=None"
             )
         if self._pending:
             self._start()
@@ -360,9 +360,9 @@ class ELBO(keras.callbacks.Callback):
         batch_size = self._batch_size = 0 if examples is None else examples / steps
         if batch_size > self.num_examples or (self.num_examples == self._steps and batch_size > 1):
             raise ValueError(
-                f"`num_examples` must be the number of training examples. Received: num_examples={self.num_examples} "
-                f"for {self._steps or 'an unknown number of'} batches of {batch_size:g}; pass the number of examples, "
-                "not of batches: `num_examples=len(x)`."
+                "`num_examples` must be the number of training examples, not of batches. Pass `num_examples=len(x)`. "
+                f"Received: num_examples={self.num_examples} for {self._steps or 'an unknown number of'} batches of "
+                f"{batch_size:g} examples"
             )
 
     def on_test_begin(self, logs=None):
@@ -387,23 +387,23 @@ class ELBO(keras.callbacks.Callback):
         if self._seen > self.num_examples:
             self._tell(
                 "examples",
-                f"An epoch has seen {self._seen:.0f} examples, more than there are: num_examples={self.num_examples}. "
-                "Pass the number of training examples: `num_examples=len(x)`. Where an epoch sees the same examples "
-                "again, all is well.",
+                f"An epoch has seen {self._seen:.0f} examples, more than num_examples={self.num_examples}. "
+                "Pass the number of training examples: `num_examples=len(x)`. Ignore this warning if an epoch repeats "
+                "examples.",
             )
         elif labels > 1.5 and self._seen and math.isclose(self.num_examples, self._seen * labels, rel_tol=1e-6):
             self._tell(
                 "labels",
-                f"num_examples={self.num_examples} is the number of labels: {self._seen:.0f} examples of "
-                f"{labels:.0f}. `ELBO` weighs the KL for the labels of an example by itself: pass "
-                "`num_examples=len(x)`.",
+                f"num_examples={self.num_examples} is the number of labels: there are {self._seen:.0f} examples of "
+                f"{labels:.0f} labels each. Pass the number of examples: `num_examples=len(x)`. `ELBO` accounts for "
+                "the labels itself.",
             )
         elif self._seen and self._seen + self._batch_size <= self.num_examples:
             self._tell(
                 "examples",
-                f"An epoch has seen {self._seen:.0f} examples, fewer than there are: num_examples={self.num_examples}. "
-                "Pass the number of examples to learn from, without those that `validation_split` holds back. Where "
-                "`steps_per_epoch` ends an epoch early, all is well.",
+                f"An epoch has seen {self._seen:.0f} examples, fewer than num_examples={self.num_examples}. "
+                "Pass the number of training examples, without those that `validation_split` holds back. Ignore this "
+                "warning if `steps_per_epoch` ends an epoch early.",
             )
 
     def on_epoch_end(self, epoch, logs=None):
@@ -438,13 +438,13 @@ class ELBO(keras.callbacks.Callback):
         if not (stopped or self._record.without_kl):
             return
         if callable(self.schedule):
-            way_out = "See to a `schedule` that reaches 1."
+            way_out = "Use a `schedule` that reaches 1."
         else:
             end = sum(self._warmup())
             way_out = (
-                f"The warm-up ends at epoch {end}: let one `fit` have more epochs than that, with "
-                f"`start_from_epoch={end}` in `EarlyStopping`; or go on by `initial_epoch={self._next}` or with the "
-                "same `ELBO`; or pass `start_epoch=0, warmup_epochs=0`."
+                f"The warm-up ends at epoch {end}. Train for more epochs than that in one `fit`, and pass "
+                f"`start_from_epoch={end}` to `EarlyStopping`. Or continue with `initial_epoch={self._next}` or the "
+                "same `ELBO`. Or pass `start_epoch=0, warmup_epochs=0` to `ELBO`."
             )
         self._tell("beta", f"Training has ended with β = {beta:.2g}: the KL was not fully in the loss. {way_out}")
 
@@ -477,8 +477,8 @@ def _exclude_from_weight_decay(model):
     except ValueError as error:
         names = sorted({variable.name for variable in decayed})
         raise ValueError(
-            "Weight decay must not pull log variances to 0, which is a standard deviation of 1. Write, before the "
-            f"first step: `optimizer.exclude_from_weight_decay(var_names={names})`. Received: "
+            "Weight decay must not pull log variances to 0, which is a standard deviation of 1. Before the first "
+            f"step, call `optimizer.exclude_from_weight_decay(var_names={names})`. Received: "
             f"weight_decay={optimizer.weight_decay!r}"
         ) from error
 

@@ -45,8 +45,8 @@ def check_log_variance(name, value):
     check_finite(name, value)
     if not _LEAST_LOG_VARIANCE <= value <= _LARGEST_LOG_VARIANCE:
         raise ValueError(
-            f"`{name}` is the log of a variance, usually from −10 to 0, and from {_LEAST_LOG_VARIANCE} to "
-            f"{_LARGEST_LOG_VARIANCE}. Received: {name}={value!r}"
+            f"`{name}` must be between {_LEAST_LOG_VARIANCE} and {_LARGEST_LOG_VARIANCE}. It is a log variance, "
+            f"usually from −10 to 0. Received: {name}={value!r}"
         )
 
 
@@ -54,7 +54,7 @@ def check_policy(policy):
     """Raise a `ValueError` if a dtype policy quantizes weights."""
     if getattr(policy, "quantization_mode", None) is not None:
         raise ValueError(
-            "A distribution over weights cannot be quantized. Received: "
-            f"dtype={policy.name!r}; train with a policy of floats, such as "
-            f'"float32" or "mixed_float16", and quantize what `keras_vdrop.to_deterministic` gives.'
+            'A distribution over weights cannot be quantized. Train with a floating-point policy, such as "float32" or '
+            '"mixed_float16". Then quantize the model that `keras_vdrop.to_deterministic` returns. '
+            f"Received: dtype={policy.name!r}"
         )

@@ -148,7 +148,7 @@ def run(out="demo", seed=0, quick=False, beta=0.3):
     plain = train(network(layers.Dense, layers.Conv2D), x, y, epochs)
     print("\nWith Keras's Dropout(0.5)")
     dropout = train(network(layers.Dense, layers.Conv2D, dropout=0.5), x, y, epochs)
-    print(f"\nVariational, the weight of the KL rising to {beta:g} / {len(x)} over the first half")
+    print(f"\nVariational: the KL weight rises to {beta:g} / {len(x)} over the first half of the epochs")
     elbo = kv.ELBO(num_examples=len(x), schedule=lambda epoch: beta * min(1.0, 2 * epoch / epochs))
     model = network(*(functools.partial(cls, **SLOW) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
     train(model, x, y, epochs, [elbo, kv.SparsityLogger()], rate=6e-3)
@@ -176,11 +176,11 @@ def run(out="demo", seed=0, quick=False, beta=0.3):
     replace(out / "model.keras", model.save)
     again = keras.saving.load_model(out / "model.keras")
     same = np.array_equal(probabilities(again, x_test), probabilities(model, x_test))
-    print(f"\n{out / 'model.keras'}: written; reloaded, its predictions are {'equal' if same else 'DIFFERENT'}.")
-    print(f"{out / 'digits.png'}: written.")
+    print(f"\nWrote {out / 'model.keras'}. After reloading, its predictions are {'equal' if same else 'DIFFERENT'}.")
+    print(f"Wrote {out / 'digits.png'}.")
     print(
-        "\nWhat to do next: put kv.VariationalDense, VariationalConv2D or VariationalLSTM where you have the Keras"
-        "\nlayer, pass kv.ELBO(num_examples=len(x)) to fit, print(kv.sparsity(model)), then kv.prune(model)."
+        "\nNext steps: replace your Keras layers by kv.VariationalDense, VariationalConv2D or VariationalLSTM,"
+        "\npass kv.ELBO(num_examples=len(x)) to fit, print(kv.sparsity(model)), then call kv.prune(model)."
     )
     print(f"({time.monotonic() - start:.0f} s on the {keras.backend.backend()} backend)")
     return 0 if same else 1

@@ -144,18 +144,18 @@ class Record:
         nll, kl = self._nlls[-1], weight * self._kl / num_examples
         size = max(abs(nll), _LEAST_NLL)
         factor = "" if weight == 1.0 else f"{weight:.2g}·"
-        figures = f"{factor}KL/num_examples is {kl:.3g} nats an example beside an NLL of {nll:.3g}"
+        figures = f"{factor}KL/num_examples is {kl:.3g} nats per example, compared with an NLL of {nll:.3g}"
         if kl > _SHARE * size and self._has_hardly_moved():
             return {
-                "stays": "The posterior has hardly moved and is still on its way: in training so far the log variances "
-                f"have changed by {_distance(self._start, self._end):.2g} on average, to {self._end.mean():.3g}, and "
-                f"{figures}. What the model says of its certainty is that of its initial values. Train longer, or with "
-                "a higher learning rate: 3 to 10 times as high, falling towards the end."
+                "stays": "The posterior has hardly moved and has not converged. So far the log variances have changed "
+                f"by {_distance(self._start, self._end):.2g} on average, to a mean of {self._end.mean():.3g}, and "
+                f"{figures}. The uncertainty of predictions is still that of the initial values. Train longer, or at a "
+                "learning rate 3 to 10 times as high that falls towards the end."
             }
         if kl > 10 * size:
             return {
-                "dwarfs": f"The KL dwarfs the data: {figures}. Train longer or with a higher learning rate, choose a "
-                "prior closer to the weights' scale or a smaller model, or weigh the KL less by `temperature`."
+                "dwarfs": f"The KL dwarfs the NLL: {figures}. Train longer or at a higher learning rate. Or use a "
+                "prior closer to the scale of the weights, a smaller model, or a lower `temperature`."
             }
         return {}
 
@@ -190,9 +190,9 @@ class Record:
         if not gone or last - best < 0.1 * abs(best) + 0.1:
             return {}
         return {
-            "collapsed": f"Pruning has collapsed: no weight is left in {', '.join(map(repr, gone))}, and the NLL of an "
-            f"example has risen from {best:.3g} to {last:.3g} with β. Let the KL rise later and more slowly "
-            "(`start_epoch`, `warmup_epochs`), weigh it less (`temperature`), or train at a lower learning rate."
+            "collapsed": f"Pruning has collapsed: no weights are kept in {', '.join(map(repr, gone))}, and the mean "
+            f"NLL of an example has risen from {best:.3g} to {last:.3g}. Let the KL rise later and more slowly "
+            "(`start_epoch`, `warmup_epochs`), or lower the `temperature` or the learning rate."
         }
 
     def _log_variances(self):
@@ -206,9 +206,9 @@ def _statistics_of_noise(model):
         return {}
     what = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return {
-        "normalization": f"BatchNormalization has seen the noise of the weights, and its moving variances include it "
-        f"({what}). `predict` adds no noise: call `keras_vdrop.update_batch_normalization(model, x)` before it, and "
-        "before `select_threshold` and `compact`. `MonteCarlo` needs no such call."
+        "normalization": "The moving variances of BatchNormalization include the noise of the weights "
+        f"({what}), but `predict` adds no noise. Call `keras_vdrop.update_batch_normalization(model, x)` before "
+        "`predict`, `select_threshold` and `compact`. `MonteCarlo` does not need this call."
     }
 
 

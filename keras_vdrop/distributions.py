@@ -78,7 +78,7 @@ def config_of(value):
     try:
         return np.asarray(value, "float64").tolist()
     except (TypeError, ValueError):
-        raise ValueError(f"A prior made from {value!r} cannot be saved; make it from numbers.") from None
+        raise ValueError(f"A prior created from {value!r} cannot be saved. Create it from numbers.") from None
 
 
 def from_config(config):

@@ -95,7 +95,7 @@ class NegativeLogLikelihood(keras.losses.Loss):
 
     def values(self, y_true, y_pred):
         """Compute −log p of each number, (B, ...), from `y_true` and `y_pred` as tensors."""
-        what = f"numbers (B, ...) and parameters (B, ..., {self.num_parameters})"
+        what = f"`y_true` (B, ...) and parameters (B, ..., {self.num_parameters})"
         y = targets(y_true, y_pred, what, self.num_parameters)
         return -self.log_prob(y, y_pred)
 
@@ -184,7 +184,7 @@ class StudentTNLL(NegativeLogLikelihood):
 
     def moments(self, parameters):
         if self.df <= 2:
-            raise ValueError(f"With 2 degrees of freedom or fewer, the variance is infinite. Received: df={self.df:g}")
+            raise ValueError(f"`df` must be above 2, or the variance is infinite. Received: df={self.df:g}")
         return parameters[..., 0], self.df / (self.df - 2.0) * ops.square(likelihoods.scale_of(parameters[..., 1]))
 
     def get_config(self):
@@ -257,7 +257,8 @@ class DistributionNLL(NegativeLogLikelihood):
     def __init__(self, distribution_fn, name=None, reduction="sum_over_batch_size", dtype=None):
         if not callable(distribution_fn):
             raise ValueError(
-                f"`distribution_fn` must be a callable of the outputs. Received: distribution_fn={distribution_fn!r}"
+                "`distribution_fn` must be a callable that takes the outputs. "
+                f"Received: distribution_fn={distribution_fn!r}"
             )
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.distribution_fn = distribution_fn
@@ -272,8 +273,8 @@ class DistributionNLL(NegativeLogLikelihood):
         y = aligned(y_true, drawn, sizes)
         if y is None:
             raise ValueError(
-                f"Expected y of the shape of a draw of the distribution. Received: shapes {tuple(y_true.shape)} and "
-                f"{drawn}"
+                "`y_true` must have the shape of a draw from the distribution. "
+                f"Received: shapes {tuple(y_true.shape)} and {drawn}"
             )
         return -distribution.log_prob(y)
 

@@ -173,7 +173,7 @@ class NormalCoverage(_Mean):
 
     def __init__(self, level=0.9, name="coverage", dtype=None):
         if not 0.0 < level < 1.0:
-            raise ValueError(f"`level` must lie between 0 and 1, as 0.9 does. Received: level={level}")
+            raise ValueError(f"`level` must be between 0 and 1, such as 0.9. Received: level={level}")
         super().__init__(name, dtype)
         self.level = level
 
@@ -192,7 +192,7 @@ class _OfParameters(_Mean):
         likelihood = NormalNLL() if likelihood is None else likelihood
         if not isinstance(likelihood, Likelihood):
             raise ValueError(
-                f"`likelihood` must be one of `keras_vdrop.losses`, such as NormalNLL(). "
+                f"`likelihood` must be a loss of `keras_vdrop.losses`, such as `NormalNLL()`. "
                 f"Received: likelihood={likelihood!r}"
             )
         super().__init__(name, dtype)
@@ -213,8 +213,8 @@ class _OfParameters(_Mean):
             y = aligned(y_true, mean.shape, ops.shape(mean))
             if y is None:
                 raise ValueError(
-                    "Expected y of the shape of the distribution's mean. "
-                    f"Received: shapes {tuple(y_true.shape)} and {tuple(mean.shape)}"
+                    "`y_true` must have the shape of the distribution's mean. "
+                    f"Received: y_true of shape {tuple(y_true.shape)} and a mean of shape {tuple(mean.shape)}"
                 )
         else:
             y = targets(y_true, y_pred, f"numbers (B, ...) and parameters (B, ..., {size})", size)
@@ -251,7 +251,7 @@ class RootMeanSquaredError(_OfParameters):
         1.4142
     """
 
-    of_prediction = "Give `keras.metrics.RootMeanSquaredError()`."
+    of_prediction = "Use `keras.metrics.RootMeanSquaredError()`."
 
     def __init__(self, likelihood=None, name="rmse", dtype=None):
         super().__init__(likelihood, name, dtype)
@@ -274,7 +274,7 @@ class MeanAbsoluteError(_OfParameters):
         y_true, y_pred, sample_weight: As for `RootMeanSquaredError`.
     """
 
-    of_prediction = "Give `keras.metrics.MeanAbsoluteError()`."
+    of_prediction = "Use `keras.metrics.MeanAbsoluteError()`."
 
     def __init__(self, likelihood=None, name="mae", dtype=None):
         super().__init__(likelihood, name, dtype)
@@ -297,7 +297,7 @@ class NegativeLogLikelihood(_OfParameters):
         y_true, y_pred, sample_weight: As for `RootMeanSquaredError`.
     """
 
-    of_prediction = "Leave it out: the loss that `evaluate` gives is the NLL, summed over what an example holds."
+    of_prediction = "Remove it: the loss that `evaluate` returns is the NLL, summed over the numbers of an example."
 
     def __init__(self, likelihood=None, name="negative_log_likelihood", dtype=None):
         super().__init__(likelihood, name, dtype)

@@ -37,7 +37,7 @@ def update_batch_normalization(model: keras.Model, x: Any, batch_size: int = 128
     """
     check_positive_int("batch_size", batch_size)
     if hasattr(model, "consistent") and isinstance(getattr(model, "model", None), keras.Model):  # a `MonteCarlo`
-        raise ValueError(f"{type(model).__name__} draws weights: pass its `.model`, which predicts without noise.")
+        raise ValueError(f"A {type(model).__name__} draws weights. Pass its `.model`, which predicts without noise.")
     layers = [each for each in model._flatten_layers() if _is_normalization(each)]
     seen = 0
     with contextlib.ExitStack() as stack:
@@ -101,7 +101,7 @@ def _batches(x, batch_size):
     x = keras.tree.map_structure(keras.ops.convert_to_numpy, x)
     rows = {len(each) for each in keras.tree.flatten(x)}
     if len(rows) > 1:
-        raise ValueError(f"The arrays in `x` must have as many rows as each other. Received: {sorted(rows)} rows")
+        raise ValueError(f"The arrays in `x` must have the same number of rows. Received: {sorted(rows)} rows")
     for begin in range(0, max(rows, default=0), batch_size):
         of_batch = slice(begin, begin + batch_size)
         yield keras.tree.map_structure(operator.itemgetter(of_batch), x)

@@ -65,8 +65,8 @@ _CLASSES = {
 }
 
 _WAY_OUT = (
-    "Pass `labels_per_example` to `ELBO`: the number of terms over which the loss takes its mean in an example, 1 "
-    "where it sums over the example"
+    "Pass `labels_per_example` to `ELBO`: the number of terms of an example over which the loss is a mean, or 1 if it "
+    "sums over the example"
 )
 
 Output = collections.namedtuple("Output", ["name", "shape", "masked"])
@@ -94,7 +94,7 @@ def outputs_of(y_pred, names=None):
         named = list(zip(names, tensors))
     if any(isinstance(tensor, (dict, list, tuple)) for _, tensor in named):
         raise ValueError(
-            f"The KL cannot be weighed by itself for outputs within outputs. {_WAY_OUT}. Received: outputs={y_pred}"
+            f"`ELBO` cannot determine the weight of the KL for nested outputs. {_WAY_OUT}. Received: outputs={y_pred}"
         )
     return [Output(name, tuple(tensor.shape), mask_of(tensor) is not None) for name, tensor in named]
 
@@ -122,7 +122,7 @@ def likelihood_factor(outputs, loss, loss_weights=None, likelihood_scale=None):
     ]
     if likelihood_scale is not None and not any(term.is_mse for term in terms):
         raise ValueError(
-            "`likelihood_scale` takes a model whose loss is the mean squared error. Received: "
+            "`likelihood_scale` requires a model whose loss is the mean squared error. Received: "
             f"likelihood_scale={likelihood_scale!r} for loss={loss!r}"
         )
     nats = [2.0 * likelihood_scale**2 if likelihood_scale and term.is_mse else 1.0 for term in terms]
@@ -131,9 +131,9 @@ def likelihood_factor(outputs, loss, loss_weights=None, likelihood_scale=None):
         right = {term.name: float(f"{term.labels / unit:.6g}") for term, unit in zip(terms, nats)}
         given = {term.name: term.weight for term in terms}
         raise ValueError(
-            "The losses of the outputs are means over different numbers of labels, so their weighted sum is not the "
-            f"likelihood of an example. Pass `loss_weights={right}` to `compile` (or multiples of these), or, if the "
-            "weights are meant so, `labels_per_example` to `ELBO`: the KL is then divided by it. "
+            "The losses of the outputs are means over different numbers of labels, so their weighted sum is not "
+            f"proportional to the NLL of an example. Pass `loss_weights={right}` to `compile`, or multiples of these. "
+            "If you want to keep your weights, pass `labels_per_example` to `ELBO`. It divides the KL by that number. "
             f"Received: loss_weights={given}"
         )
     return factors[0]
@@ -155,8 +155,9 @@ def labels_of(loss, output):
     reduction = getattr(instance, "reduction", "sum_over_batch_size")
     if reduction not in ("sum_over_batch_size", "mean"):
         raise ValueError(
-            f"The KL cannot be weighed for a loss that is not a mean over the batch. {_WAY_OUT}, or take "
-            f'`reduction="sum_over_batch_size"`. Received: reduction={reduction!r} in loss={loss!r}'
+            "`ELBO` cannot determine the weight of the KL for a loss that is not a mean over the batch. "
+            f'{_WAY_OUT}. Or pass `reduction="sum_over_batch_size"` to the loss. '
+            f"Received: reduction={reduction!r} in loss={loss!r}"
         )
     if cls is not None and issubclass(cls, _SUMS):
         return 1
@@ -164,7 +165,7 @@ def labels_of(loss, output):
         if _size(output.shape[1:]) == 1:
             return 1
         raise ValueError(
-            f"Over how many terms of an example a loss of one's own takes its mean cannot be known. {_WAY_OUT}. "
+            f"`ELBO` cannot determine over how many terms of an example a custom loss is a mean. {_WAY_OUT}. "
             f"Received: loss={loss!r} for the output {output.name!r} of shape {output.shape}"
         )
     config = {} if instance is None else instance.get_config()
@@ -174,11 +175,11 @@ def labels_of(loss, output):
     labels = _size(sizes[1:])
     masked = output.masked or config.get("ignore_class") is not None
     if labels is None or (masked and labels > 1):
-        what = "is masked" if masked else "has examples of an unknown number of labels"
+        what = "is masked" if masked else "has an unknown number of labels per example"
         raise ValueError(
-            f"The KL cannot be weighed by itself, since the output {output.name!r} {what}, and the loss is a mean over "
-            f"the labels of a batch. {_WAY_OUT}, on average over the examples; or take a loss of "
-            f"`keras_vdrop.losses`. Received: loss={loss!r} for outputs of shape {output.shape}"
+            f"`ELBO` cannot determine the weight of the KL: the output {output.name!r} {what}, and the loss is a mean "
+            f"over the labels of a batch. {_WAY_OUT}. Pass the average of this number over the examples, or use a loss "
+            f"of `keras_vdrop.losses`. Received: loss={loss!r} for outputs of shape {output.shape}"
         )
     return labels
 
@@ -193,8 +194,8 @@ def compiled_loss_weights(model):
         return compile_config(model).get("loss_weights")
     except Exception as error:
         raise ValueError(
-            f"The `loss_weights` of {model.name!r} cannot be read from its compile config ({error}). {_WAY_OUT}, "
-            "divided by the weight of the loss."
+            f"The `loss_weights` of {model.name!r} cannot be read from its compile config ({error}). {_WAY_OUT}. "
+            "Divide this number by the weight of the loss."
         ) from error
 
 
@@ -202,7 +203,7 @@ def require_loss(model):
     """Raise a `ValueError` if `compile` was given no loss, so that nothing is known about the data part."""
     if model.loss is None:
         raise ValueError(
-            "The KL cannot be weighed by itself for a model that is compiled without a `loss`. "
+            "`ELBO` cannot determine the weight of the KL for a model that is compiled without a `loss`. "
             f"{_WAY_OUT}. Received: loss=None in {model.name!r}"
         )
 
@@ -239,14 +240,13 @@ def _by_output(outputs, loss, loss_weights):
         if isinstance(value, dict):
             if not set(value) <= set(names):
                 raise ValueError(
-                    f"`{what}` names outputs that are not known. {_WAY_OUT}. Received: {what}={value} for outputs "
-                    f"{names}"
+                    f"`{what}` names unknown outputs. {_WAY_OUT}. Received: {what}={value} for outputs {names}"
                 )
             return [value.get(name) for name in names]
         if isinstance(value, (list, tuple)):
             if len(value) != len(names):
                 raise ValueError(
-                    f"`{what}` has not one entry for each output. {_WAY_OUT}. Received: {what}={value} for outputs "
+                    f"`{what}` must have one entry for each output. {_WAY_OUT}. Received: {what}={value} for outputs "
                     f"{names}"
                 )
             return list(value)
@@ -260,7 +260,7 @@ def _by_output(outputs, loss, loss_weights):
     shares = [share for share in shares if share[1] is not None and share[2] != 0]
     if not shares or any(weight < 0 for _, _, weight in shares):
         raise ValueError(
-            f"No loss with a positive weight is known. {_WAY_OUT}. Received: loss={loss!r}, "
-            f"loss_weights={loss_weights!r}"
+            f"Expected at least one loss with a positive weight, and no negative weights. {_WAY_OUT}. "
+            f"Received: loss={loss!r}, loss_weights={loss_weights!r}"
         )
     return shares

@@ -159,9 +159,9 @@ class Observer:
             return
         self._owners.add(id(layer))  # warn only once
         warnings.warn(
-            f"The layer {layer.name!r} is called within {self.model.name!r}, but is none of its layers, such as one "
-            "that a `Lambda` or another function calls: it does not learn, and its KL is not in the loss. Call it in "
-            "the model's graph, or make it an attribute of the model or of a layer of your own.",
+            f"The layer {layer.name!r} is called within {self.model.name!r}, but is not one of its layers. This "
+            "happens if a `Lambda` or another function calls it. The layer does not learn, and its KL is not in the "
+            "loss. Call it in the model's graph, or make it an attribute of the model or of a custom layer.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -71,9 +71,9 @@ def check_activation(model, name=None, stacklevel=2):
     least, most = (f"{end:.3g}" for end in (scale.min(), scale.max()))
     reach = f"at least {least}" if raw.max() > 50 else f"between {least} and {most}"
     warnings.warn(
-        f"The outputs of {model.name!r}{f' for {name!r}' if name else ''} are a distribution's parameters, and end in "
-        f"the activation {activation!r}: of a raw scale it makes one whose scale is {reach}, and it binds the mean as "
-        "well. End the model without an activation; the loss makes the scale positive.",
+        f"The outputs of {model.name!r}{f' for {name!r}' if name else ''} are the parameters of a distribution, but "
+        f"the model ends with the activation {activation!r}. It restricts the mean, and the scale is always {reach}. "
+        "Remove the activation: the loss makes the scale positive.",
         stacklevel=stacklevel + 1,
     )
 
@@ -116,9 +116,9 @@ def check_outputs(model, stacklevel=2):
         wrong = [metric for metric in _keras_names(given) if metric.lower().replace("_", "") in _OF_A_POINT]
         if wrong:
             warnings.warn(
-                f"The metric {wrong[0]!r} compares y with all the parameters that {model.name!r} gives, the raw scale "
-                "among them: use `keras_vdrop.metrics.RootMeanSquaredError`, or `MeanAbsoluteError`, which take the "
-                "mean.",
+                f"The metric {wrong[0]!r} compares y with all the parameters that {model.name!r} returns, including "
+                "the raw scale. Use `keras_vdrop.metrics.RootMeanSquaredError` or `MeanAbsoluteError`, which compare y "
+                "with the mean.",
                 stacklevel=stacklevel + 1,
             )
 

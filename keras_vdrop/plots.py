@@ -30,7 +30,7 @@ def _statistic(predictions, name, likelihood):
     """Return one statistic of `Predictions`, or raise a `ValueError` that names the likelihood it needs."""
     if name not in predictions:
         raise ValueError(
-            f"The predictions must have `{name}`, as those of a MonteCarlo with likelihood={likelihood} do. "
+            f"The predictions must contain `{name}`. Use a MonteCarlo with likelihood={likelihood}. "
             f"Received: {sorted(predictions)}"
         )
     return np.asarray(predictions[name])
@@ -80,7 +80,7 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     ax.hist(values[~pruned], edges, color=COLORS[0], label=f"kept ({(~pruned).sum():,})")
     ax.hist(values[pruned], edges, color="0.75", label=f"pruned ({pruned.sum():,})")
     ax.axvline(threshold, color=COLORS[1], linestyle="--", label=f"threshold {threshold:g}")
-    ax.set(yscale="log", xlabel="log α (noise over signal)", ylabel="weights", title="How noisy each weight is")
+    ax.set(yscale="log", xlabel="log α (noise over signal)", ylabel="weights", title="Noise of the weights")
     ax.set_ylim(top=20 * ax.get_ylim()[1])  # room for the legend
     ax.legend(loc="upper left")
     return ax
@@ -116,7 +116,7 @@ def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
     for row, (weight, value, live, limit) in enumerate(zip(weights, values, alive, limits)):
         left = ~_pruned(weight, threshold)
         kept, pruned = (np.histogram(value[live & which], edges)[0] for which in (left, ~left))
-        left_of.append(f"{left.sum():,} of {left.size:,} left")
+        left_of.append(f"{left.sum():,} of {left.size:,} kept")
         heights = np.cumsum([np.zeros_like(kept), kept, pruned], axis=0)
         heights = -row + 0.8 * heights / max(heights.max(), 1)
         labels = ("kept", "pruned", "threshold") if row == 0 else (None, None, None)
@@ -127,7 +127,7 @@ def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
     names = [f"{layer}/{w.name}" if layers.count(layer) > 1 else layer for layer, w in zip(layers, weights)]
     ax.set_yticks([0.4 - row for row in range(len(weights))], [f"{a}\n{b}" for a, b in zip(names, left_of)])
     ax.tick_params(axis="y", length=0)
-    ax.set(xlabel="log α (noise over signal)", title="How noisy the weights of each layer are", xlim=edges[[0, -1]])
+    ax.set(xlabel="log α (noise over signal)", title="Noise of the weights of each layer", xlim=edges[[0, -1]])
     ax.set_ylim(0.8 - len(weights), 1.6)
     ax.legend(loc="upper left", ncols=3, fontsize="small", handlelength=1.4, columnspacing=1.2)
     return ax
@@ -147,13 +147,13 @@ def metric_against_ratio(choice, ax=None):
 
     ax = _axes(ax)
     rows = [row for row in choice.candidates if row.left]
-    ax.axhline(choice.reference, color="0.5", linewidth=1, label="as it is")
+    ax.axhline(choice.reference, color="0.5", linewidth=1, label="unchanged")
     ax.axhline(choice.limit, color="0.5", linestyle=":", label="limit")
     ax.plot([row.ratio for row in rows], [row.value for row in rows], color=COLORS[0], marker="o", markersize=4)
     if choice.chosen is not None and choice.chosen.left:
         label = f"chosen: threshold {choice.threshold:.3g}, {choice.chosen.ratio:.3g}x"
         ax.plot(choice.chosen.ratio, choice.chosen.value, "D", color=COLORS[1], markersize=8, label=label)
-    ax.set(xscale="log", xlabel="weights ÷ weights left", ylabel=choice.metric, title="What pruning costs")
+    ax.set(xscale="log", xlabel="weights ÷ kept weights", ylabel=choice.metric, title="Cost of pruning")
     ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}x"))
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     ax.legend(loc="best")
@@ -185,7 +185,7 @@ def metric_against_weights(left, samples, mean=None, chosen=None, metric="accura
         ax.plot(left, mean, color=COLORS[2], marker="s", markersize=3, label="posterior mean")
     if chosen is not None:
         ax.axvline(chosen, color=COLORS[1], linestyle="--", label=f"chosen: {chosen:,}")
-    ax.set(xscale="log", xlabel="weights left", ylabel=metric, title=f"{metric.capitalize()} against size")
+    ax.set(xscale="log", xlabel="kept weights", ylabel=metric, title=f"{metric.capitalize()} against size")
     wide = max(left) > 50 * max(min(left), 1)
     ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if wide else (1, 2, 5)))
     ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
@@ -218,14 +218,14 @@ def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=No
     spread = 2 * np.sqrt(bins.confidence * (1 - bins.confidence) / bins.count)
     if binning == "width":
         centre = (np.ceil(bins.confidence * num_bins - calibration.EDGE) - 0.5) / num_bins
-        ax.bar(centre, share, 0.96 / num_bins, color="0.85", label="share of the rows")
+        ax.bar(centre, share, 0.96 / num_bins, color="0.85", label="share of rows")
     ax.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, label="calibrated")
     label = f"model, ECE {100 * error:.1f} %"
     low, high = np.minimum(spread, bins.accuracy), np.minimum(spread, 1 - bins.accuracy)
     ax.errorbar(
         bins.confidence, bins.accuracy, [low, high], color=COLORS[0], marker="o", markersize=5, capsize=2, label=label
     )
-    ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy", title="How often it is right")
+    ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy", title="Reliability diagram")
     ax.legend(loc="best")
     return ax
 
@@ -260,7 +260,7 @@ def entropy_histogram(inside, outside, name=None, ax=None, bins=40):
         heights = np.histogram(values, edges)[0] / len(values)
         ax.stairs(heights, edges, fill=True, color=color, alpha=0.35)
         ax.stairs(heights, edges, color=color, linewidth=1.5, label=f"{label} ({len(values):,})")
-    ax.set(xlabel=name, ylabel="share of the rows", title=f"In and out of distribution: AUROC {area:.3f}")
+    ax.set(xlabel=name, ylabel="share of rows", title=f"In and out of distribution: AUROC {area:.3f}")
     ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
     ax.legend(loc="best")
     return ax
@@ -290,8 +290,8 @@ def risk_coverage(uncertainty, loss, label="model", name="error", ax=None):
     area = f"AURC {detection.aurc(uncertainty, loss):.3g}"
     ax.plot(coverage, risk, color=color, label=f"{label}, {area}")
     ax.plot(*detection.risk_coverage(loss, loss), color=color, linestyle=":", label=f"{label}, best order")
-    ax.set(xlim=(0, 1), xlabel="coverage (rows answered, the surest first)", ylabel=f"risk ({name} of those)")
-    ax.set_title("What answering fewer rows saves")
+    ax.set(xlim=(0, 1), xlabel="coverage (rows answered, least uncertain first)", ylabel=f"risk ({name} of these rows)")
+    ax.set_title("Risk against coverage")
     ax.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
     if loss.min() >= 0 and loss.max() <= 1:
         ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
@@ -310,7 +310,7 @@ def _band_of(x, predictions):
     else:
         variances = (np.asarray(predictions[f"{kind}_variance"]) for kind in ("aleatoric", "epistemic"))
     if mean.size != len(mean):
-        raise ValueError(f"A band takes one number a row. Received: a `mean` of the shape {mean.shape}")
+        raise ValueError(f"A band needs one number per row. Received: a `mean` of the shape {mean.shape}")
     return (np.ravel(each) for each in (x, mean, *variances))
 
 
@@ -345,7 +345,7 @@ def regression_band(x, mean, aleatoric_variance=None, epistemic_variance=None, o
     ax.plot(x, mean, color=COLORS[0], label="mean")
     if observed is not None:
         ax.plot(*observed, ".", color="0.15", markersize=4, label="observed")
-    ax.set(xlabel="x", ylabel="y", title="How sure the model is, and how noisy the data")
+    ax.set(xlabel="x", ylabel="y", title="Uncertainty of the model and noise of the data")
     ax.margins(x=0)
     low, high = ax.get_ylim()
     ax.set_ylim(top=high + 0.3 * (high - low))  # room for the legend

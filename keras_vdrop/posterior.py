@@ -386,7 +386,7 @@ def require_posteriors(model_or_layer):
     if not found:
         state = "" if model_or_layer.built else " (it has not been built: call it on some data first)"
         raise ValueError(
-            f"Expected at least one variational weight, such as a VariationalDense layer has. Received: "
+            "Expected at least one variational weight, such as the kernel of a `VariationalDense` layer. Received: "
             f"{model_or_layer.name!r} of type {type(model_or_layer).__name__}, which has none{state}."
         )
     return found

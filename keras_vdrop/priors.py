@@ -85,13 +85,13 @@ class Prior:
             spec = _KL(self, parameters or {}).compute_output_spec(weight, weight)
         except Exception as error:
             raise ValueError(
-                f"The prior {self!r} does not fit a weight of shape {tuple(shape)}: its `kl` fails. "
+                f"The prior {self!r} does not fit a weight of shape {tuple(shape)}: its `kl` raises an error. "
                 f"Received: {type(error).__name__}: {error}"
             ) from error
         found = tuple(getattr(spec, "shape", ()))
         if found != tuple(shape):
             raise ValueError(
-                f"The `kl` of a prior must give one number for each weight, a tensor of shape {tuple(shape)}. "
+                f"The `kl` of a prior must return one number for each weight: a tensor of shape {tuple(shape)}. "
                 f"Received: shape {found} from {self!r}"
             )
 
@@ -177,7 +177,7 @@ class ARD(Prior):
         if not _is_int(blocks) or blocks < 1:
             raise ValueError(f"`blocks` must be a positive int. Received: blocks={blocks!r}")
         if group_axis is None and blocks != 1:
-            raise ValueError(f"`blocks` are of the group axis. Received: group_axis=None, blocks={blocks}")
+            raise ValueError(f"`blocks` above 1 requires a `group_axis`. Received: group_axis=None, blocks={blocks}")
         self.groups = {"group_axis": None if group_axis is None else int(group_axis), "blocks": int(blocks)}
 
     def kl(self, loc, log_variance):
@@ -323,7 +323,7 @@ def _is_number(value):
 
 def _check_positive(name, value):
     if not (_is_number(value) and math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a finite number > 0, a standard deviation. Received: {name}={value!r}")
+        raise ValueError(f"`{name}`, a standard deviation, must be a finite number > 0. Received: {name}={value!r}")
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -343,8 +343,9 @@ class Distribution(Prior):
     def __init__(self, distribution):
         if keras.backend.backend() != "tensorflow":
             raise ValueError(
-                "A TFP distribution as a prior needs the TensorFlow backend. Received: "
-                f"{distribution} with the backend {keras.backend.backend()!r}; use priors.LogUniform, ARD or Normal."
+                "A TFP distribution as a prior requires the TensorFlow backend. With other backends, use "
+                "`priors.LogUniform`, `priors.ARD` or `priors.Normal`. "
+                f"Received: {distribution} with the backend {keras.backend.backend()!r}"
             )
         if not distributions.is_distribution(distribution):
             raise ValueError(
@@ -352,13 +353,13 @@ class Distribution(Prior):
             )
         if distribution.event_shape.rank != 0:
             raise ValueError(
-                "A prior must be a distribution over scalars, so that every weight has one. Received: "
+                "A prior must be a distribution over scalars, because it applies to each weight separately. Received: "
                 f"{distribution} with event_shape={distribution.event_shape}"
             )
         if not distributions.is_positive_everywhere(distribution):
             raise ValueError(
-                "A prior must have a density above 0 at every number, or the KL to it is infinite. Received: "
-                f"{distribution}; take one over all numbers, such as tfd.Normal, tfd.Laplace or tfd.StudentT."
+                "The density of a prior must be above 0 at every real number, or the KL is infinite. Use a "
+                f"distribution such as `tfd.Normal`, `tfd.Laplace` or `tfd.StudentT`. Received: {distribution}"
             )
         self._distribution = distribution
 
@@ -425,7 +426,7 @@ def _from_serialized(config):
             return _BY_CLASS[name].from_config(arguments)
         return keras.saving.deserialize_keras_object(config) if isinstance(name, str) else None
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"No prior can be made of that config: {error}. Received: {config!r}") from error
+        raise ValueError(f"Cannot create a prior from the config: {error}. Received: {config!r}") from error
 
 
 def serialize(prior):

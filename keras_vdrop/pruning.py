@@ -116,7 +116,7 @@ class Sparsity:
 
     def __str__(self):
         rows = [*self.layers, self.total]
-        table = [("layer", "weights", "left", "left %", "ratio", "bytes", "left", "multiply-adds", "left")]
+        table = [("layer", "weights", "kept", "kept %", "ratio", "bytes", "kept", "multiply-adds", "kept")]
         table += [_cells(row) for row in rows]
         widths = [max(map(len, column)) for column in zip(*table)]
         head, *lines = ("  ".join(map(_aligned, cells, widths, range(len(cells)))) for cells in table)
@@ -220,8 +220,9 @@ def warn_of_empty_layers(report):
     empty = [row.name for row in report.layers if not row.left]
     if empty:
         warnings.warn(
-            f"Nothing is left of {', '.join(empty)}: the output does not depend on the input there. A higher threshold "
-            "keeps more; so does, in training, a smaller weight of the KL (`ELBO(temperature=...)`) or a later one.",
+            f"No weights are kept in {', '.join(empty)}: the outputs there do not depend on the inputs. To keep more "
+            "weights, raise the threshold, or train with a KL weight that is lower (`ELBO(temperature=...)`) or rises "
+            "later.",
             stacklevel=3,
         )
 

@@ -19,15 +19,15 @@ _open = []
 _GENERATOR_NAME = "variational_noise"
 
 _COMPILED_MESSAGE = (
-    "This function is being compiled within a `sampling()` scope that was opened outside of it: it would keep the "
-    "noise for good. Open the scope inside the function, or predict by `keras_vdrop.MonteCarlo(model)`. Models that "
-    "Keras compiles itself (`predict`, `evaluate`, `fit`) may be called within a scope."
+    "This function is being compiled within a `sampling()` scope that was opened outside of it. It would remain noisy "
+    "after the scope ends. Open the scope inside the function, or predict with `keras_vdrop.MonteCarlo(model)`. "
+    "Functions that Keras compiles (`predict`, `evaluate`, `fit`) can be called within a scope."
 )
 
 _UNUSED_MESSAGE = (
-    "Nothing was drawn within this `sampling()` scope: no layer with a prior or a rate was called in it. A function "
-    "that was compiled before does not notice the scope, nor does a thread that was started before: open the scope "
-    "inside them, or predict by `keras_vdrop.MonteCarlo(model)`."
+    "Nothing was drawn within this `sampling()` scope: no layer with a prior or a dropout rate was called in it. A "
+    "function that was compiled earlier ignores the scope, and so does a thread that was started earlier. Open the "
+    "scope inside the function or thread, or predict with `keras_vdrop.MonteCarlo(model)`."
 )
 
 

@@ -59,18 +59,18 @@ class ThresholdChoice:
         """
         if self.chosen is None:
             raise ValueError(
-                f"No candidate is within the tolerance: {self.metric} may go to {self.limit:.4g}. Allow more, or name "
-                "higher thresholds."
+                f"No candidate is within the tolerance: the limit of {self.metric} is {self.limit:.4g}. Pass a larger "
+                "`tolerance`, or higher `thresholds`."
             )
         return self.chosen.threshold
 
     def __str__(self):
-        lines = [f"{'threshold':>9}  {'left':>11}  {'ratio':>9}  {self.metric:>12}"]
+        lines = [f"{'threshold':>9}  {'kept':>11}  {'ratio':>9}  {self.metric:>12}"]
         lines += ["-" * len(lines[0])]
         for row in self.candidates:
             note = "  chosen" if row is self.chosen else "" if row.within else "  out of tolerance"
             lines.append(f"{row.threshold:>9.2f}  {row.left:>11,}  {row.ratio:>8.1f}x  {row.value:>12.4f}{note}")
-        return "\n".join([*lines, lines[1], f"{'as it is':>9}  {'':>11}  {'':>9}  {self.reference:>12.4f}"])
+        return "\n".join([*lines, lines[1], f"{'unchanged':>9}  {'':>11}  {'':>9}  {self.reference:>12.4f}"])
 
 
 # Parts of the names of metrics: those of which lower values are better, and those of which higher values are better.
@@ -137,7 +137,7 @@ def select_threshold(
         raise ValueError(f'`mode` must be "auto", "max" or "min". Received: mode={mode!r}')
     weights = prunable_weights(model)
     if not weights:
-        raise ValueError(f"There is nothing in {model.name!r} that could be pruned.")
+        raise ValueError(f"The model {model.name!r} has no weights that can be pruned.")
     thresholds = _candidates(weights) if thresholds is None else [*thresholds]
     if not thresholds:
         raise ValueError("`thresholds` must have at least one candidate. Received: thresholds=[]")
@@ -146,7 +146,10 @@ def select_threshold(
     if mode == "auto":
         less, more = (any(part in metric.lower() for part in parts) for parts in (_LESS, _MORE))
         if less == more:
-            raise ValueError(f'Is more of {metric!r} better? Pass mode="max", or mode="min".')
+            raise ValueError(
+                f"The name {metric!r} does not tell whether higher values are better. "
+                'Pass mode="max" if they are, or mode="min" if not.'
+            )
         mode = "min" if less else "max"
 
     def evaluate():
@@ -156,7 +159,7 @@ def select_threshold(
         if metric == "loss" or metric not in values:
             known = sorted(set(values) - {"loss"})
             raise ValueError(
-                f"`metric` must be one of {known}, which the model was compiled with; its loss has the KL in it. "
+                f"`metric` must be one of {known}, the metrics of the model. The loss includes the KL and is excluded. "
                 f"Received: metric={metric!r}"
             )
         return float(values[metric])

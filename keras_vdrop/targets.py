@@ -54,16 +54,16 @@ def weights_of(sample_weight, values):
     weight, rank = sample_weight, len(values.shape)
     if not _has_rank(weight):
         raise ValueError(
-            "TensorFlow does not know how many axes the weights have, as they had another number of them in a call "
-            "before: call `compile` again, or give weights of one shape. Received: sample_weight of unknown shape"
+            "TensorFlow does not know the number of axes of `sample_weight`, because it differed in an earlier "
+            "call. Call `compile` again, or keep the number of axes. Received: sample_weight of unknown shape"
         )
     if len(weight.shape) == rank + 1 and weight.shape[-1] == 1:
         weight = ops.squeeze(weight, axis=-1)
     pairs = zip(weight.shape, values.shape)
     if len(weight.shape) > rank or any(size not in (1, None) and other not in (size, None) for size, other in pairs):
         raise ValueError(
-            f"Weights must have the shape of what they weigh, {tuple(values.shape)}, or of its leading axes. "
-            f"Received: sample_weight of the shape {tuple(sample_weight.shape)}"
+            f"Sample weights and masks must have the shape of the values, {tuple(values.shape)}, or of their leading "
+            f"axes. Received: sample_weight or mask of shape {tuple(sample_weight.shape)}"
         )
     return ops.reshape(weight, (*ops.shape(weight), *[1] * (rank - len(weight.shape))))
 

@@ -49,7 +49,9 @@ class VariableLike:
     __hash__ = object.__hash__
 
     def __bool__(self):
-        raise TypeError(f"{self!r} has no truth value: use `is None`, or `keras.ops.any` or `all` of a comparison.")
+        raise TypeError(
+            f"{self!r} has no truth value. Use `is None`, or apply `keras.ops.any` or `all` to a comparison."
+        )
 
     def numpy(self):
         """The values as a NumPy array."""

@@ -93,7 +93,7 @@ def test_layers_without_a_counterpart():
     if keras.backend.backend() == "tensorflow":
         lookup = layers.IntegerLookup(name="lookup")
         lookup.adapt([1, 2, 3])
-        with pytest.raises(ValueError, match="'lookup' has its vocabulary"):
+        with pytest.raises(ValueError, match="vocabulary of 'lookup' is neither"):
             kv.to_deterministic(keras.Sequential([keras.Input((3,), dtype="int64"), lookup]))
 
 
@@ -118,6 +118,6 @@ def test_frozen_layers():
 def test_of_a_monte_carlo_its_model_is_asked_for(convert):
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2, kl_weight=0.1)], name="mine")
     sampler = kv.MonteCarlo(model, 2)
-    with pytest.raises(ValueError, match=r"MonteCarlo.*pass that one, its `model` \('mine'\)"):
+    with pytest.raises(ValueError, match=r"MonteCarlo.*Pass the wrapped model, its attribute `model` \('mine'\)"):
         convert(sampler)
     convert(sampler.model)

@@ -50,7 +50,7 @@ def test_nothing_is_written_over_unless_told(saved, tmp_path, capsys):
     taken.write_text("precious")
     with pytest.raises(SystemExit):
         main(["compact", str(saved), "-o", str(taken)])
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert taken.read_text() == "precious"
     main(["compact", str(saved), "-o", str(taken), "--force"])
     assert keras.saving.load_model(taken).layers[0].units == 5
@@ -59,12 +59,12 @@ def test_nothing_is_written_over_unless_told(saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["report", "nowhere.keras"], "nowhere.keras is not there"),
+        (["report", "nowhere.keras"], "There is no file nowhere.keras"),
         (["compact", "{saved}", "-o", "small.h5"], "must end in .keras"),
-        (["compact", "{saved}", "-o", "small.keras", "--data", "nowhere.npz"], "nowhere.npz is not there"),
-        (["compact", "{saved}", "-o", "small.keras", "--data", "{saved}"], "must hold an array for each of 1 inputs"),
-        (["compact", "{saved}", "-o", "small.keras", "--data", __file__], "is no .npz file"),
-        (["compact", "{saved}", "-o", "nowhere/small.keras"], "The folder nowhere is not there"),
+        (["compact", "{saved}", "-o", "small.keras", "--data", "nowhere.npz"], "There is no file nowhere.npz"),
+        (["compact", "{saved}", "-o", "small.keras", "--data", "{saved}"], "needs one array for each input: 1"),
+        (["compact", "{saved}", "-o", "small.keras", "--data", __file__], "is not an .npz file"),
+        (["compact", "{saved}", "-o", "nowhere/small.keras"], "There is no folder nowhere"),
         (["report", "{saved}", "--threshold", "nan"], "must be a finite number"),
         (["compact", "nowhere.keras", "-o", "small.keras", "--threshold", "inf"], "must be a finite number"),
         (["demo", "--beta", "-1"], "must be ≥ 0. Received: -1"),

@@ -205,7 +205,7 @@ def test_outputs_of_any_structure():
     result = kv.MonteCarlo(model, 5, seed=3).predict(X, verbose=0)
     np.testing.assert_allclose(result["variance"]["other"], draws["other"].var(axis=1), rtol=1e-3)
     assert result.uncertainty().shape == (3,)
-    with pytest.raises(ValueError, match="of one output"):
+    with pytest.raises(ValueError, match="applies to one output"):
         kv.MonteCarlo(model, 5, likelihood="categorical").predict(X, verbose=0)
 
 
@@ -520,7 +520,7 @@ def test_a_model_without_noise_is_refused():
     with pytest.raises(ValueError, match="not been built"):
         kv.MonteCarlo(keras.Sequential([kv.VariationalDense(2)]))
     for layer in (kv.VariationalDense(2, kernel_prior=None), kv.MonteCarloDropout(0.0)):
-        with pytest.raises(ValueError, match="no variational layer with a prior or a rate"):
+        with pytest.raises(ValueError, match="no variational layer with a prior or a rate above 0"):
             kv.MonteCarlo(keras.Sequential([keras.Input((4,)), layer]))
 
 
@@ -531,7 +531,7 @@ def test_what_is_no_likelihood_is_refused(wrong):
 
 
 def test_a_monte_carlo_of_a_monte_carlo_is_refused():
-    with pytest.raises(ValueError, match="MonteCarlo already"):
+    with pytest.raises(ValueError, match="already a MonteCarlo"):
         kv.MonteCarlo(kv.MonteCarlo(network(), 3), 3)
 
 
@@ -543,10 +543,10 @@ def test_statistics_are_completed_as_attributes():
 @pytest.mark.parametrize(
     ("likelihood", "size", "message"),
     [
-        ("categorical", 1, 'likelihood="bernoulli"'),
-        ("normal", 1, r"takes outputs \(B, ..., 2\)"),
-        ("normal", 3, r"takes outputs \(B, ..., 2\)"),
-        (kv.losses.NormalMixtureNLL(2), 3, r"takes outputs \(B, ..., 6\)"),
+        ("categorical", 1, 'requires outputs .* C ≥ 2.*likelihood="bernoulli"'),
+        ("normal", 1, r"requires outputs \(B, ..., 2\)"),
+        ("normal", 3, r"requires outputs \(B, ..., 2\)"),
+        (kv.losses.NormalMixtureNLL(2), 3, r"requires outputs \(B, ..., 6\)"),
     ],
 )
 def test_outputs_of_another_size_than_the_likelihoods_are_refused(likelihood, size, message):
@@ -639,12 +639,12 @@ def test_likelihoods_by_name_of_any_kind(tmp_path):
 @pytest.mark.parametrize(
     ("likelihood", "from_logits", "message"),
     [
-        ({"a": "normal"}, True, "none for .'b'."),
-        ({**BOTH, "c": None}, True, "one for .'c'."),
+        ({"a": "normal"}, True, "no entry for .'b'."),
+        ({**BOTH, "c": None}, True, "entries for unknown outputs .'c'."),
         ({"a": "normal", "b": "poisson"}, True, "poisson"),
         ({}, True, "likelihood={}"),
         (BOTH, {"c": True}, "'c'"),
-        ("normal", {"a": True}, "by name"),
+        ("normal", {"a": True}, "`likelihood` must be a dict by output name"),
         ("normal", True, "'a', 'b'"),
     ],
 )
@@ -719,7 +719,7 @@ def test_evaluate_refuses_y_and_weights_of_another_layout(likelihood, loss):
             sampler.evaluate(x, np.zeros(shape), verbose=0)
     if likelihood is not None:
         sampler = compiled()
-        with pytest.raises(ValueError, match="sample_weight of the shape"):
+        with pytest.raises(ValueError, match="sample_weight or mask of shape"):
             sampler.evaluate(x, np.zeros((3, 5)), sample_weight=np.ones((3, 4)), verbose=0)
 
 
@@ -849,7 +849,7 @@ def test_stddev_and_interval():
 
 @pytest.mark.parametrize("format", ["onnx", "litert", "openvino", "torch"])
 def test_export_to_runtimes_without_its_draws_is_refused(format, tmp_path):
-    with pytest.raises(ValueError, match=f"format='{format}'.*compact"):
+    with pytest.raises(ValueError, match=f"compact.*format='{format}'"):
         kv.MonteCarlo(network(), 2).export(tmp_path / "drawn", format=format)
     assert not list(tmp_path.iterdir())
 
@@ -977,7 +977,7 @@ def test_an_evaluation_that_fails_leaves_the_model_as_it_was():
     sampler = kv.MonteCarlo(model, 3, likelihood="categorical")
     sampler.compile()
     sampler.evaluate(X, TARGETS["categorical"], verbose=0)
-    with pytest.raises(ValueError, match="of the shape of what is predicted"):
+    with pytest.raises(ValueError, match="must have the shape of the prediction"):
         sampler.evaluate(X, np.zeros((3, 7)), verbose=0)
     np.testing.assert_array_equal(array(model(X)), mean)
 

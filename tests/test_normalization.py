@@ -128,7 +128,7 @@ def test_what_it_cannot_do_is_said():
     model = network()
     with pytest.raises(ValueError, match="no rows"):
         kv.update_batch_normalization(model, inputs(0))
-    with pytest.raises(ValueError, match="as many rows"):
+    with pytest.raises(ValueError, match="same number of rows"):
         kv.update_batch_normalization(model, [inputs(5), inputs(4)])
     with pytest.raises(ValueError, match="batch_size"):
         kv.update_batch_normalization(model, inputs(5), batch_size=0)

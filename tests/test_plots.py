@@ -51,7 +51,7 @@ def test_metric_against_ratio():
     choice = kv.selection.ThresholdChoice("accuracy", 0.9, 0.88, candidates, candidates[1])
     _, ax = plt.subplots()
     assert kv.plots.metric_against_ratio(choice, ax=ax) is ax
-    assert texts(ax) == ["as it is", "limit", "chosen: threshold 0, 10x"]
+    assert texts(ax) == ["unchanged", "limit", "chosen: threshold 0, 10x"]
     np.testing.assert_allclose(ax.lines[2].get_xdata(), [1, 10])  # nothing left has no place on a log axis
     plt.close("all")
 
@@ -92,11 +92,11 @@ def test_reliability_diagram():
     error = kv.functional.calibration.expected_calibration_error(probability, labels, 10)
     _, ax = plt.subplots()
     assert kv.plots.reliability_diagram(probability, labels, ax=ax) is ax
-    assert texts(ax) == ["calibrated", "share of the rows", f"model, ECE {100 * error:.1f} %"]
+    assert texts(ax) == ["calibrated", "share of rows", f"model, ECE {100 * error:.1f} %"]
     points = next(line for line in ax.lines if line.get_marker() == "o")
     np.testing.assert_allclose(points.get_xydata(), np.stack([bins.confidence, bins.accuracy], axis=-1))
     np.testing.assert_allclose(sum(bar.get_height() for bar in ax.patches), 1.0)
-    assert "share of the rows" not in texts(kv.plots.reliability_diagram(probability, labels, binning="mass"))
+    assert "share of rows" not in texts(kv.plots.reliability_diagram(probability, labels, binning="mass"))
     plt.close("all")
 
 
@@ -182,7 +182,7 @@ def test_plots_take_predictions():
         (plots.regression_band, (x[:, 0], classes)),
         (plots.reliability_diagram, (classes, labels[:20])),
     ):
-        with pytest.raises(ValueError, match=r"must have|Expected labels"):
+        with pytest.raises(ValueError, match=r"must contain|Expected labels"):
             plot(*arguments)
     plt.close("all")
 

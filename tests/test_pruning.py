@@ -61,7 +61,7 @@ def test_prints_an_aligned_table(model):
     assert lines[-1] == "  filters 4 of 4, units 8 of 8"
     table = [line for line in lines if not line.startswith("  ")]
     assert len({len(line) for line in table}) == 1
-    heads = ["layer", "weights", "left", "left %", "ratio", "bytes", "left", "multiply-adds", "left"]
+    heads = ["layer", "weights", "kept", "kept %", "ratio", "bytes", "kept", "multiply-adds", "kept"]
     assert table[0].split() == " ".join(heads).split()
     assert table[-1].startswith("total")
 
@@ -95,7 +95,7 @@ def test_pruned_weights_have_no_kl(model):
 
 
 def test_pruning_everything_leaves_a_model_that_runs(model):
-    with pytest.warns(UserWarning, match="Nothing is left of"):
+    with pytest.warns(UserWarning, match="No weights are kept in"):
         report = kv.prune(model, -1e6)
     assert report.left == 0 and report.ratio == float("inf")
     assert np.isfinite(model.predict(np.ones((2, 6, 6, 1)), verbose=0)).all()

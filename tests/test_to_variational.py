@@ -256,7 +256,7 @@ def test_the_same_function_and_back(make, tmp_path):
     assert stock(back)
     assert_same(model, twin, back)
     again, lines = converted(twin)
-    assert again is twin and "variational already" in lines[0]
+    assert again is twin and "already variational" in lines[0]
 
 
 def test_classes_and_report():
@@ -330,12 +330,12 @@ def test_priors():
     kernel = twin.get_layer("conv").kernel
     assert not kernel.prior.centered and kernel.prior.scale == 0.5
     assert isinstance(twin.get_layer("conv").bias.prior, kv.priors.ARD)
-    assert "about 0" in lines[-2]
+    assert "centered on 0" in lines[-2]
     twin, lines = converted(model, prior="log_uniform")
     assert "it prunes" in lines[-2]
     twin, lines = converted(model, prior="scale_mixture")
     assert "cannot be centered" in lines[-2]
-    with pytest.raises(ValueError, match="`prior` is needed"):
+    with pytest.raises(ValueError, match="`prior` must not be None"):
         kv.to_variational(model, prior=None)
     with pytest.raises(ValueError, match=r"ARD.*does not fit conv \(Conv2D\)"):
         kv.to_variational(model, prior=kv.priors.ARD(group_axis=4))
@@ -376,7 +376,7 @@ def test_low_rank_updates():
     shake(model)
     model.get_layer("dense").trainable = False
     twin, lines = converted(model, rank=2, lora_alpha=4)
-    assert "gru: GRU -> Variational(GRU), as no class of ours learns a low-rank update of its weights" in lines
+    assert "gru: GRU -> Variational(GRU), because its counterpart cannot learn a low-rank update" in lines
     assert "it cannot" not in lines[-2] and "in updates of rank 2" in lines[-1]
     names = [weight.name for weight in posteriors(twin)]
     assert sorted(names) == ["kernel_lora_a", *["lora_a"] * 4, "recurrent_kernel_lora_a"]
@@ -486,7 +486,7 @@ def test_steps_of_ones_own():
 
     lines = []
     kv.to_variational(OwnSteps(2), print_fn=lines.append)
-    assert any("OwnSteps has steps or losses of its own" in line for line in lines)
+    assert any("OwnSteps defines its own training steps or losses" in line for line in lines)
 
 
 def test_what_is_variational_already_stays_as_it_is():
@@ -495,7 +495,7 @@ def test_what_is_variational_already_stays_as_it_is():
     model.layers[0].kl_weight = 0.25
     model.layers[0].kernel.prune(0.0)
     twin, lines = converted(model)
-    assert "ours: VariationalDense stays: it is variational already" in lines
+    assert "ours: VariationalDense stays: it is already variational" in lines
     for found, expected in zip(twin.layers[0].weights, model.layers[0].weights):
         np.testing.assert_array_equal(array(found), array(expected))
     assert_same(model, twin)
@@ -595,15 +595,15 @@ def test_names():
 def test_bad_arguments():
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="dense")])
     for arguments, match in [
-        (dict(initial_log_variance=-3.0, relative_variance=0.1), "not at both"),
+        (dict(initial_log_variance=-3.0, relative_variance=0.1), "not both"),
         (dict(relative_variance=0.0), "`relative_variance` must be > 0"),
         (dict(rank=0), "`rank` must be a positive int"),
         (dict(dropout="all"), "`dropout` must be one of"),
         (dict(estimator="none"), "`estimator` must be one of"),
         (dict(kl_weight=-1.0), "`kl_weight` must be"),
         (dict(prior="none"), "Unknown prior"),
-        (dict(layers="conv"), r"fits none of the layers .*: dense \(Dense\)"),
-        (dict(layers="("), "regular expression"),
+        (dict(layers="conv"), r"must match a layer .*: dense \(Dense\)"),
+        (dict(layers="("), "valid regular expression"),
         (dict(layers=3), "`layers` must be a layer class"),
         (dict(layers=keras.losses.Loss), "`layers` must be a layer class"),
         (dict(layers=[]), "nothing to convert"),
@@ -649,7 +649,7 @@ class Halved(keras.Model):
 
 def test_models_whose_call_a_copy_would_not_have():
     x = keras.Input((3,))
-    with pytest.raises(ValueError, match="'halved', a Halved, has a `call` of its own"):
+    with pytest.raises(ValueError, match="'halved', a Halved, overrides `call`"):
         kv.to_variational(keras.Model(x, Halved()(x)))
 
 
@@ -669,19 +669,19 @@ class Unknown(layers.Layer):
 
 def test_layers_that_cannot_be_made_again():
     model = keras.Sequential([keras.Input((3,)), Unknown(ops.tanh), layers.Dense(2)])
-    with pytest.raises(ValueError, match=r"'unknown', a Unknown, cannot be made again.*register_keras_serializable"):
+    with pytest.raises(ValueError, match=r"'unknown', a Unknown, cannot be recreated.*register_keras_serializable"):
         kv.to_variational(model)
-    with pytest.raises(ValueError, match=r"'unknown', a Unknown, cannot be made again"):
+    with pytest.raises(ValueError, match=r"'unknown', a Unknown, cannot be recreated"):
         kv.to_variational(model, "dense")
     dense = layers.Dense(3)
     x = keras.Input((2, 3))
     model = keras.Model(x, dense(layers.TimeDistributed(dense)(x)))
-    with pytest.raises(ValueError, match="a layer within a wrapper is used outside of it too"):
+    with pytest.raises(ValueError, match="a layer within a wrapper is also used outside it"):
         kv.to_variational(model)
     if keras.backend.backend() == "tensorflow":
         lookup = layers.IntegerLookup(vocabulary=[1, 2], name="lookup")
         model = keras.Sequential([keras.Input((3,), dtype="int64"), lookup, layers.Embedding(4, 2)])
-        with pytest.raises(ValueError, match="'lookup' has its vocabulary"):
+        with pytest.raises(ValueError, match="vocabulary of 'lookup' is neither"):
             kv.to_variational(model)
 
 

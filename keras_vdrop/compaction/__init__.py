@@ -88,9 +88,10 @@ def _compare(large, small, inputs):
                 largest = np.max(np.abs(expected), initial=1e-3, where=~np.isnan(expected))
                 if not error <= tolerance * largest:
                     raise RuntimeError(
-                        f"The smaller model does not predict what {large.name!r} does: outputs of up to {largest:.3g} "
-                        f"differ by {error:.3g}. It was dropped. Where large numbers cancel, as with inputs that are "
-                        "not scaled, that is rounding: scale them. Else please report it as a fault of `compact`."
+                        f"The smaller model does not predict the same as {large.name!r}: outputs of up to "
+                        f"{largest:.3g} differ by {error:.3g}. The smaller model is discarded. If the inputs are not "
+                        "scaled, large numbers may cancel and leave rounding errors: scale the inputs. Otherwise, "
+                        "report this as a bug in `compact`."
                     )
 
 
@@ -127,8 +128,8 @@ def _inputs(model, x):
             return [made_up, *given]
     if not given:
         raise ValueError(
-            f"The model {model.name!r} does not run on made-up inputs ({type(failure).__name__}: {failure}). Pass "
-            "`x=`, real ones on which to compare."
+            f"The model {model.name!r} does not run on generated inputs ({type(failure).__name__}: {failure}). Pass "
+            "real inputs as `x`, on which both models are compared."
         ) from failure
     return given
 

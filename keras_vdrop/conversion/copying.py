@@ -116,8 +116,8 @@ def _within(old, new, made):
     inside = children(old), children(new)
     if len(inside[0]) != len(inside[1]):
         raise ValueError(
-            f"{old.name!r}, a {type(old).__name__}, has {len(inside[1])} layers when it is made again from its config, "
-            f"in place of {len(inside[0])}: let its config name all of them, or its constructor make them."
+            f"{old.name!r}, a {type(old).__name__}, has {len(inside[1])} sublayers when recreated from its config, not "
+            f"{len(inside[0])}. List all sublayers in the config, or create them in the constructor."
         )
     return list(zip(*inside))
 
@@ -153,8 +153,8 @@ def _assign(layer, sources, targets, origins=MappingProxyType({})):
     shapes, expected = ([tuple(each.shape) for each in variables] for variables in (targets, sources))
     if shapes != expected:
         raise ValueError(
-            f"{layer.name!r}, a {type(layer).__name__}, has other weights when it is made again from its config: "
-            f"expected the shapes {expected}. Received: {shapes}"
+            f"{layer.name!r}, a {type(layer).__name__}, has different weights when recreated from its config. "
+            f"Expected the shapes {expected}. Received: {shapes}"
         )
     for source, target in zip(sources, targets):
         value, variable = origins.get(id(source), (lambda one=source: one, source))
@@ -167,8 +167,8 @@ def _check_shared(model, twin):
     sizes = [sum(math.prod(each.shape) for each in stock_weights(each_model)) for each_model in (model, twin)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"In {model.name!r}, a layer within a wrapper is used outside of it too, or in another one. Of these Keras "
-            "makes separate layers when they are made again: put what is shared into a model, and wrap nothing of it."
+            f"In {model.name!r}, a layer within a wrapper is also used outside it or in another wrapper. Keras would "
+            "recreate it as several separate layers. Put the shared layers into a model, and do not wrap any of them."
         )
 
 
@@ -188,14 +188,14 @@ def compile_as(model, twin):
         return None
     given = getattr(getattr(model, "_compile_config", None), "config", None)
     if given is None:
-        return f"{type(model).__name__} has a `compile` of its own"
+        return f"{type(model).__name__} overrides `compile`"
     try:
         optimizer = _again(model.optimizer)
         metrics = {name: _copied_metrics(given[name]) for name in ("metrics", "weighted_metrics")}
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         twin.compile(**{**given, **metrics, "optimizer": optimizer, "auto_scale_loss": scaled})
     except Exception as error:  # the config of a user's class may fail with any exception
-        return f"of its optimizer or metrics there is no copy ({type(error).__name__}: {error})"
+        return f"its optimizer or metrics cannot be copied ({type(error).__name__}: {error})"
     return None
 
 

@@ -73,12 +73,12 @@ def stock_twin(model, value):
     if not is_graph(inside) and inside is model:
         if isinstance(getattr(model, "model", None), keras.Model):  # such as `MonteCarlo`
             raise ValueError(
-                f"{model.name!r}, a {type(model).__name__}, wraps another model: pass that one, its `model` "
-                f"({model.model.name!r})."
+                f"{model.name!r}, a {type(model).__name__}, wraps another model. Pass the wrapped model, its attribute "
+                f"`model` ({model.model.name!r})."
             )
         raise ValueError(
-            "Expected a Functional or Sequential model: of any other, only its own code knows how the layers are put "
-            "together. Write it as keras.Model(inputs, outputs), or convert the models within it. "
+            "Expected a Functional or Sequential model. In any other model, only its own code defines how the layers "
+            "are connected. Write it as keras.Model(inputs, outputs), or convert the models within it. "
             f"Received: {model.name!r} of type {type(model).__name__}"
         )
     if not model.built:
@@ -94,8 +94,8 @@ def stock_twin(model, value):
             return keras.saving.deserialize_keras_object(stock, safe_mode=False)
         except TypeError as error:
             raise ValueError(
-                f"{layer.name!r}, a {type(layer).__name__}, cannot be made again from its arguments: give its "
-                "functions and classes, such as an activation of your own, "
+                f"{layer.name!r}, a {type(layer).__name__}, cannot be recreated from its arguments. Decorate its "
+                "custom functions and classes, such as an activation, with "
                 "@keras.saving.register_keras_serializable()."
             ) from error
 
@@ -180,8 +180,8 @@ def _stock_of_ours(cls, config, names):
     """Return the serialized layer of Keras that replaces one of our layers."""
     if not cls.__module__.startswith("keras_vdrop."):
         raise ValueError(
-            f"{config['name']!r} is a {cls.__name__}, of which only its own code knows how it differs from the layer "
-            "of ours that it extends: it has no counterpart in Keras."
+            f"{config['name']!r} is a {cls.__name__}, which extends a layer of keras_vdrop. Such a subclass has no "
+            "counterpart in Keras. Use the layer that it extends."
         )
     if cls in (ConcreteDropout, Variational):
         layer = _stock(config["layer"], names)
@@ -189,8 +189,8 @@ def _stock_of_ours(cls, config, names):
         return {**layer, "config": {**layer["config"], "name": name}}
     if cls is VariationalGaussianDropout:
         raise ValueError(
-            "VariationalGaussianDropout within a wrapper cannot be converted; it needs no wrapper, as its units are on "
-            f"one axis of whatever it is called on. Received: {config['name']!r}"
+            "A VariationalGaussianDropout within a wrapper cannot be converted. Use it without the wrapper: its units "
+            f"are on one axis of any input. Received: {config['name']!r}"
         )
     keras_layer = next(base for base in cls.__mro__ if base.__module__.startswith("keras."))
     arguments = {*inspect.signature(keras_layer.__init__).parameters, "name", "trainable", "dtype"} - _OF_UPDATES
@@ -214,7 +214,9 @@ def _stock_gaussian_dropout(layer, value, names):
     rank = len(layer.input.shape)
     if rank == 2:
         if keras.config.image_data_format() == "channels_first":
-            raise ValueError(f"With channels first, Keras cannot rescale vectors. Received: {layer.name!r}")
+            raise ValueError(
+                f'Keras cannot rescale vectors if the image data format is "channels_first". Received: {layer.name!r}'
+            )
         return layers.Rescaling(scale.tolist(), **arguments)
     shape = [1] * rank
     shape[layer.axis % rank] = -1

@@ -73,8 +73,8 @@ def graph_copy(model, make):
         new = keras.models.clone_model(graph, _same_inputs(graph, inputs), clone_function=again)
         if type(new) is not type(graph) and not is_plain_graph(graph):
             raise ValueError(
-                f"{graph.name!r}, a {type(graph).__name__}, has a `call` of its own, and a constructor that is not of "
-                "inputs and outputs: a copy would be without both. Convert what it is made of, or make it a layer."
+                f"{graph.name!r}, a {type(graph).__name__}, overrides `call`, and its constructor does not take inputs "
+                "and outputs. A copy would lose both. Convert its parts separately, or write it as a layer."
             )
         if not new.built:
             new.build(graph.input_shape)
@@ -95,8 +95,8 @@ def check_built(copy, model):
     """Raise a `ValueError` if the copy of a model has no weights yet."""
     if not copy.built:
         raise ValueError(
-            f"Keras cannot build a copy of {model.name!r}, a {type(model).__name__}. Make one yourself: call a new "
-            "model on some data and give it the weights by `set_weights`."
+            f"Keras cannot build a copy of {model.name!r}, a {type(model).__name__}. Create one yourself: call a new "
+            "model on some data, and copy the weights to it with `set_weights`."
         )
 
 
@@ -117,8 +117,8 @@ def check_lookup(layer):
     """Raise a `ValueError` for a lookup layer: neither its arguments nor its weights hold the learned vocabulary."""
     if isinstance(layer, (layers.IntegerLookup, layers.StringLookup, layers.TextVectorization)):
         raise ValueError(
-            f"{layer.name!r} has its vocabulary neither in its arguments nor in its weights. Leave it out of the "
-            f"model: convert what comes after it. Received: a layer of type {type(layer).__name__}"
+            f"The vocabulary of {layer.name!r} is neither in its arguments nor in its weights. Leave this layer out, "
+            f"and convert only the layers after it. Received: a layer of type {type(layer).__name__}"
         )
 
 

@@ -58,12 +58,12 @@ def counterpart(layer, arguments):
     """
     cls, rank = COUNTERPARTS[type(layer)], arguments.lora_rank
     if rank is not None and (type(layer) not in _ADAPTABLE or getattr(layer, "groups", 1) != 1):
-        raise ValueError("no class of ours learns a low-rank update of its weights")
+        raise ValueError("its counterpart cannot learn a low-rank update")
     made = cls.from_config({**config_of(layer), **arguments.of(cls)})
     if isinstance(layer, layers.EinsumDense):
         _, kernel, outputs = made._operands()
         if rank is not None and kernel[-1] != outputs[-1]:
-            raise ValueError("the last axis of its kernel is not that of its outputs, of which a low-rank update is")
+            raise ValueError("a low-rank update needs the last axis of its kernel to be the last axis of its outputs")
     return made
 
 
@@ -108,8 +108,8 @@ def copied(layer):
 
 def _not_copied(layer, error):
     return ValueError(
-        f"{layer.name!r}, a {type(layer).__name__}, cannot be made again from its config ({_shortened(error)}). "
-        "Define `get_config` of its class, and give the class, and functions of your own that it is given, "
+        f"{layer.name!r}, a {type(layer).__name__}, cannot be recreated from its config ({_shortened(error)}). "
+        "Define `get_config` in its class, and decorate the class and its custom functions with "
         "@keras.saving.register_keras_serializable()."
     )
 
@@ -162,12 +162,12 @@ def noise(layer, kind, kl_weight):
         ValueError: If no layer can replace it; the message is the reason.
     """
     if isinstance(layer, (layers.AlphaDropout, layers.GaussianNoise)):
-        raise ValueError("there is no such noise here")
+        raise ValueError("keras_vdrop has no layer for this noise")
     named = {"name": layer.name, "dtype": layer.dtype_policy}
     if kind == "monte_carlo" and isinstance(layer, layers.Dropout):
         return MonteCarloDropout(layer.rate, _noise_shape(layer), layer.seed, **named)
     if layer.rate == 0.0:
-        raise ValueError("at the rate 0 there is no noise")
+        raise ValueError("its rate is 0, so it adds no noise")
     arguments = {"alpha": "fixed"}
     if kind == "variational":
         arguments = {"alpha": "unit", "axis": _axis_of_units(layer), "kl_weight": kl_weight}
@@ -195,12 +195,12 @@ def _axis_of_units(layer):
     if noise_shape is not None:
         dropped = [axis for axis, size in enumerate(noise_shape) if axis and size != 1]
         if len(dropped) != 1:
-            raise ValueError(f"with noise_shape={noise_shape}, units are not on one axis")
+            raise ValueError(f"with noise_shape={noise_shape}, its units are not on a single axis")
         (axis,) = dropped
     shapes = {tuple(node.input_tensors[0].shape) for node in layer._inbound_nodes}
     if not shapes:
-        raise ValueError("within another layer it is not known what its units are")
+        raise ValueError("its units are unknown, because it is within another layer")
     units = {shape[axis] for shape in shapes}
     if None in units or len({(len(shape), shape[axis]) for shape in shapes}) > 1:
-        raise ValueError(f"of the inputs, which have the shapes {sorted(shapes, key=str)}, the units are not known")
+        raise ValueError(f"its units are unknown, because its inputs have the shapes {sorted(shapes, key=str)}")
     return axis

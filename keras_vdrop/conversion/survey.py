@@ -196,7 +196,7 @@ def choose(places, wanted, model):
     chosen = list(filter(fits, found))
     if found and not chosen:
         raise ValueError(
-            f"`layers` fits none of the layers of {model.name!r} that have kernels: {', '.join(map(str, found))}. "
+            f"`layers` must match a layer of {model.name!r} that has a kernel: {', '.join(map(str, found))}. "
             f"Received: layers={wanted!r}"
         )
     return chosen
@@ -211,7 +211,9 @@ def _filter(wanted):
         try:
             pattern = re.compile(wanted)
         except re.error as error:
-            raise ValueError(f"`layers` must be a regular expression: {error}. Received: layers={wanted!r}") from error
+            raise ValueError(
+                f"`layers` must be a valid regular expression: {error}. Received: layers={wanted!r}"
+            ) from error
         return lambda place: pattern.search(place.path) is not None
     if inspect.isclass(wanted) and issubclass(wanted, keras.layers.Layer):
         return lambda place: any(isinstance(each, wanted) for each in (*place.around, place.layer))

@@ -99,7 +99,7 @@ def to_variational(
     """
     if initial_log_variance is not None and relative_variance is not None:
         raise ValueError(
-            "A variance starts at `initial_log_variance` or at `relative_variance`, not at both. Received: "
+            "Pass `initial_log_variance` or `relative_variance`, not both. Received: "
             f"initial_log_variance={initial_log_variance}, relative_variance={relative_variance}"
         )
     if relative_variance is not None:
@@ -136,9 +136,14 @@ def to_variational(
     for change in changes:
         print_fn(change.line)
     if left_out:
-        print_fn(f"{left_out} of the layers with kernels {'stay' if left_out > 1 else 'stays'}: not in `layers`")
+        print_fn(
+            f"{left_out} of the layers with kernels {'stay' if left_out > 1 else 'stays'}: not selected by `layers`"
+        )
     if type(twin) is not type(model) and _trains_by_own_code(model):
-        print_fn(f"it trains like any {type(twin).__name__}: {type(model).__name__} has steps or losses of its own")
+        print_fn(
+            f"{type(model).__name__} defines its own training steps or losses: the result does not have them, and "
+            f"trains like any {type(twin).__name__}"
+        )
     if not_compiled:
         print_fn(f"not compiled: {not_compiled}")
     if fresh:
@@ -153,7 +158,7 @@ def _as_it_is(model, changes, print_fn, received):
     if not posteriors(model):
         lines = "\n".join([f"{model.name!r} has nothing to convert. Received: {received}", *reasons])
         raise ValueError(lines)
-    for line in (*reasons, f"{model.name!r} is variational already: it is returned as it is"):
+    for line in (*reasons, f"{model.name!r} is already variational: it is returned unchanged"):
         print_fn(line)
     return model
 
@@ -162,7 +167,7 @@ def _prior(name, identifier, empirical_bayes):
     """Return the prior; with `empirical_bayes`, a normal prior is centered on the trained weights."""
     prior = priors.get(identifier)
     if prior is None and name == "prior":
-        raise ValueError("`prior` is needed: without it, weights are plain. Received: prior=None")
+        raise ValueError("`prior` must not be None: a variational weight needs a prior. Received: prior=None")
     if empirical_bayes and isinstance(prior, priors.Normal):
         return type(prior).from_config({**prior.get_config(), "centered": True})
     return prior
@@ -176,8 +181,9 @@ def _check_model(model):
     for layer in model._flatten_layers():
         if getattr(layer.dtype_policy, "quantization_mode", None) is not None:
             raise ValueError(
-                f"{layer.name!r}, a {type(layer).__name__}, is quantized. Convert the model as it was before that, and "
-                f"quantize what `keras_vdrop.to_deterministic` gives. Received: dtype={layer.dtype_policy.name!r}"
+                f"{layer.name!r}, a {type(layer).__name__}, is quantized. Convert the model before you quantize it. "
+                "Then quantize the result of `keras_vdrop.to_deterministic`. "
+                f"Received: dtype={layer.dtype_policy.name!r}"
             )
 
 
@@ -215,15 +221,15 @@ def _changes(model, wanted, arguments, dropout):
 def _change(place, is_model, arguments):
     layer, cls = place.layer, type(place.layer).__name__
     if place.kind == VARIATIONAL:
-        return _Change(place, f"{place.path}: {cls} stays: it is variational already")
+        return _Change(place, f"{place.path}: {cls} stays: it is already variational")
     if place.kind == ADAPTED:
         return _Change(
             place,
-            f"{place.path}: {cls} stays: it has a low-rank adaptation. Merge it: give a layer without `lora_rank` the "
-            "kernel that `layer.kernel` is",
+            f"{place.path}: {cls} stays: it has a low-rank adaptation. To merge it, assign `layer.kernel` to the "
+            "kernel of a layer without `lora_rank`",
         )
     _check_groups(place, arguments.kernel_prior)
-    why_not = "there is no class of ours for it"
+    why_not = "keras_vdrop has no counterpart for it"
     if place.kind == COUNTERPART:
         why_not = _reason_against(layer, arguments)
         if why_not is None:
@@ -232,7 +238,7 @@ def _change(place, is_model, arguments):
             line = f"{place.path}: {cls} -> {type(new).__name__}{notes}"
             return _Change(place, line, functools.partial(counterpart, layer, arguments))
     make = functools.partial(wrapped_model if is_model else wrapped, layer, arguments)
-    return _Change(place, f"{place.path}: {cls} -> Variational({cls}), as {why_not}{_notes(layer)}", make)
+    return _Change(place, f"{place.path}: {cls} -> Variational({cls}), because {why_not}{_notes(layer)}", make)
 
 
 def _reason_against(layer, arguments):
@@ -256,9 +262,9 @@ def _notes(layer, estimator=None, new=None):
     notes = ""
     own = getattr(getattr(new, "cell", new), "estimator", estimator)
     if own != estimator:
-        notes += f"; it has no estimator {estimator!r}: {own!r}"
+        notes += f"; it does not support estimator={estimator!r} and uses {own!r}"
     if not any(kernel.trainable for kernel in kernels(layer)):
-        notes += "; frozen: its variances do not learn until it is trainable"
+        notes += "; frozen: its variances are trained only after it is made trainable"
     return notes
 
 
@@ -299,8 +305,8 @@ def _about(prior, empirical_bayes):
     name = type(prior).__name__
     prunes = isinstance(prior, priors.ARD) or (isinstance(prior, priors.LogUniform) and prior.form != "cubic")
     if prunes:
-        return f"prior: {name}; it prunes, and so it is about 0 and not about the trained weights"
+        return f"prior: {name}; it prunes, so it is centered on 0, not on the trained weights"
     if getattr(prior, "centered", False):
         return f'prior: {name}, centered on the trained weights; it does not prune: "ard" and "log_uniform" do'
-    unable = ", as it cannot be centered on the trained weights" if empirical_bayes else ""
-    return f'prior: {name}, about 0{unable}; the priors that prune are "ard" and "log_uniform"'
+    unable = ", because it cannot be centered on the trained weights" if empirical_bayes else ""
+    return f'prior: {name}, centered on 0{unable}; the priors that prune are "ard" and "log_uniform"'

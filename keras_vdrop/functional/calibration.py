@@ -236,7 +236,7 @@ def fit_temperature(logits, labels, bounds=(0.01, 100.0)):
     logits = checks.numbers("logits", logits)
     least, greatest = bounds
     if not 0.0 < least < greatest < np.inf:
-        raise ValueError(f"`bounds` must be 0 < least < greatest. Received: bounds={bounds}")
+        raise ValueError(f"`bounds` must be (least, greatest) with 0 < least < greatest. Received: bounds={bounds}")
     logits = logits - logits.max(axis=-1, keepdims=True)
     target = logits[np.arange(len(labels)), labels]
 
@@ -251,8 +251,8 @@ def fit_temperature(logits, labels, bounds=(0.01, 100.0)):
     for edge, sign in ((low, 1.0), (high, -1.0)):
         if sign * derivatives(edge)[0] >= 0.0:
             warnings.warn(
-                f"The likelihood has no maximum for a temperature between {least:g} and {greatest:g}; "
-                f"{1.0 / edge:g} is given. Fit it on validation data, and on more of them.",
+                f"The likelihood has no maximum at a temperature between {least:g} and {greatest:g}, so "
+                f"{1.0 / edge:g} is returned. Fit the temperature on validation data, and use more rows.",
                 stacklevel=2,
             )
             return 1.0 / edge

@@ -23,7 +23,7 @@ def numbers(name, values, ndim=None, infinite=False):
     if bad.any():
         rows = bad.reshape(len(values), -1).any(axis=1).sum()
         what = "NaN" if infinite else "NaN or infinity"
-        raise ValueError(f"`{name}` must not hold {what}. Received: {what} in {rows} of {len(values)} rows")
+        raise ValueError(f"`{name}` must not contain {what}. Received: {what} in {rows} of {len(values)} rows")
     return values
 
 
@@ -36,7 +36,7 @@ def alike(**arrays):
     checked = {name: numbers(name, values) for name, values in arrays.items()}
     if len({values.shape for values in checked.values()}) > 1:
         shapes = ", ".join(f"`{name}` {values.shape}" for name, values in checked.items())
-        raise ValueError(f"Expected arrays of one shape. Received: {shapes}")
+        raise ValueError(f"Expected arrays of the same shape. Received: {shapes}")
     return tuple(checked.values())
 
 
@@ -45,7 +45,8 @@ def positive(name, values):
     values = np.asarray(values, "float64")
     if not (values > 0).all():
         raise ValueError(
-            f"`{name}` must be above 0: a standard deviation, not its logarithm. Received: {values.min()} at least"
+            f"`{name}` must be above 0: it is a standard deviation, not its logarithm. "
+            f"Received: values from {values.min()} up"
         )
     return values
 
@@ -53,7 +54,7 @@ def positive(name, values):
 def fraction(name, value):
     """Return the number, or raise a `ValueError` unless it lies in (0, 1)."""
     if not 0.0 < value < 1.0:
-        raise ValueError(f"`{name}` must lie between 0 and 1, as 0.9 does. Received: {name}={value}")
+        raise ValueError(f"`{name}` must be between 0 and 1, for example 0.9. Received: {name}={value}")
     return float(value)
 
 
@@ -66,8 +67,8 @@ def classes(labels, shape):
     labels = np.asarray(labels)
     if len(shape) != 2 or labels.shape != shape[:1] or 0 in shape:
         raise ValueError(
-            "Expected an array of shape (B, C) and labels of shape (B,); of the probability p of 1, make "
-            f"np.stack([1 - p, p], axis=-1). Received: shapes {shape} and {labels.shape}"
+            "Expected an array of shape (B, C) and labels of shape (B,). If p is the probability of class 1, pass "
+            f"`np.stack([1 - p, p], axis=-1)`. Received: shapes {shape} and {labels.shape}"
         )
     numbers("labels", labels)
     if (labels != labels.astype(int)).any() or labels.min() < 0 or labels.max() >= shape[1]:
@@ -85,7 +86,7 @@ def distribution(probability):
     """
     probability = np.asarray(probability, "float64")
     if probability.ndim != 2 or 0 in probability.shape:
-        raise ValueError(f"Expected probabilities of shape (B, C). Received: shapes {probability.shape}")
+        raise ValueError(f"Expected probabilities of shape (B, C). Received: shape {probability.shape}")
     sums = probability.sum(axis=-1)
     if not (np.abs(sums - 1.0) < 1e-3).all() or probability.min() < 0:
         missing = np.isnan(sums).sum()
@@ -93,7 +94,7 @@ def distribution(probability):
         if missing:
             received = f"NaN in {missing} of {len(sums)} rows"
         raise ValueError(
-            f"Probabilities must be ≥ 0 and sum to 1 in every row; give the softmax of logits. Received: {received}"
+            f"Probabilities must be ≥ 0 and sum to 1 in every row. Apply softmax to logits first. Received: {received}"
         )
     return probability
 

@@ -42,8 +42,8 @@ def quantile(scores, coverage=0.9):
     if place > len(scores):
         least = math.ceil(coverage / (1.0 - coverage) - 1e-9)
         raise ValueError(
-            f"A coverage of {coverage:g} takes at least {least} calibration rows. Received: {len(scores)} rows; give "
-            f"more, or ask for a coverage of at most {len(scores) / (len(scores) + 1):.3g}."
+            f"A coverage of {coverage:g} requires at least {least} calibration rows. Provide more rows, or request a "
+            f"coverage of at most {len(scores) / (len(scores) + 1):.3g}. Received: {len(scores)} rows"
         )
     return float(np.sort(scores)[place - 1])
 

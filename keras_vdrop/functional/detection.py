@@ -96,7 +96,7 @@ def risk_coverage(uncertainty, loss):
     loss = checks.numbers("loss", loss, ndim=1)
     if loss.shape != uncertainty.shape:
         raise ValueError(
-            f"`uncertainty` and `loss` must be of one shape. Received: shapes {uncertainty.shape} and {loss.shape}"
+            f"`uncertainty` and `loss` must have the same shape. Received: shapes {uncertainty.shape} and {loss.shape}"
         )
     order = np.argsort(uncertainty, kind="stable")
     _, group = np.unique(uncertainty[order], return_inverse=True)

@@ -130,8 +130,8 @@ def sample_interval(samples, level=0.9):
     least = math.ceil(2.0 / (1.0 - level) - 1.0 - 1e-9)
     if len(samples) < least:
         raise ValueError(
-            f"A level of {level:g} takes at least {least} samples. Received: {len(samples)}; draw more, or ask for a "
-            f"level of at most {(len(samples) - 1) / (len(samples) + 1):.3g}."
+            f"A level of {level:g} requires at least {least} samples. Draw more samples, or request a level of at most "
+            f"{(len(samples) - 1) / (len(samples) + 1):.3g}. Received: {len(samples)} samples"
         )
     lower, upper = np.quantile(samples, [0.5 - 0.5 * level, 0.5 + 0.5 * level], axis=0, method="weibull")
     return lower, upper
@@ -149,10 +149,14 @@ def interval_coverage(lower, upper, y):
     lower, upper = (np.asarray(end, "float64") for end in (lower, upper))
     y = checks.numbers("y", y)
     if lower.shape != y.shape or upper.shape != y.shape:
-        raise ValueError(f"Expected arrays of one shape. Received: {lower.shape}, {upper.shape} and {y.shape}")
+        raise ValueError(
+            f"Expected arrays of the same shape. Received: shapes {lower.shape}, {upper.shape} and {y.shape}"
+        )
     wrong = ~(lower <= upper)
     if wrong.any():
-        raise ValueError(f"`lower` must be at most `upper`. Received: so not in {wrong.sum()} of {y.size} places")
+        raise ValueError(
+            f"`lower` must not exceed `upper`. Received: lower > upper, or NaN, at {wrong.sum()} of {y.size} positions"
+        )
     return float(((lower <= y) & (y <= upper)).mean())
 
 
@@ -166,7 +170,7 @@ def _samples(samples, y):
     samples, y = checks.numbers("samples", samples), checks.numbers("y", y)
     if samples.shape[1:] != y.shape or len(samples) < 2:
         raise ValueError(
-            "Expected `samples` of shape (S, B, ...), at least two of them, and `y` of shape (B, ...). "
+            "Expected at least two `samples`, of shape (S, B, ...), and `y` of shape (B, ...). "
             f"Received: shapes {samples.shape} and {y.shape}"
         )
     return samples, y

@@ -41,7 +41,10 @@ def check_groups(shape, group_axis=None, blocks=1):
     if not -rank <= group_axis < rank:
         raise ValueError(f"A weight of shape {shape} has no axis {group_axis}. Received: group_axis={group_axis}")
     if shape[group_axis] % blocks:
-        raise ValueError(f"Axis {group_axis} of a weight of shape {shape} is not {blocks} blocks. Received: {blocks=}")
+        raise ValueError(
+            f"Axis {group_axis} of a weight of shape {shape} cannot be divided into {blocks} equal blocks. "
+            f"Received: {blocks=}"
+        )
 
 
 def over_groups(reduce, tensor, group_axis, blocks=1):

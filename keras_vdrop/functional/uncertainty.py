@@ -139,7 +139,9 @@ def _samples(samples):
     samples = keras.tree.map_structure(lambda each: tensors(each)[0], samples)
     for each in keras.tree.flatten(samples):
         if len(each.shape) == 0 or each.shape[0] == 0:
-            raise ValueError(f"Expected samples (S, B, ...), at least one. Received: shape {tuple(each.shape)}")
+            raise ValueError(
+                f"Expected at least one sample, in an array of shape (S, B, ...). Received: shape {tuple(each.shape)}"
+            )
     return samples
 
 

@@ -138,7 +138,8 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
     def free_bits(self, value):
         if not self.built:
             raise ValueError(
-                f"The layer {self.name!r} has not been built: it has no KL yet. Received: free_bits={value!r}"
+                f"The layer {self.name!r} has not been built. Build it before you set `free_bits`. "
+                f"Received: free_bits={value!r}"
             )
         for layer in self._projections:
             layer.free_bits = value

@@ -68,7 +68,7 @@ class RecurrentCell(VariationalLayer):
         gates = self.kernel.shape[-1] // self.units
         if groups.get("group_axis") in (-1, 1) and groups.get("blocks", 1) not in (1, gates):
             raise ValueError(
-                f"The kernels of {self.name!r} are {gates} gates side by side: groups are of 1 block or {gates}. "
+                f"The kernels of {self.name!r} hold {gates} gates side by side, so `blocks` must be 1 or {gates}. "
                 f"Received: kernel_prior={self.kernel_prior}"
             )
 

@@ -83,15 +83,16 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
         channels = input_shape[self._channel_axis()]
         if channels is None:
             raise ValueError(
-                f"The channels of the inputs to {self.name!r} must be known. Received: "
-                f"input_shape={tuple(input_shape)}; give them in `keras.Input`."
+                f"The number of channels of the inputs to {self.name!r} must be known. Specify it in `keras.Input`. "
+                f"Received: input_shape={tuple(input_shape)}"
             )
         keras.layers.Wrapper.build(self, input_shape)
         kernel = getattr(self.layer, "kernel", None)
         if not isinstance(kernel, keras.Variable):
             raise ValueError(
-                "ConcreteDropout wraps a layer with a plain `kernel`, whose weight decay is part of its KL. Received: "
-                f"layer={self.layer.name!r} of type {type(self.layer).__name__}, with kernel={kernel!r}"
+                "ConcreteDropout requires a layer with a plain `kernel`, because its KL includes the weight decay of "
+                f"the kernel. Received: layer={self.layer.name!r} of type {type(self.layer).__name__}, "
+                f"with kernel={kernel!r}"
             )
         posterior = BernoulliRate(self, kernel, channels)
         self.rate_logit = self.add_weight(

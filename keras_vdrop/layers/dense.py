@@ -107,7 +107,7 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
         _, kernel, outputs = self._operands()
         if kernel[-1] != outputs[-1]:
             raise ValueError(
-                "A low-rank update is of kernels whose last axis is the last of the outputs. Received: "
+                "A low-rank update requires a kernel whose last axis is the last axis of the outputs. Received: "
                 f"equation={self.equation!r}, lora_rank={rank}"
             )
         super().enable_lora(rank, *args, **kwargs)

@@ -49,7 +49,7 @@ class DropIn:
         """Name the positional arguments, as Python would for the Keras layer, and merge them with the keywords."""
         names = list(cls._keras_arguments())
         if len(args) > len(names):
-            raise TypeError(f"{cls.__name__} takes {len(names)} positional arguments. Received: {len(args)}")
+            raise TypeError(f"{cls.__name__} takes at most {len(names)} positional arguments. Received: {len(args)}")
         named = dict(zip(names, args))
         if twice := set(named) & set(kwargs):
             raise TypeError(f"{cls.__name__} got multiple values for {sorted(twice)}.")

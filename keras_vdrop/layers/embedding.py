@@ -102,7 +102,7 @@ def _given(table):
 
     def initializer(shape, dtype=None):
         if np.shape(table) != tuple(shape):
-            raise ValueError(f"`weights` must be of the shape {tuple(shape)}. Received: shape {np.shape(table)}")
+            raise ValueError(f"`weights` must have the shape {tuple(shape)}. Received: shape {np.shape(table)}")
         return ops.convert_to_tensor(np.asarray(table), dtype)
 
     return initializer

@@ -72,16 +72,16 @@ class VariationalGaussianDropout(StochasticLayer):
     ):
         check_rate("rate", rate)
         if rate == 0.0:
-            raise ValueError("`rate` must be > 0: noise that is not there cannot grow. Received: rate=0.0")
+            raise ValueError("`rate` must be > 0, or the initial log alpha is infinite. Received: rate=0.0")
         if alpha not in ("unit", "layer", "fixed"):
             raise ValueError(f'`alpha` must be "unit", "layer" or "fixed". Received: alpha={alpha!r}')
         if not isinstance(axis, numbers.Integral) or isinstance(axis, bool) or axis == 0:
-            raise ValueError(f"`axis` must be an int other than 0, the batch. Received: axis={axis!r}")
+            raise ValueError(f"`axis` must be an int other than 0, the batch axis. Received: axis={axis!r}")
         check_finite("threshold", threshold)
         prior = priors.get(prior)
         if prior is None:
             raise ValueError(
-                '`prior` must not be None. For noise that stays as it is, pass alpha="fixed" and no prior.'
+                '`prior` must not be None. For noise of fixed variance, pass `alpha="fixed"` and omit `prior`.'
             )
         super().__init__(kl_weight=kl_weight, seed=seed, **kwargs)
         self.rate = float(rate)
@@ -95,14 +95,14 @@ class VariationalGaussianDropout(StochasticLayer):
         rank = len(input_shape)
         if not -rank < self.axis < rank:
             raise ValueError(
-                f"`axis` must be one of the inputs' other than the batch. Received: axis={self.axis}, and "
+                f"`axis` must be an axis of the inputs other than the batch axis. Received: axis={self.axis} and "
                 f"input_shape={tuple(input_shape)}"
             )
         units = input_shape[self.axis]
         if units is None:
             raise ValueError(
-                f"Dimension {self.axis} of the inputs to {self.name!r}, the units, must be known. Received: "
-                f"input_shape={tuple(input_shape)}; give it in `keras.Input`."
+                f"Dimension {self.axis} of the inputs to {self.name!r}, the number of units, must be known. Specify it "
+                f"in `keras.Input`. Received: input_shape={tuple(input_shape)}"
             )
         if self.alpha != "fixed":
             capped = isinstance(self.prior, priors.LogUniform) and self.prior.form == "cubic"

@@ -25,7 +25,8 @@ class RecurrentLayer(DropIn):
         use_cudnn = arguments.pop("use_cudnn", "auto") if has_cudnn else "auto"
         if use_cudnn not in ("auto", False):
             raise ValueError(
-                f'{type(self).__name__} has no cuDNN kernel: pass "auto" or False. Received: use_cudnn={use_cudnn!r}'
+                f'{type(self).__name__} has no cuDNN kernel. `use_cudnn` must be "auto" or False. '
+                f"Received: use_cudnn={use_cudnn!r}"
             )
         cell = self._cell_class(**of_cell, **of_both, name="cell")
         keras.layers.RNN.__init__(self, cell, **arguments)

@@ -23,8 +23,8 @@ _unset = weakref.WeakSet()
 _told = weakref.WeakSet()
 
 _UNSET_MESSAGE = (
-    "The KL weight of these variational layers was never set, so each layer's KL is averaged over its weights. That "
-    "trains, but the loss is not the ELBO and regularises by a strength of no meaning. Pass "
+    "The KL weight of these variational layers was never set, so each layer's KL is averaged over its weights. The "
+    "model trains, but the loss is not the ELBO, and the strength of the regularization is arbitrary. Pass "
     "`callbacks=[keras_vdrop.ELBO(num_examples=len(x_train))]` to `fit`, or `kl_weight=1 / len(x_train)` to each layer."
 )
 
@@ -32,8 +32,8 @@ _UNSET_MESSAGE = (
 _heavy = weakref.WeakSet()
 
 _HEAVY_MESSAGE = (
-    "A KL weight of 1 or more is that of one training example. Pass `kl_weight=1 / len(x_train)`, or leave it out and "
-    "pass `callbacks=[keras_vdrop.ELBO(num_examples=len(x_train))]` to `fit`. Received: kl_weight={:g}"
+    "A KL weight of 1 or more is correct only for one training example. Pass `kl_weight=1 / len(x_train)`, or omit it "
+    "and pass `callbacks=[keras_vdrop.ELBO(num_examples=len(x_train))]` to `fit`. Received: kl_weight={:g}"
 )
 
 _SEED_STATE = "seed_generator_state"
@@ -200,7 +200,8 @@ class StochasticLayer(Rematerialized):
         check_non_negative("free_bits", value)
         if self._free_bits is None:
             raise ValueError(
-                f"The layer {self.name!r} has not been built: it has no KL yet. Received: free_bits={value!r}"
+                f"The layer {self.name!r} has not been built or has no prior, so it has no KL. "
+                f"Received: free_bits={value!r}"
             )
         self._free_bits.assign(value)
 

@@ -87,14 +87,17 @@ class Variational(StochasticLayer, keras.Model):
         **kwargs,
     ):
         if not isinstance(layer, keras.layers.Layer):
-            raise ValueError(f"`layer` must be a Keras layer or model, not a class. Received: layer={layer!r}")
+            raise ValueError(f"`layer` must be an instance of a Keras layer or model. Received: layer={layer!r}")
         if "dtype" in kwargs:
-            raise ValueError(f"The dtypes are those of the layer: give it `dtype`. Received: dtype={kwargs['dtype']!r}")
+            raise ValueError(
+                "`Variational` uses the dtypes of `layer`. Pass `dtype` to that layer instead. "
+                f"Received: dtype={kwargs['dtype']!r}"
+            )
         for each in layer._flatten_layers():
             check_policy(each.dtype_policy)
         prior = priors.get(prior)
         if prior is None:
-            raise ValueError("`prior` is needed: what it is None for is the layer itself. Received: prior=None")
+            raise ValueError("`prior` must not be None. To use no prior, use the layer itself. Received: prior=None")
         if initial_log_variance is not None:
             check_log_variance("initial_log_variance", initial_log_variance)
         check_positive("log_variance_rate", log_variance_rate)
@@ -161,7 +164,7 @@ class Variational(StochasticLayer, keras.Model):
         paths = [path for path in paths if not _matches(self.exclude or (), path)]
         if not paths:
             raise ValueError(
-                f"There is no weight of {self.layer.name!r} to draw: `include` and `exclude` are searched in these "
+                f"`include` and `exclude` select no weight of {self.layer.name!r}. They are matched against these "
                 f"paths: {list(found)}. Received: include={self.include}, exclude={self.exclude}"
             )
         names = _distinct(found[path].name for path in paths)

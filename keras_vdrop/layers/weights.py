@@ -140,8 +140,8 @@ class VariationalLayer(DropIn, StochasticLayer):
                 )
             if input_shape[axis] is None:
                 raise ValueError(
-                    f"Dimension {axis} of the inputs to {self.name!r} must be known to build its weights. "
-                    f"Received: input_shape={tuple(input_shape)}; give it in `keras.Input`."
+                    f"Dimension {axis} of the inputs to {self.name!r} must be known to build its weights. Specify it "
+                    f"in `keras.Input`. Received: input_shape={tuple(input_shape)}"
                 )
         super().build(input_shape)
 
@@ -149,8 +149,8 @@ class VariationalLayer(DropIn, StochasticLayer):
         """As in Keras, but a trainable weight with a prior becomes a `VariationalWeight`."""
         if shape is not None and None in shape:
             raise ValueError(
-                f"The weight {name!r} of {self.name!r} needs a size that is not known. Received: shape={tuple(shape)}; "
-                "give all sizes in `keras.Input` or in `output_shape`."
+                f"The weight {name!r} of {self.name!r} has an unknown size. Specify all sizes in `keras.Input` or in "
+                f"`output_shape`. Received: shape={tuple(shape)}"
             )
         is_bias = name is not None and "bias" in name
         prior = self.bias_prior if is_bias else self.kernel_prior
@@ -230,15 +230,17 @@ class VariationalLayer(DropIn, StochasticLayer):
         kernel = self._adapted()
         if self._update is not None or isinstance(kernel, VariationalWeight) or kernel.trainable:
             raise ValueError(
-                f"{self.name!r} has been built without a low-rank update. Give it `lora_rank` when it is made, or make "
-                f"it from a trained layer by `keras_vdrop.to_variational(model, rank={rank})`."
+                f"A low-rank update can be added to {self.name!r} only when it is built. Pass `lora_rank` to its "
+                f"constructor, or convert a trained model with `keras_vdrop.to_variational(model, rank={rank})`."
             )
         if getattr(self, "groups", 1) != 1:
             raise ValueError(
-                f"A convolution in groups has no low-rank update. Received: groups={self.groups}, lora_rank={rank}"
+                f"A grouped convolution cannot have a low-rank update. Received: groups={self.groups}, lora_rank={rank}"
             )
         if self.kernel_prior is None:
-            raise ValueError(f"The update of {self.name!r} needs a `kernel_prior`. Received: kernel_prior=None")
+            raise ValueError(
+                f"The low-rank update of {self.name!r} requires a `kernel_prior`. Received: kernel_prior=None"
+            )
         self._update = LowRankUpdate(
             self,
             super().add_weight,

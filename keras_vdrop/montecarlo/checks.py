@@ -34,17 +34,20 @@ def check_draws(model):
     """Raise if nothing in the model is drawn, and warn of noise that is active in training only."""
     off = _keras_noise(model)
     if not any(isinstance(layer, StochasticLayer) and layer.draws for layer in model._flatten_layers()):
-        way_out = "Use one, such as keras_vdrop.VariationalDense, where it has a Keras layer."
+        way_out = "Replace a Keras layer, for example by `keras_vdrop.VariationalDense`."
         if off:
-            way_out = f"Keras's Dropout is for training alone: put keras_vdrop.MonteCarloDropout in the place of {off}."
+            way_out = (
+                f"Keras's own dropout in {off} is active only in training. Use `keras_vdrop.MonteCarloDropout` in its "
+                "place."
+            )
         raise ValueError(
             f"Every draw from the model {model.name!r} would be the same: it has no variational layer with a prior "
-            f"or a rate. {way_out}"
+            f"or a rate above 0. {way_out}"
         )
     if off:
         warnings.warn(
-            f"Keras's own dropout is for training alone, and stays off in a MonteCarlo: that of {off}. Where it is to "
-            "be drawn as well, use keras_vdrop.MonteCarloDropout.",
+            f"Keras's own dropout in {off} is active only in training and stays off in `MonteCarlo`. To draw it as "
+            "well, use `keras_vdrop.MonteCarloDropout` in its place.",
             stacklevel=3,
         )
 
@@ -71,10 +74,10 @@ def check_noise_is_a_draw(model):
     ]
     if names:
         warnings.warn(
-            f"The layers {names} are used at several places of an example, and each place has noise of its own while "
-            "they learn. No draw of their weights does that, so `MonteCarlo` does not show the uncertainty of their "
-            'posterior. Learn by `estimator="flipout"`, and give a layer all places in one call, not one by one as a '
-            "shared layer or `TimeDistributed` gets them.",
+            f"The layers {names} are used at several positions of an example, and each position has independent noise "
+            "in training. No draw of their weights can produce such noise, so `MonteCarlo` does not show the "
+            'uncertainty of their posterior. Train with `estimator="flipout"`, and pass all positions to a layer in '
+            "one call, not one by one as in a shared layer or `TimeDistributed`.",
             stacklevel=3,
         )
 
@@ -85,8 +88,8 @@ def check_outputs(model, readings):
     if None in readings:
         if names is not None and len(names) > 1 and readings[None].likelihood is not None:
             raise ValueError(
-                "A `likelihood` is that of one output; for a model of several, give a dict by name, or None. "
-                f"Received: likelihood={readings[None].likelihood!r}, and the outputs {sorted(names)}"
+                "A `likelihood` applies to one output. For several outputs, pass a dict by output name, or None. "
+                f"Received: likelihood={readings[None].likelihood!r} for the outputs {sorted(names)}"
             )
     elif names is not None and set(names) != set(readings):
         raise ValueError(wrong_names(readings, names))
@@ -94,8 +97,8 @@ def check_outputs(model, readings):
         activation = last_activation(last_layer(model, name))
         if reading.is_classes and reading.from_logits and activation in ("softmax", "sigmoid"):
             raise ValueError(
-                f"The model {model.name!r} ends in an activation that makes probabilities{reading.where}. "
-                "Give `from_logits=False`."
+                f"The model {model.name!r} ends with an activation that returns probabilities{reading.where}. "
+                "Pass `from_logits=False`."
             )
         if reading.likelihood == "normal" or isinstance(reading.likelihood, NegativeLogLikelihood):
             check_activation(model, name, stacklevel=3)
@@ -113,12 +116,15 @@ def check_metrics(metrics, readings):
 
 def wrong_names(likelihood, outputs):
     missing, unknown = sorted(set(outputs) - set(likelihood)), sorted(set(likelihood) - set(outputs))
-    wrong = [f"none for {missing}"] * bool(missing) + [f"one for {unknown}, which no output is called"] * bool(unknown)
-    return f"`likelihood` must have one, or None, for each of {sorted(outputs)}. Received: {' and '.join(wrong)}"
+    wrong = [f"no entry for {missing}"] * bool(missing) + [f"entries for unknown outputs {unknown}"] * bool(unknown)
+    return (
+        f"`likelihood` must have an entry, which may be None, for each of the outputs {sorted(outputs)}. "
+        f"Received: {' and '.join(wrong)}"
+    )
 
 
 def known_names(names):
-    return f"Known: {sorted(names)}"
+    return f"Known names: {sorted(names)}"
 
 
 def rows_not_finite(result):
@@ -134,8 +140,8 @@ def report_not_finite(wrong, rows):
     """Warn if any rows contain NaN or infinity."""
     if wrong:
         warnings.warn(
-            f"There is NaN or infinity in the predictions of {wrong} of {rows} rows: look at their inputs, and at the "
-            "model's weights.",
+            f"The predictions of {wrong} of {rows} rows contain NaN or infinity. Check the inputs of these rows and "
+            "the weights of the model.",
             stacklevel=4,
         )
 
@@ -155,7 +161,7 @@ def check_probabilities(low, high, least, most):
     """Raise if means are not probabilities: means of probabilities always are, and those of logits hardly ever."""
     if low < -1e-3 or high > 1 + 1e-3 or (math.isfinite(least) and max(1.0 - least, most - 1.0) > 1e-2):
         raise ValueError(
-            "With `from_logits=False` the outputs must be probabilities. Received: means from "
-            f"{low:g} to {high:g}, with sums from {least:g} to {most:g}; give `from_logits=True`, or end the model in "
-            "a softmax or a sigmoid."
+            "With `from_logits=False` the outputs must be probabilities. Pass `from_logits=True`, or end the model "
+            f"with a softmax or a sigmoid. Received: means from {low:g} to {high:g}, with sums from {least:g} to "
+            f"{most:g}"
         )

@@ -34,7 +34,7 @@ def gives_no_rows(data):
 
 
 def nothing_to_evaluate(x):
-    return f"There are no rows to evaluate. Received: x={x!r}; give data of one row at least."
+    return f"There are no rows to evaluate. Pass data with at least one row. Received: x={x!r}"
 
 
 def without_rows(found):

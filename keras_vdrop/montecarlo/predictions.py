@@ -43,8 +43,8 @@ class Predictions(dict):
         """
         if "probability" in self:
             raise ValueError(
-                "Classes have no standard deviation: see `probability`, and how sure it is in `predictive_entropy`, or "
-                "give `MonteCarlo` another `likelihood`."
+                "Classes have no standard deviation. Use `probability`, and `predictive_entropy` for its uncertainty. "
+                "If the outputs are not classes, pass another `likelihood` to `MonteCarlo`."
             )
         if "variance" in self:
             return keras.tree.map_structure(np.sqrt, self["variance"])
@@ -130,7 +130,9 @@ class Predictions(dict):
         if "mutual_information" in self:
             return _each_row(self["mutual_information"])
         if "variance" in self:
-            raise ValueError("What a label would tell depends on its noise: give `MonteCarlo` a `likelihood`.")
+            raise ValueError(
+                "`bald` requires a likelihood, which tells how noisy labels are. Pass `likelihood` to `MonteCarlo`."
+            )
         return _each_row(0.5 * np.log1p(self["epistemic_variance"] / self["aleatoric_variance"]))
 
 

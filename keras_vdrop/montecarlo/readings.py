@@ -22,15 +22,15 @@ def readings_of(likelihood, from_logits):
     if not isinstance(likelihood, dict):
         if isinstance(from_logits, dict):
             raise ValueError(
-                "`from_logits` by the names of outputs takes a `likelihood` by name. "
+                "If `from_logits` is a dict, `likelihood` must be a dict by output name as well. "
                 f"Received: from_logits={from_logits!r} and likelihood={likelihood!r}"
             )
         return {None: Reading(likelihood, from_logits)}
     if not likelihood or not all(isinstance(name, str) for name in likelihood):
-        raise ValueError(f"`likelihood` must have the names of outputs. Received: likelihood={likelihood!r}")
+        raise ValueError(f"A dict `likelihood` must have output names as keys. Received: likelihood={likelihood!r}")
     by_name = from_logits if isinstance(from_logits, dict) else dict.fromkeys(likelihood, from_logits)
     if unknown := sorted(set(by_name) - set(likelihood)):
-        raise ValueError(f"`from_logits` has names that `likelihood` has not: {unknown}. {known_names(likelihood)}")
+        raise ValueError(f"`from_logits` has names that are not in `likelihood`: {unknown}. {known_names(likelihood)}")
     return {name: Reading(each, by_name.get(name, True), name) for name, each in likelihood.items()}
 
 
@@ -54,8 +54,8 @@ class Reading:
         is_loss = hasattr(likelihood, "moments") and not isinstance(likelihood, type)
         if not (likelihood in _LIKELIHOODS or is_loss):
             raise ValueError(
-                f"`likelihood` must be one of {_LIKELIHOODS}, one of `keras_vdrop.losses`, or a dict of these by the "
-                f"names of outputs. Received: likelihood={likelihood!r}"
+                f"`likelihood` must be one of {_LIKELIHOODS}, a loss of `keras_vdrop.losses`, or a dict of these by "
+                f"output name. Received: likelihood={likelihood!r}"
             )
         self.likelihood = likelihood
         self.from_logits = from_logits
@@ -80,8 +80,8 @@ class Reading:
             return outputs
         if not ops.is_tensor(outputs):
             raise ValueError(
-                f"A `likelihood` is that of one output; a model of several takes a dict by name, or None. "
-                f"Received: likelihood={self.likelihood!r}{self.where}, and {len(outputs)} outputs"
+                "A `likelihood` applies to one output. For several outputs, pass a dict by output name, or None. "
+                f"Received: likelihood={self.likelihood!r}{self.where} for {len(outputs)} outputs"
             )
         self._check_size(outputs.shape)
         if self.likelihood == "categorical":
@@ -96,14 +96,14 @@ class Reading:
         """Raise if the last axis of the outputs does not have the size that the likelihood takes."""
         if self.likelihood == "categorical" and shape[-1] == 1:
             raise ValueError(
-                'One output is no choice between classes: give likelihood="bernoulli", of which it is the logit. '
-                f"Received: outputs{self.where} of the shape {tuple(shape)}"
+                '`likelihood="categorical"` requires outputs (B, ..., C) with C ≥ 2. For a single logit or '
+                f'probability, pass `likelihood="bernoulli"`. Received: outputs{self.where} of shape {tuple(shape)}'
             )
         size = 2 if self.likelihood == "normal" else getattr(self.likelihood, "num_parameters", None)
         if size is not None and shape[-1] != size:
             raise ValueError(
-                f"The likelihood takes outputs (B, ..., {size}). Received: likelihood={self.likelihood!r}, and outputs"
-                f"{self.where} of the shape {tuple(shape)}"
+                f"The likelihood requires outputs (B, ..., {size}). Received: likelihood={self.likelihood!r} and "
+                f"outputs{self.where} of shape {tuple(shape)}"
             )
 
     def predictions(self, arrays):
@@ -123,11 +123,11 @@ class Reading:
         if (of_prediction := getattr(metric, "of_prediction", None)) is not None:
             remedy = f"takes the parameters of a distribution. {of_prediction}"
         elif self.is_classes and getattr(metric, "from_logits", False) is True:
-            remedy = "takes logits. Give it `from_logits=False`."
+            remedy = "takes logits. Pass `from_logits=False` to it."
         if remedy is not None:
             raise ValueError(
-                f"`MonteCarlo` compares y{self.where} with the `{point}` that it predicts, and the metric "
-                f"{metric.name!r} {remedy} Received: metrics with a {type(metric).__name__}"
+                f"`MonteCarlo` compares y{self.where} with the `{point}` that it predicts, but the metric "
+                f"{metric.name!r} {remedy} Received: a metric of type {type(metric).__name__}"
             )
 
     def laid_out(self, y, found, weight):
@@ -140,8 +140,8 @@ class Reading:
         fitting = y if one_hot else aligned(y, shape, sizes)
         if fitting is None:
             raise ValueError(
-                f"Expected y of the shape of what is predicted{self.where}, {tuple(shape)}. "
-                f"Received: y of the shape {tuple(y.shape)}"
+                f"`y` must have the shape of the prediction{self.where}, {tuple(shape)}. "
+                f"Received: y of shape {tuple(y.shape)}"
             )
         if weight is not None:
             weighed = point[..., 0] if self.likelihood == "categorical" else point
@@ -172,7 +172,7 @@ class Reading:
         """Return −log p(y) of the prediction: Keras's mean over labels, or the sum over the numbers of an example."""
         if self.likelihood is None:
             raise ValueError(
-                f"What y{self.where} is compared with has no likelihood: give it one, or `compile` a loss."
+                f"The prediction{self.where} has no likelihood. Pass a `likelihood`, or pass a `loss` to `compile`."
             )
         y, weight = self.laid_out(y, found, weight)
         if not self.is_classes:
@@ -214,8 +214,8 @@ def _check_same_layout(y, point):
     for label, each in zip(ys, points):
         if aligned(label, each.shape) is None and aligned(label, each.shape[:-1]) is None:
             raise ValueError(
-                f"Expected y of the shape of what is predicted, {tuple(each.shape)}, or of its class numbers, "
-                f"{tuple(each.shape[:-1])}. Received: y of the shape {tuple(label.shape)}"
+                f"`y` must have the shape of the prediction, {tuple(each.shape)}, or, for class numbers, "
+                f"{tuple(each.shape[:-1])}. Received: y of shape {tuple(label.shape)}"
             )
 
 

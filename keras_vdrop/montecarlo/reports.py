@@ -126,13 +126,13 @@ class Fit(Report):
             return
         standard = abs(mean) < 3.0 and 0.3 < scale < 3.0
         way_out = (
-            "Train it for longer, or look at its inputs."
+            "Train longer, or check the inputs."
             if standard
-            else ("Standardise y, (y − mean) / standard deviation: the network starts from numbers of about 1.")
+            else ("Standardise y as (y − mean) / standard deviation: an untrained network predicts numbers of about 1.")
         )
         warnings.warn(
-            f"The prediction of y{self.reading.where} is worse than none: its NLL is {nll / count:.3g} nats a number, "
-            f"and that of the normal distribution with the mean {mean:.3g} and the standard deviation {scale:.3g} of y "
-            f"itself is {least:.3g}. {way_out}",
+            f"The prediction of y{self.reading.where} is worse than a constant prediction: its NLL is "
+            f"{nll / count:.3g} nats per number, and that of a normal distribution with the mean "
+            f"{mean:.3g} and the standard deviation {scale:.3g} of y is {least:.3g}. {way_out}",
             stacklevel=3,
         )

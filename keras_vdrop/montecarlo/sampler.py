@@ -111,7 +111,9 @@ class MonteCarlo(keras.Model):
         if output not in _OUTPUTS:
             raise ValueError(f"`output` must be one of {_OUTPUTS}. Received: output={output!r}")
         if isinstance(model, MonteCarlo):
-            raise ValueError(f"{model.name!r} is a MonteCarlo already: give the model that it draws, its `model`.")
+            raise ValueError(
+                f"{model.name!r} is already a MonteCarlo. Pass the model that it wraps, its attribute `model`."
+            )
         readings = readings_of(likelihood, from_logits)
         if not model.built:
             raise ValueError(f"The model {model.name!r} has not been built: call it on some data first.")
@@ -201,7 +203,7 @@ class MonteCarlo(keras.Model):
             if not scope.used:
                 raise ValueError(
                     f"Nothing was drawn from {self.model.name!r}: its layers are called by a function that was "
-                    "compiled before, such as a `call` under `tf.function`. Leave the compiling to `MonteCarlo`."
+                    "compiled before, such as a `call` under `tf.function`. Do not compile it: `MonteCarlo` does so."
                 )
             return outputs, {place: mask for place, mask in masks.items() if mask is not None}
 
@@ -264,14 +266,14 @@ class MonteCarlo(keras.Model):
         known = checks.known_names(self._readings)
         if isinstance(values, dict):
             if unknown := sorted(set(values) - set(self._readings)):
-                raise ValueError(f"The {what} have names that no output has: {unknown}. {known}")
+                raise ValueError(f"The names {unknown} of {what} are not in `likelihood`. {known}")
             return dict(values)
         values = list(values) if isinstance(values, (list, tuple)) else [values]
         names = output_names(self.model) or (tuple(self._readings) if len(self._readings) == 1 else None)
         if names is None:
-            raise ValueError(f"The outputs of {self.model.name!r} have no names: have it give a dict. {known}")
+            raise ValueError(f"The outputs of {self.model.name!r} have no names. Let the model return a dict. {known}")
         if len(values) != len(names):
-            raise ValueError(f"Expected {what} for {names}. Received: {len(values)} of them")
+            raise ValueError(f"Expected {what} for each of {names}. Received: {len(values)} value(s)")
         return dict(zip(names, values))
 
     def _in_order(self, outputs):
@@ -344,8 +346,8 @@ class MonteCarlo(keras.Model):
                 result = super().predict(x, *args, **kwargs)
         except UnboundLocalError as error:  # Keras reads the last batch, which was never set
             raise ValueError(
-                f"There is nothing to predict: the data have no batch. Received: x={x!r}; give arrays of 0 rows for "
-                "predictions of 0 rows."
+                "There is nothing to predict: the data have no batch. To predict 0 rows, pass arrays of 0 rows. "
+                f"Received: x={x!r}"
             ) from error
         return self._as_predictions(result)
 
@@ -423,9 +425,10 @@ class MonteCarlo(keras.Model):
         """
         if format != "tf_saved_model":
             raise ValueError(
-                "A MonteCarlo draws random numbers by operations that only TensorFlow runs, so it is exported to a "
-                f'SavedModel alone. Received: format={format!r}; give "tf_saved_model", or export the model without '
-                "noise, keras_vdrop.compact(model) or keras_vdrop.to_deterministic(model)."
+                "A MonteCarlo draws random numbers with operations that only TensorFlow runs, so it can be exported "
+                'only to a SavedModel. Pass `format="tf_saved_model"`. Or export the model without noise: '
+                "`keras_vdrop.compact(model)` or `keras_vdrop.to_deterministic(model)`. "
+                f"Received: format={format!r}"
             )
         if input_signature is None and hasattr(self.model, "inputs"):
             input_signature = self.model.inputs if isinstance(self.model, keras.Sequential) else [self.model.input]
@@ -442,7 +445,7 @@ class MonteCarlo(keras.Model):
             return super().compute_loss(x, y, point, weight, training)
         rows = self._rows(y, y_pred, sample_weight)
         if self._is_named and set(rows) != set(self._readings):
-            raise ValueError(f"The loss takes y for every output. Received: y for {sorted(rows)}")
+            raise ValueError(f"The loss requires `y` for every output. Received: y for {sorted(rows)}")
         return sum(self._readings[name].loss(*row) for name, row in rows.items())
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
@@ -455,7 +458,7 @@ class MonteCarlo(keras.Model):
     def _rows(self, y, found, weight):
         """Return (y, statistics, weight) of every output that has a y, by name; None is the name of a single output."""
         if self.output_kind == "samples":
-            raise ValueError('`evaluate` compares y with a statistic. Received: output="samples"')
+            raise ValueError('`evaluate` requires `output="statistics"`. Received: output="samples"')
         if not self._is_named:
             return {None: (y, found, weight)}
         y = self._by_name(y, "y")

@@ -242,7 +242,7 @@ def test_every_public_layer_is_drawn():
     assert drawn == public - {kv.MonteCarlo}
 
 
-@pytest.mark.filterwarnings("ignore:Nothing is left")
+@pytest.mark.filterwarnings("ignore:No weights are kept")
 @pytest.mark.parametrize("index", range(COUNT))
 @pytest.mark.parametrize("name", LAYERS)
 def test_random_configuration(name, index):

@@ -188,11 +188,11 @@ def test_temperature_in_closed_form():
 
 def test_temperature_without_a_minimum_is_the_bound_and_says_so():
     separable = np.eye(3)[[0, 1, 2, 0]]
-    with pytest.warns(UserWarning, match="more of them"):
+    with pytest.warns(UserWarning, match="use more rows"):
         assert calibration.fit_temperature(separable, [0, 1, 2, 0]) == pytest.approx(0.01)
     with pytest.warns(UserWarning, match="validation"):
         assert calibration.fit_temperature(separable, [0, 1, 2, 0], bounds=(0.5, 2.0)) == pytest.approx(0.5)
-    with pytest.warns(UserWarning, match="100 is given"):
+    with pytest.warns(UserWarning, match="100 is returned"):
         assert calibration.fit_temperature(-separable, [0, 1, 2, 0]) == pytest.approx(100)
     with pytest.warns(UserWarning, match="no maximum"):
         calibration.fit_temperature(np.zeros((4, 3)), [0, 1, 2, 0])

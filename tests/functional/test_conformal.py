@@ -19,7 +19,7 @@ def test_quantile_by_hand():
 
 @pytest.mark.parametrize("rows, coverage", [(8, 0.9), (18, 0.95), (98, 0.99)])
 def test_too_few_rows(rows, coverage):
-    with pytest.raises(ValueError, match=rf"at least {rows + 1} calibration rows\. Received: {rows} rows; .* at most"):
+    with pytest.raises(ValueError, match=rf"at least {rows + 1} calibration rows\. .* at most .*Received: {rows} rows"):
         conformal.quantile(np.zeros(rows), coverage)
     conformal.quantile(np.zeros(rows + 1), coverage)
 
@@ -85,7 +85,7 @@ def test_bad_input_is_refused():
         conformal.quantile([0.0], coverage=90)
     with pytest.raises(ValueError, match="NaN in 1 of 2 rows"):
         conformal.quantile([0.0, np.nan])
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="same shape"):
         conformal.interval_threshold([0.0], [0.0, 1.0])
     with pytest.raises(ValueError, match="above 0"):
         conformal.interval_threshold([0.0] * 9, [0.0] * 9, scale=[0.0] * 9)

@@ -84,7 +84,7 @@ def test_bad_input_is_refused(score):
 def test_out_of_range():
     with pytest.raises(ValueError, match="tpr=95"):
         detection.fpr_at_tpr([0.1], [0.2], tpr=95)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="same shape"):
         detection.risk_coverage([0.1, 0.2], [1])
     with pytest.raises(ValueError, match="NaN or infinity"):
         detection.aurc([0.1, 0.2], [1, np.inf])

@@ -103,13 +103,13 @@ def test_bad_input_is_refused():
         regression.normal_negative_log_likelihood([0.0], [1.0, 1.0], [0.0])
     with pytest.raises(ValueError, match="level=90"):
         regression.normal_interval([0.0], [1.0], level=90)
-    with pytest.raises(ValueError, match=r"at least 19 samples\. Received: 18;"):
+    with pytest.raises(ValueError, match=r"at least 19 samples\. .*at most .*Received: 18 samples"):
         regression.sample_interval(np.zeros((18, 2)))
     with pytest.raises(ValueError, match="at least two"):
         regression.sample_crps([[0.0]], [0.0])
     with pytest.raises(ValueError, match="shapes"):
         regression.sample_crps(np.zeros((5, 2)), np.zeros(3))
-    with pytest.raises(ValueError, match="in 1 of 2 places"):
+    with pytest.raises(ValueError, match=r"lower > upper.* at 1 of 2 positions"):
         regression.interval_coverage([0, 2], [1, 1], [0, 0])
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="same shape"):
         regression.interval_coverage([0], [1], [0, 0])
