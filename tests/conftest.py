@@ -19,6 +19,8 @@ import pytest
 
 from keras_vdrop.layers import stochastic
 
+# Only a type checker reads this file: it makes mistakes on purpose.
+collect_ignore = ["typed_user.py"]
 _TESTS = itertools.count(1)
 
 
