@@ -220,7 +220,7 @@ def fit(model, data, options, name="plain"):
 
 
 def _temperature(name, options):
-    return options.pruned_temperature if name == "pruned" else options.temperature
+    return {"pruned": options.pruned_temperature, "low rank": options.low_rank_temperature}.get(name, options.temperature)
 
 
 def pruned_in_encoder(model):
@@ -385,6 +385,7 @@ def main():
     parser.add_argument("--scale", type=float, default=0.003, help="standard deviation of the prior of all layers")
     parser.add_argument("--log-variance-rate", type=float, default=50.0, help="log variance rate of all layers")
     parser.add_argument("--temperature", type=float, default=1e-4, help="temperature of the KL; 1 is the ELBO")
+    parser.add_argument("--low-rank-temperature", type=float, default=1e-2, help="the same for the low-rank updates")
     parser.add_argument("--pruned-temperature", type=float, default=0.1, help="the same for the pruned network")
     parser.add_argument("--rank", type=int, default=8, help="rank of the low-rank updates")
     parser.add_argument("--draws", type=int, default=32, help="draws for the scored predictions")
