@@ -22,7 +22,7 @@ import keras
 import numpy as np
 
 import keras_vdrop as kv
-from keras_vdrop import demo
+from keras_vdrop.cli import demo
 from keras_vdrop.costs import file_sizes
 
 

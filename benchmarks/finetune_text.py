@@ -220,7 +220,9 @@ def fit(model, data, options, name="plain"):
 
 
 def _temperature(name, options):
-    return {"pruned": options.pruned_temperature, "low rank": options.low_rank_temperature}.get(name, options.temperature)
+    return {"pruned": options.pruned_temperature, "low rank": options.low_rank_temperature}.get(
+        name, options.temperature
+    )
 
 
 def pruned_in_encoder(model):

@@ -22,7 +22,7 @@ import numpy as np
 from keras import layers
 
 import keras_vdrop as kv
-from keras_vdrop import demo
+from keras_vdrop.cli import demo
 from keras_vdrop.functional import calibration
 
 BETA, EPOCHS = 0.3, 50

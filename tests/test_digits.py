@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import keras_vdrop as kv
-from keras_vdrop import demo
+from keras_vdrop.cli import demo
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,17 @@
-"""The command line, but for the demo."""
+"""The command line, without the demo's training."""
 
 import errno
 import gzip
 import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
 
 import keras_vdrop as kv
-from keras_vdrop.__main__ import main
+from keras_vdrop_cli import main
 from tests.cases import array, stock
 
 
@@ -62,10 +64,12 @@ def test_nothing_is_written_over_unless_told(saved, tmp_path, capsys):
         (["report", "nowhere.keras"], "There is no file nowhere.keras"),
         (["compact", "{saved}", "-o", "small.h5"], "must end in .keras"),
         (["compact", "{saved}", "-o", "small.keras", "--data", "nowhere.npz"], "There is no file nowhere.npz"),
-        (["compact", "{saved}", "-o", "small.keras", "--data", "{saved}"], "needs one array for each input: 1"),
         (["compact", "{saved}", "-o", "small.keras", "--data", __file__], "is not an .npz file"),
         (["compact", "{saved}", "-o", "nowhere/small.keras"], "There is no folder nowhere"),
         (["report", "{saved}", "--threshold", "nan"], "must be a finite number"),
+        (["report", "{saved}", "--html", "page.txt"], "--html must end in .html"),
+        (["report", "{saved}", "--html", "nowhere/page.html"], "There is no folder nowhere"),
+        (["report", "{saved}", "--plots", "{saved}"], "--plots must be a folder"),
         (["compact", "nowhere.keras", "-o", "small.keras", "--threshold", "inf"], "must be a finite number"),
         (["demo", "--beta", "-1"], "must be ≥ 0. Received: -1"),
         (["demo", "--beta", "nan"], "must be a finite number. Received: nan"),
@@ -79,6 +83,45 @@ def test_bad_input(arguments, message, saved, tmp_path, capsys, monkeypatch):
         main([argument.format(saved=saved) for argument in arguments])
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_help_version_and_mistakes_need_no_import():
+    """The package takes seconds to import: a command that only reads its arguments leaves it alone."""
+    program = """
+import sys, keras_vdrop_cli
+for arguments in (["--help"], ["--version"], ["compact", "--help"], ["report", "nowhere.keras"], ["report"]):
+    try:
+        keras_vdrop_cli.main(arguments)
+    except SystemExit as end:
+        print(end.code)
+print(sorted({"keras", "keras_vdrop", "numpy", "tensorflow"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert f"keras-vdrop {kv.__version__}" in lines
+    assert [line for line in lines if line.isdigit()] == ["0", "0", "0", "2", "2"] and lines[-1] == "[]"
+
+
+def test_report_saves_plots_and_a_page(saved, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "report.html"
+    arguments = ["report", str(saved), "--plots", str(tmp_path / "plots"), "--html", str(page)]
+    assert not main(arguments)
+    images = sorted((tmp_path / "plots").iterdir())
+    assert images and all(image.read_bytes().startswith(b"\x89PNG") for image in images)
+    text = page.read_text()
+    assert text.count("<img ") == len(images) and "http" not in text  # the page needs no other file
+    assert "<td>variational_dense</td><td>128</td><td>40</td><td>31.25</td><td>3.2x</td>" in text
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "already exists" in capsys.readouterr().err
+    assert not main([*arguments, "--force"])
+
+
+def test_no_colour_codes_in_a_pipe(saved, tmp_path, capsys):
+    for arguments in (["report", str(saved)], ["compact", str(saved), "-o", str(tmp_path / "small.keras")]):
+        main(arguments)
+        assert "\x1b" not in capsys.readouterr().out
 
 
 def fails_in_one_line(arguments, capsys):
@@ -111,7 +154,7 @@ def test_full_disk(saved, tmp_path, capsys, monkeypatch):
 def test_full_disk_in_the_demo(tmp_path, capsys, monkeypatch):
     """Here without its training: a model or picture is whole or not there."""
     figure = pytest.importorskip("matplotlib.figure")
-    from keras_vdrop import demo
+    from keras_vdrop.cli import demo
 
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kwargs: write_half(path))
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2)])
@@ -151,6 +194,17 @@ def test_damaged_model(command, damage, saved, tmp_path, capsys):
     )
     arguments = [command, saved] + (["-o", tmp_path / "small.keras"] if command == "compact" else [])
     assert str(saved) in fails_in_one_line(arguments, capsys)
+    assert not (tmp_path / "small.keras").exists()
+
+
+def test_data_that_do_not_fit(saved, tmp_path, capsys):
+    np.savez(tmp_path / "two.npz", a=np.ones((2, 8)), b=np.ones((2, 8)))
+    np.savez(tmp_path / "other.npz", x=np.ones((2, 5)))
+    for name, message in (("two", "one array for each input: 1"), ("other", "shape")):
+        line = fails_in_one_line(
+            ["compact", saved, "-o", tmp_path / "small.keras", "--data", tmp_path / f"{name}.npz"], capsys
+        )
+        assert message in line
     assert not (tmp_path / "small.keras").exists()
 
 

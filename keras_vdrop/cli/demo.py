@@ -1,8 +1,9 @@
-"""The demo: compare a small convolutional network that is plain, with Keras's dropout, and variational."""
+"""`keras-vdrop demo`: compare a small convolutional network that is plain, with Keras's dropout, and variational."""
 
 import functools
 import itertools
 import pathlib
+import sys
 import time
 
 import keras
@@ -121,7 +122,7 @@ def _is_free(path):
 
 
 def run(out="demo", seed=0, quick=False, beta=0.3):
-    """Train all three networks, print a table, and write `model.keras` and `digits.png` to a folder.
+    """Train all three networks, print a table (if not `quick`), and write `model.keras` and `digits.png` to a folder.
 
     Args:
         out: The folder; `fresh_folder` appends a number if it holds files.
@@ -144,14 +145,17 @@ def run(out="demo", seed=0, quick=False, beta=0.3):
     keras.utils.set_random_seed(seed)
     (x, y), (x_test, y_test) = load_digits(seed)
 
+    # Keras's progress bar moves the cursor and colours its text, which is noise in a file or a pipe.
+    learn = functools.partial(train, x=x, y=y, epochs=epochs, verbose="auto" if sys.stdout.isatty() else 2)
+
     print("\nPlain network")
-    plain = train(network(layers.Dense, layers.Conv2D), x, y, epochs)
+    plain = learn(network(layers.Dense, layers.Conv2D))
     print("\nWith Keras's Dropout(0.5)")
-    dropout = train(network(layers.Dense, layers.Conv2D, dropout=0.5), x, y, epochs)
+    dropout = learn(network(layers.Dense, layers.Conv2D, dropout=0.5))
     print(f"\nVariational: the KL weight rises to {beta:g} / {len(x)} over the first half of the epochs")
     elbo = kv.ELBO(num_examples=len(x), schedule=lambda epoch: beta * min(1.0, 2 * epoch / epochs))
     model = network(*(functools.partial(cls, **SLOW) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
-    train(model, x, y, epochs, [elbo, kv.SparsityLogger()], rate=6e-3)
+    learn(model, callbacks=[elbo, kv.SparsityLogger()], rate=6e-3)
 
     dense = kv.sparsity(model).weights
     rows = [row("plain", probabilities(plain, x_test), y_test, dense)]
@@ -167,11 +171,13 @@ def run(out="demo", seed=0, quick=False, beta=0.3):
     rows += [row(name, probabilities(sampler, x_test).mean(axis=1), y_test, report.left, report.ratio)]
 
     print(f"\n{report}\n")
-    print(
-        f"{'on ' + str(len(y_test)) + ' test digits':<34}{'accuracy':>9}{'NLL':>8}{'ECE':>9}{'weights':>10}{'ratio':>9}"
-    )
-    print("-" * 79)
-    print("\n".join(rows))
+    if quick:
+        print(f"{epochs} epochs are too few to compare the networks. Run the demo without --quick for the comparison.")
+    else:
+        title = f"on {len(y_test)} test digits"
+        print(f"{title:<34}{'accuracy':>9}{'NLL':>8}{'ECE':>9}{'weights':>10}{'ratio':>9}")
+        print("-" * 79)
+        print("\n".join(rows))
 
     replace(out / "model.keras", model.save)
     again = keras.saving.load_model(out / "model.keras")
