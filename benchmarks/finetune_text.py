@@ -25,9 +25,11 @@ lengths of the test sentences, by the predictive entropy and by the mutual infor
 members); the seconds of training, and of predicting these sentences with compiled functions; the number of weights, and
 of weights kept.
 
-The prior scale and the KL temperature of "all layers" were chosen by single trials of 100 steps on 400 validation
-sentences. Of (0.01, 0.1), (0.003, 0.01) and (0.003, 1e-4), the last was best. The learning rates and epochs of "low
-rank" and "pruned", and the temperature of "pruned", are untuned.
+Choices were made on the validation sentences with seed 0 and 8 draws. Two epochs beat three for "plain" (accuracy 85.8
+and 85.3 %, NLL 0.390 and 0.566). "all layers" with the scale 0.003 at the temperatures 1e-4, 1e-3, 3e-3 and 1e-2 has
+the accuracies 85.3, 85.4, 85.8 and 84.4 %, the NLLs 0.390, 0.387, 0.381 and 0.377 and the ECEs 5.3, 4.1, 4.2 and 2.8 %.
+"low rank" at 1e-4, 1e-2 and 1e-1 has 83.4, 83.9 and 84.0 %, 0.427, 0.407 and 0.387, 7.6, 6.2 and 3.8 %. The learning
+rates, and all settings of "last layer" and "pruned", are untuned.
 
 `--quick` uses made-up sentences and a small encoder of Keras layers, and needs none of the optional packages.
 
@@ -378,19 +380,19 @@ def main():
     parser.add_argument(
         "--validation", action="store_true", help="score on the validation sentences, not on the test sentences"
     )
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of all networks except the pruned one")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of all networks except the pruned one")
     parser.add_argument("--rate", type=float, default=5e-5, help="Adam's initial rate, except for the next two options")
     parser.add_argument("--low-rank-rate", type=float, default=1e-3)
     parser.add_argument("--pruned-rate", type=float, default=1e-4)
-    parser.add_argument("--pruned-epochs", type=int, default=10)
+    parser.add_argument("--pruned-epochs", type=int, default=5)
     parser.add_argument("--dropout", type=float, default=0.1, help="rate of MC dropout")
     parser.add_argument("--scale", type=float, default=0.003, help="standard deviation of the prior of all layers")
     parser.add_argument("--log-variance-rate", type=float, default=50.0, help="log variance rate of all layers")
-    parser.add_argument("--temperature", type=float, default=1e-4, help="temperature of the KL; 1 is the ELBO")
-    parser.add_argument("--low-rank-temperature", type=float, default=1e-2, help="the same for the low-rank updates")
+    parser.add_argument("--temperature", type=float, default=3e-3, help="temperature of the KL; 1 is the ELBO")
+    parser.add_argument("--low-rank-temperature", type=float, default=1e-1, help="the same for the low-rank updates")
     parser.add_argument("--pruned-temperature", type=float, default=0.1, help="the same for the pruned network")
     parser.add_argument("--rank", type=int, default=8, help="rank of the low-rank updates")
-    parser.add_argument("--draws", type=int, default=32, help="draws for the scored predictions")
+    parser.add_argument("--draws", type=int, default=16, help="draws for the scored predictions")
     parser.add_argument("--members", type=int, default=MEMBERS, help="number of members of the ensemble")
     parser.add_argument("--examples", type=int, help="train on only this many of the first examples")
     parser.add_argument("--judged", type=int, help="score on only this many of the first examples")

@@ -42,6 +42,7 @@ class ELBO(keras.callbacks.Callback):
     Validation within `fit` uses the full weight of the KL, β = 1. So `val_loss`, which Keras's callbacks monitor, does
     not depend on β, and its lowest value is that of the best model. The callback adds to the logs of every epoch
         `kl`: Σ KL(posterior ‖ prior) at the end of the epoch, in nats, unweighted; frozen posteriors do not count.
+        `beta`: β at the end of the epoch.
         `nll`, `val_nll`: the data part of the loss, averaged over the steps of the epoch: the value of `compile`'s
             loss, with sample and class weights. It contains neither the KL, nor Keras's weight and activity
             regularizers, nor what layers add by `add_loss` (unless there is no other loss).
@@ -96,7 +97,7 @@ class ELBO(keras.callbacks.Callback):
         >>> model.compile("adam", "mse")
         >>> history = model.fit(x, y, callbacks=[kv.ELBO(num_examples=len(x))], verbose=0)
         >>> sorted(history.history)
-        ['elbo_loss', 'kl', 'loss', 'nll']
+        ['beta', 'elbo_loss', 'kl', 'loss', 'nll']
 
     Reference:
         Warm-up: Ladder Variational Autoencoders, Sønderby et al., 2016, https://arxiv.org/abs/1602.02282; free bits:
@@ -415,6 +416,7 @@ class ELBO(keras.callbacks.Callback):
             return
         kl = learning_kl(self.model)
         logs.setdefault("kl", kl)
+        logs.setdefault("beta", self._beta)
         nll = logs.get("nll")
         self._record.add(None if nll is None else nll / (self._factor or 1.0), kl)
 

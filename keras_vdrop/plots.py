@@ -133,6 +133,128 @@ def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
     return ax
 
 
+def weight_histogram(model, threshold=None, ax=None, bins=60):
+    """Plot a histogram of the posterior means of all weights, and of those that pruning would keep.
+
+    Args:
+        model: A built model with variational weights, before `prune`: weights that are pruned already, and thus 0, are
+            left out, and so are biases.
+        threshold: Float, in units of log alpha, or None for each layer's own.
+        ax: A matplotlib `Axes`, or None for a new one.
+        bins: Positive int.
+
+    Returns:
+        The `Axes`.
+    """
+    ax = _axes(ax)
+    weights = prunable_weights(model)
+    values = np.concatenate([np.ravel(ops.convert_to_numpy(weight.mean())) for weight in weights])
+    alive = np.concatenate([np.ravel(ops.convert_to_numpy(weight.mask)) for weight in weights])
+    kept = ~np.concatenate([_pruned(weight, threshold) for weight in weights])[alive]
+    values = values[alive]
+    edges = np.histogram_bin_edges(values, bins)
+    ax.hist(values, edges, color="0.75", label=f"before pruning ({values.size:,})")
+    ax.hist(values[kept], edges, color=COLORS[0], label=f"after pruning ({kept.sum():,})")
+    ax.set(
+        yscale="log", xlabel="posterior mean of a weight", ylabel="weights", title="Weights before and after pruning"
+    )
+    ax.set_ylim(top=20 * ax.get_ylim()[1])  # room for the legend
+    ax.legend(loc="upper left")
+    return ax
+
+
+def posterior_intervals(weight, num_weights=60, ax=None):
+    """Plot posterior mean ± standard deviation of the weights of a tensor, by falling signal-to-noise ratio.
+
+    Args:
+        weight: A `VariationalWeight`, such as `layer.kernel`.
+        num_weights: Positive int, the number of weights to show, evenly spaced in that order.
+        ax: A matplotlib `Axes`, or None for a new one.
+
+    Returns:
+        The `Axes`.
+    """
+    ax = _axes(ax)
+    mean, mask = (np.ravel(ops.convert_to_numpy(each)) for each in (weight.mean(), weight.mask))
+    log_variance = ops.convert_to_numpy(weight.log_variance.value)
+    stddev = np.broadcast_to(np.exp(0.5 * log_variance), weight.shape).ravel() * mask
+    pruned = _pruned(weight, None)
+    ratio = np.abs(mean) / np.maximum(stddev, np.finfo("float32").tiny)
+    order = np.lexsort((-ratio, pruned))  # kept weights first
+    order = order[np.unique(np.linspace(0, len(order) - 1, num_weights).round().astype(int))]
+    rank = np.arange(len(order))
+    groups = ((~pruned[order], COLORS[0], "kept"), (pruned[order], "0.6", "pruned"))
+    for shown, color, label in groups:
+        if shown.any():
+            chosen = order[shown]
+            ax.errorbar(
+                rank[shown], mean[chosen], stddev[chosen], fmt="o", color=color, markersize=3, linewidth=1, label=label
+            )
+    ax.axhline(0.0, color="0.5", linewidth=1)
+    ax.set(
+        xlabel=f"{len(order):,} of {len(mean):,} weights, by signal-to-noise ratio",
+        ylabel="mean ± standard deviation",
+        title=f"Posterior of {weight.owner.name}/{weight.name}",
+    )
+    ax.legend(loc="upper right")
+    return ax
+
+
+def training_curves(history, axes=None):
+    """Plot the logs of `fit` over the epochs: the NLL, the KL, β and the share of kept weights, one below the other.
+
+    Args:
+        history: What `fit` returned, or its dict `history`. `ELBO` logs `nll`, `val_nll`, `kl` and `beta`, and
+            `SparsityLogger` logs `weights_left`; logs that are missing are left out.
+        axes: Sequence of one matplotlib `Axes` for each of the panels, or None for a new figure.
+
+    Returns:
+        A list of the `Axes`.
+
+    Raises:
+        ValueError: If `history` has none of these logs, or `axes` another number than the panels.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib import ticker
+
+    logs = getattr(history, "history", history)
+    panels = [
+        (label, [(log, name) for log, name in lines if log in logs])
+        for label, lines in (
+            ("NLL", [("nll", "training"), ("val_nll", "validation")]),
+            ("KL (nats)", [("kl", None)]),
+            ("β", [("beta", None)]),
+            ("kept weights", [("weights_left", None)]),
+        )
+    ]
+    panels = [(label, lines) for label, lines in panels if lines]
+    if not panels:
+        raise ValueError(
+            "`history` must have logs of `ELBO` or `SparsityLogger`. Pass them as callbacks to `fit`. "
+            f"Received: the logs {sorted(logs)}"
+        )
+    if axes is None:
+        size = (6.4, 1.2 + 1.5 * len(panels))
+        axes = plt.subplots(len(panels), 1, sharex=True, squeeze=False, figsize=size, layout="constrained")[1][:, 0]
+    axes = list(np.ravel(axes))
+    if len(axes) != len(panels):
+        names = ", ".join(label for label, _ in panels)
+        raise ValueError(f"`axes` must be one for each of {names}. Received: {len(axes)} axes")
+    for ax, (label, lines) in zip(axes, panels):
+        for color, (log, name) in zip(COLORS, lines):
+            ax.plot(np.arange(1, len(logs[log]) + 1), logs[log], color=color, label=name)
+        ax.set_ylabel(label)
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        if label == "kept weights":
+            ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
+            ax.set_ylim(bottom=0.0)
+        if len(lines) > 1:
+            ax.legend(loc="best")
+    axes[0].set_title("Training")
+    axes[-1].set_xlabel("epoch")
+    return axes
+
+
 def metric_against_ratio(choice, ax=None):
     """Plot a metric against weights ÷ weights kept, and mark the chosen threshold.
 
@@ -264,6 +386,54 @@ def entropy_histogram(inside, outside, name=None, ax=None, bins=40):
     ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
     ax.legend(loc="best")
     return ax
+
+
+def uncertainty_map(uncertainty, image=None, name=None, ax=None):
+    """Plot the uncertainty of each pixel of an image, over the image in grey if it is given.
+
+    Args:
+        uncertainty: Array (H, W) or (1, H, W, ...), such as the `predictive_entropy` of one image; or `Predictions` of
+            one image, whose predictive entropy or variance is used. Axes after the third are summed over.
+        image: Optional array (H, W), (H, W, 1) or (H, W, 3) with values in [0, 1].
+        name: Name of the uncertainty, with its unit, for the colour bar; None for the predictive entropy in nats, or
+            the predictive variance of numbers.
+        ax: A matplotlib `Axes`, or None for a new one.
+
+    Returns:
+        The `Axes`.
+
+    Raises:
+        ValueError: For an array of another shape, or `Predictions` of several images.
+    """
+    ax = _axes(ax)
+    of_classes = not isinstance(uncertainty, dict) or "predictive_entropy" in uncertainty
+    values = np.asarray(uncertainty if not isinstance(uncertainty, dict) else _of_places(uncertainty))
+    if values.ndim > 2:
+        if len(values) != 1:
+            raise ValueError(
+                "A map needs the uncertainty of one image, (H, W) or (1, H, W). Select one, such as "
+                f"`uncertainty[0]`. Received: shape {values.shape}"
+            )
+        values = values[0].reshape(*values.shape[1:3], -1).sum(-1) if values.ndim > 3 else values[0]
+    if values.ndim != 2:
+        raise ValueError(f"A map needs an uncertainty of shape (H, W) or (1, H, W). Received: shape {values.shape}")
+    if image is not None:
+        image = np.squeeze(np.asarray(image, "float32"))
+        if image.shape[:2] != values.shape or image.ndim not in (2, 3):
+            raise ValueError(f"`image` must have the size {values.shape}. Received: shape {image.shape}")
+        ax.imshow(image if image.ndim == 2 else image.mean(-1), cmap="gray", vmin=0.0, vmax=1.0)
+    shown = ax.imshow(values, cmap="magma", vmin=0.0, alpha=None if image is None else 0.65)
+    label = name or ("predictive entropy (nats)" if of_classes else "predictive variance")
+    ax.figure.colorbar(shown, ax=ax, label=label, shrink=0.8)
+    ax.set(xticks=[], yticks=[], title="Uncertainty of each pixel")
+    return ax
+
+
+def _of_places(predictions):
+    """Return the uncertainty (B, H, W, ...) of `Predictions` at each place, not summed over a row."""
+    if "predictive_entropy" in predictions:
+        return predictions["predictive_entropy"]
+    return Predictions(predictions).stddev() ** 2
 
 
 def risk_coverage(uncertainty, loss, label="model", name="error", ax=None):

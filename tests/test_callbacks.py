@@ -149,7 +149,7 @@ def test_logs(model):
     model.layers[0].kernel.loc.regularizer._regularizer = keras.regularizers.L2(0.1)
     elbo = kv.ELBO(64)
     history = model.fit(X, Y, epochs=2, validation_data=(X, Y), callbacks=[elbo], verbose=0).history
-    assert set(history) == {"loss", "val_loss", "kl", "nll", "val_nll", "elbo_loss", "val_elbo_loss"}
+    assert set(history) == {"loss", "val_loss", "kl", "beta", "nll", "val_nll", "elbo_loss", "val_elbo_loss"}
     np.testing.assert_allclose(history["kl"][-1], array(kv.kl_divergence(model)), rtol=1e-6)
     mse = float(((model.predict(X, verbose=0) - Y) ** 2).mean())
     np.testing.assert_allclose(history["val_nll"][-1], mse, rtol=1e-4)

@@ -36,6 +36,79 @@ def test_log_alpha_histogram_counts_every_weight_once():
     plt.close("all")
 
 
+def test_weight_histogram_shows_what_pruning_would_remove():
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(30, kl_weight=0.1, bias_prior="normal")])
+    randomize(model)
+    report = kv.sparsity(model, 0.5)
+    ax = kv.plots.weight_histogram(model, 0.5)
+    assert texts(ax) == ["before pruning (120)", f"after pruning ({report.left})"]
+    assert sum(bar.get_height() for bar in ax.patches) == 120 + report.left
+    kv.prune(model, 0.5)
+    assert texts(kv.plots.weight_histogram(model, 9.0)) == [f"{t} pruning ({report.left})" for t in ("before", "after")]
+    plt.close("all")
+
+
+def test_posterior_intervals_are_sorted_by_signal_to_noise():
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(30, kl_weight=0.1)])
+    randomize(model)
+    weight = model.layers[0].kernel
+    kv.prune(model, 1.0)
+    left = kv.sparsity(model).left
+    ax = kv.plots.posterior_intervals(weight, num_weights=1000)
+    assert ax.get_title() == f"Posterior of {model.layers[0].name}/kernel"
+    kept, pruned = (np.array(bars[0].get_xydata()) for bars in ax.containers)
+    assert len(kept) == left and len(kept) + len(pruned) == 120 and not pruned[:, 1].any()
+    (reaches,) = ax.containers[0][2]
+    stddev = np.array([np.ptp(segment[:, 1]) / 2 for segment in reaches.get_segments()])
+    ratio = np.abs(kept[:, 1]) / stddev
+    assert (np.diff(ratio) <= 1e-4 * ratio[:-1]).all()
+    variance = np.exp(np.array(weight.log_variance.value)).ravel()[np.array(weight.mask).ravel()]
+    np.testing.assert_allclose(np.sort(stddev**2), np.sort(variance), rtol=1e-3)
+    assert sum(len(bars[0].get_xydata()) for bars in kv.plots.posterior_intervals(weight, 7).containers) == 7
+    plt.close("all")
+
+
+def test_training_curves_have_a_panel_for_each_log():
+    x, y = RNG.normal(size=(40, 4)), RNG.normal(size=(40, 1))
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(1)])
+    model.compile("adam", "mse")
+    callbacks = [kv.ELBO(40, schedule=lambda epoch: epoch / 2), kv.SparsityLogger()]
+    history = model.fit(x, y, epochs=3, validation_data=(x, y), callbacks=callbacks, verbose=0)
+    axes = kv.plots.training_curves(history)
+    assert [ax.get_ylabel() for ax in axes] == ["NLL", "KL (nats)", "β", "kept weights"]
+    assert texts(axes[0]) == ["training", "validation"] and axes[-1].get_xlabel() == "epoch"
+    np.testing.assert_allclose(line(axes[2]), [[1, 0], [2, 0.5], [3, 1]])
+    np.testing.assert_allclose(line(axes[0], 1)[:, 1], history.history["val_nll"])
+    _, own = plt.subplots(2)
+    found = kv.plots.training_curves({"kl": [3.0, 2.0], "weights_left": [1.0, 0.5], "loss": [1.0, 1.0]}, own)
+    assert all(a is b for a, b in zip(found, own))
+    with pytest.raises(ValueError, match="one for each of KL"):
+        kv.plots.training_curves({"kl": [3.0, 2.0]}, own)
+    with pytest.raises(ValueError, match="logs of `ELBO`"):
+        kv.plots.training_curves({"loss": [1.0]})
+    plt.close("all")
+
+
+def test_uncertainty_map_shows_each_pixel():
+    model = keras.Sequential([keras.Input((6, 5, 1)), kv.VariationalConv2D(3, 1, initial_log_variance=-2.0)])
+    x = RNG.uniform(size=(2, 6, 5, 1)).astype("float32")
+    found = kv.MonteCarlo(model, 4, "categorical").predict(x[:1], verbose=0)
+    for given in (found, found.predictive_entropy, found.predictive_entropy[0]):
+        ax = kv.plots.uncertainty_map(given, x[0])
+        image, shown = ax.images
+        np.testing.assert_allclose(shown.get_array(), found.predictive_entropy[0])
+        np.testing.assert_allclose(image.get_array(), x[0, ..., 0])
+        assert shown.colorbar.ax.get_ylabel() == "predictive entropy (nats)"
+    numbers = kv.MonteCarlo(model, 4).predict(x[:1], verbose=0)
+    (shown,) = kv.plots.uncertainty_map(numbers).images
+    np.testing.assert_allclose(shown.get_array(), numbers.variance[0].sum(-1), rtol=1e-5)
+    assert shown.colorbar.ax.get_ylabel() == "predictive variance"
+    for wrong, image in ((np.ones((2, 6, 5)), None), (np.ones(6), None), (np.ones((6, 5)), np.ones((5, 6)))):
+        with pytest.raises(ValueError, match="Received: shape"):
+            kv.plots.uncertainty_map(wrong, image)
+    plt.close("all")
+
+
 def test_metric_against_weights():
     left, samples = [10, 100], np.array([[0.5, 0.6], [0.8, 0.9]])
     _, ax = plt.subplots()

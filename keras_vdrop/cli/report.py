@@ -22,6 +22,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem aut
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 th, td {{ padding: 0.3rem 0.7rem; text-align: right; border-bottom: 1px solid #8884; }}
 th:first-child, td:first-child, th:last-child, td:last-child {{ text-align: left; }}
+td:last-child {{ white-space: normal; }}
 tr:last-child {{ font-weight: bold; }}
 img {{ max-width: 100%; background: white; border-radius: 0.5rem; margin: 1rem 0; }}
 @media (prefers-color-scheme: dark) {{ body {{ background: #16181d; color: #e6e6e6; }} }}

@@ -22,7 +22,7 @@ def step(model, x):
     y = np.ones((len(x), *model.output_shape[1:]), "float32")
     elbo = ELBO(len(x), labels_per_example=y[0].size)  # `ELBO` cannot infer the number for a masked output
     history = model.fit(x, y, batch_size=len(x), callbacks=[elbo], verbose=0).history
-    assert set(history) == {"loss", "kl", "nll", "elbo_loss"}
+    assert set(history) == {"loss", "kl", "beta", "nll", "elbo_loss"}
     assert np.isfinite(list(history.values())).all()
     return {v.path: b - array(v) for v, b in zip(model.trainable_variables, before)}
 
