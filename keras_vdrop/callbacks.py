@@ -1,13 +1,17 @@
 """Callbacks: the weight of the KL in the loss, and sparsity in the logs."""
 
 import contextlib
+import importlib.util
 import math
+import os
 import warnings
 import weakref
 from collections.abc import Callable
 from typing import Literal
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_vdrop.checks import check_finite
 from keras_vdrop.diagnosis import Record, learning_kl
@@ -15,8 +19,8 @@ from keras_vdrop.layers.stochastic import weighed_by_callback
 from keras_vdrop.objective import compiled_loss_weights, likelihood_factor, outputs_of, require_loss
 from keras_vdrop.observation import Observer
 from keras_vdrop.outputs import check_outputs
-from keras_vdrop.posterior import posteriors, require_posteriors
-from keras_vdrop.pruning import sparsity
+from keras_vdrop.posterior import posteriors, prunable_weights, require_posteriors
+from keras_vdrop.pruning import row_name, sparsity
 
 # The KL's share of its full weight after a fraction p of the warm-up.
 SCHEDULES = {
@@ -517,13 +521,25 @@ def _eagerly():
 class SparsityLogger(keras.callbacks.Callback):
     """Add `weights_left`, the fraction of the weights that pruning would keep, to the logs of every epoch.
 
+    With `log_dir`, it also writes for TensorBoard, with the epoch as the step: the scalar `weights_left`, the scalar
+    `weights_left/<layer>` for each layer, and the histogram `log_alpha/<layer>/<weight>` of each prunable weight,
+    without the weights that are pruned already.
+
     Args:
         threshold: As for `sparsity`.
+        log_dir: Folder for TensorBoard's event files, or None. It requires the package `tensorboard`.
+
+    Raises:
+        ImportError: If `log_dir` is given and `tensorboard` is not installed.
     """
 
-    def __init__(self, threshold: float | None = None):
+    def __init__(self, threshold: float | None = None, log_dir: str | os.PathLike | None = None):
         super().__init__()
+        if log_dir is not None and importlib.util.find_spec("tensorboard") is None:
+            raise ImportError("`log_dir` requires TensorBoard: pip install tensorboard")
         self.threshold = threshold
+        self.log_dir = log_dir
+        self._writer = None
 
     def set_model(self, model):
         if _is_built(model):
@@ -534,3 +550,26 @@ class SparsityLogger(keras.callbacks.Callback):
         if logs is not None:
             report = sparsity(self.model, self.threshold)
             logs["weights_left"] = report.left / report.weights
+            if self.log_dir is not None:
+                self._write(epoch, report)
+
+    def on_train_end(self, logs=None):
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, epoch, report):
+        """Write the state after an epoch for TensorBoard."""
+        import tensorflow as tf
+
+        if self._writer is None:
+            self._writer = tf.summary.create_file_writer(os.fspath(self.log_dir))
+        with self._writer.as_default(step=epoch):
+            tf.summary.scalar("weights_left", report.left / report.weights)
+            for row in report.layers:
+                tf.summary.scalar(f"weights_left/{row.name}", row.left / row.weights)
+            for weight in prunable_weights(self.model):
+                log_alpha, mask = (ops.convert_to_numpy(each) for each in (weight.log_alpha(), weight.mask))
+                log_alpha = np.broadcast_to(log_alpha, weight.shape)[mask]
+                tf.summary.histogram(f"log_alpha/{row_name(self.model, weight)}/{weight.name}", log_alpha)
+        self._writer.flush()

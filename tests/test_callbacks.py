@@ -339,6 +339,41 @@ def test_bad_arguments(arguments):
         kv.ELBO(**arguments)
 
 
+def test_sparsity_logger_writes_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(6, name="first"), kv.VariationalDense(1)])
+    model.compile("adam", "mse")
+    logger = kv.SparsityLogger(threshold=0.0, log_dir=tmp_path)
+    history = model.fit(X, Y, epochs=2, callbacks=[kv.ELBO(64), logger], verbose=0).history
+    weight = model.layers[0].kernel
+    log_alpha = array(weight.log_alpha())
+    kv.prune(model.layers[0], threshold=float(np.median(log_alpha)))
+    model.fit(X, Y, initial_epoch=2, epochs=3, callbacks=[kv.ELBO(64), logger], verbose=0)
+
+    found = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    found.Reload()
+    layer = model.layers[1].name
+    scalars = {"weights_left", "weights_left/first", f"weights_left/{layer}"}
+    assert set(found.Tags()["tensors"]) == scalars | {"log_alpha/first/kernel", f"log_alpha/{layer}/kernel"}
+    steps = found.Tensors("weights_left")
+    assert [event.step for event in steps] == [0, 1, 2]
+    values = [float(stored(event)) for event in steps]
+    np.testing.assert_allclose(values[:2], history["weights_left"], rtol=1e-6)
+    _, second, third = (stored(event) for event in found.Tensors("log_alpha/first/kernel"))
+    # Each row of a histogram is a bin: its edges and its count.
+    assert second[:, 2].sum() == 24 and third[:, 2].sum() == 12
+    np.testing.assert_allclose([second[0, 0], second[-1, 1]], [log_alpha.min(), log_alpha.max()], rtol=1e-5)
+
+
+def stored(event):
+    """Return the array of a TensorBoard event."""
+    import tensorflow as tf
+
+    return tf.make_ndarray(event.tensor_proto)
+
+
 @pytest.mark.parametrize("callback", [kv.ELBO(10), kv.SparsityLogger()])
 def test_a_plain_model_is_refused_before_training(callback):
     plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
