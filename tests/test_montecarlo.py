@@ -34,19 +34,6 @@ def test_samples_have_the_moments_of_the_posterior(estimator):
     assert_uncorrelated(draws[1:, 0, 0], draws[:-1, 0, 0])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_layer_draws_distinct_samples(case):
-    model = case.model()
-    randomize(model)
-    x = case.inputs()
-    mean = array(model(x))
-    draws = samples(model, x, 5)
-    assert draws.shape == (len(x), 5, *mean.shape[1:])
-    for i in range(5):
-        assert not any(np.array_equal(draws[:, i], draws[:, j]) for j in range(i))
-    np.testing.assert_array_equal(array(model(x)), mean)
-
-
 def test_batches_and_calls_draw_anew():
     model = kv.MonteCarlo(network(), 2, output="samples")
     x = np.repeat(X[:1], 4, axis=0)
@@ -155,7 +142,7 @@ def test_every_step_of_a_sequence_has_its_statistics():
     np.testing.assert_allclose(result.bald(), result["mutual_information"].sum(axis=1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("sample_batch_size", [1, 4, 16, 64])
+@pytest.mark.parametrize("sample_batch_size", [1, 4, 64])
 @pytest.mark.parametrize("consistent", [False, True])
 def test_side_by_side_are_the_draws_that_follow_each_other(sample_batch_size, consistent):
     """The sample batch size may divide the number of draws, leave a remainder, or exceed it."""
@@ -579,9 +566,9 @@ Y_BOTH = {"a": TARGETS["normal"], "b": TARGETS["categorical"]}
 @pytest.mark.parametrize("structure", [dict, list])
 def test_a_likelihood_for_each_output(structure, tmp_path):
     model = two_outputs(structure)
-    sampler = kv.MonteCarlo(model, 8, BOTH, seed=3, consistent=True, sample_batch_size=3)
+    sampler = kv.MonteCarlo(model, 4, BOTH, seed=3, consistent=True)
     found = sampler.predict(X, verbose=0)
-    draws = samples(model, X, 8, seed=3, consistent=True, sample_batch_size=3)
+    draws = samples(model, X, 4, seed=3, consistent=True)
     draws = draws if structure is dict else dict(zip("ba", draws))
     assert set(found["a"]) == set(STATISTICS["normal"]) and set(found["b"]) == set(STATISTICS["categorical"])
     assert found["b"].probability.shape == (3, 3)
@@ -668,8 +655,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("likelihood", STEPS)
-@pytest.mark.parametrize("rows", [3, 5])
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize(("rows", "masked"), [(3, True), (5, False), (5, True)])
 def test_evaluate_counts_weights_and_masks_of_steps(likelihood, rows, masked):
     """The loss is the sum over an example for numbers, and the mean over unmasked labels for classes.
 
@@ -680,7 +666,7 @@ def test_evaluate_counts_weights_and_masks_of_steps(likelihood, rows, masked):
     x, mask = rng.normal(size=(rows, 5, 4)).astype("float32"), rng.uniform(size=(rows, 5)) < 0.6
     x, mask = (x * mask[..., None], mask) if masked else (x, np.ones_like(mask))
     y = rng.integers(0, 2, size=(rows, 5)).astype("float32")
-    sampler = kv.MonteCarlo(sequence_model(size, masked), 6, likelihood, seed=3, consistent=True)
+    sampler = kv.MonteCarlo(sequence_model(size, masked), 1, likelihood, seed=3, consistent=True)
     sampler.compile(weighted_metrics=["mse"] if likelihood != "categorical" else ["accuracy"])
     found = sampler.predict(x, verbose=0)
     values = nll(found, y)
@@ -708,7 +694,7 @@ def test_evaluate_refuses_y_and_weights_of_another_layout(likelihood, loss):
 
     def compiled():
         """Return a new compiled sampler: on JAX, Keras leaves a model without its variables when a step fails."""
-        sampler = kv.MonteCarlo(sequence_model(size, masked=False), 2, likelihood)
+        sampler = kv.MonteCarlo(sequence_model(size, masked=False), 1, likelihood)
         sampler.compile(loss=loss)
         return sampler
 
@@ -861,13 +847,13 @@ NO_ROWS = [
     ({"likelihood": "categorical"}, {"probability": (0, 2), "mutual_information": (0,)}),
     ({"likelihood": "normal"}, {"mean": (0,), "epistemic_variance": (0,)}),
     ({"consistent": True, "sample_batch_size": 1}, {"mean": (0, 2), "variance": (0, 2)}),
-    ({"output": "samples"}, {None: (0, 20, 2)}),
+    ({"output": "samples"}, {None: (0, 3, 2)}),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "shapes"), NO_ROWS, ids=str)
 def test_no_rows_give_arrays_without_rows(arguments, shapes):
-    sampler = kv.MonteCarlo(network(), 20, **arguments)
+    sampler = kv.MonteCarlo(network(), 3, **arguments)
     first = np.zeros((0, 4), "float32")
 
     def check(found):
@@ -879,7 +865,7 @@ def test_no_rows_give_arrays_without_rows(arguments, shapes):
     check(sampler.predict_on_batch(first))
     sampler.predict(X, verbose=0)
     check(sampler.predict_on_batch(first))
-    assert sampler.samples(first).shape == (20, 0, 2)
+    assert sampler.samples(first).shape == (3, 0, 2)
 
 
 def test_predictions_of_no_rows_answer():
@@ -950,7 +936,7 @@ NOTHING = {
 def test_evaluating_no_rows_is_refused_and_leaves_the_model_as_it_was(kind, before):
     model = network()
     mean = array(model(X))
-    sampler = kv.MonteCarlo(model, 3, likelihood="categorical", seed=0)
+    sampler = kv.MonteCarlo(model, 1, likelihood="categorical", seed=0)
     sampler.compile(metrics=["accuracy"])
     if before:
         sampler.evaluate(X, TARGETS["categorical"], verbose=0)

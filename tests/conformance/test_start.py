@@ -66,7 +66,8 @@ def test_a_step_of_adam_moves_it_by_its_rate(case, rate):
     model = case.with_prior("ard").replace(log_variance_rate=rate, kl_weight=1.0).model()
     randomize(model, log_variance=(-1.0, 0.0))
     before = [array(weight.log_variance) for weight in posteriors(model)]
-    model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-12), lambda y, outputs: 0.0 * keras.ops.sum(outputs))
+    adam = keras.optimizers.Adam(1e-3, epsilon=1e-12)
+    model.compile(adam, lambda y, outputs: 0.0 * keras.ops.sum(outputs), run_eagerly=True)
     x = case.inputs(shape=(3, *model.input_shape[1:]))
     model.train_on_batch(x, np.zeros((3, *model.output_shape[1:])))
     for weight, start in zip(posteriors(model), before):
