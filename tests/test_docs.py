@@ -70,5 +70,9 @@ def test_every_class_and_function_is_explained_in_a_guide():
     assert [name for name in kv.__all__ if not name.startswith("_") and name not in text] == []
 
 
+def test_the_citation_names_this_version():
+    assert f"\nversion: {kv.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 1200

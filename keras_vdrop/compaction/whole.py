@@ -151,7 +151,8 @@ _RULES = {
     Attention: "MultiHeadAttention",
     Wrapped: "TimeDistributed",
 }
-_RULE_OF = {getattr(layers, name): rule for rule, names in _RULES.items() for name in names.split()}
+# The rule of each class of layers. A layer of another class keeps its channels.
+RULES = {getattr(layers, name): rule for rule, names in _RULES.items() for name in names.split()}
 
 # Rules of Keras's operations, by class name, because the classes are not public.
 _OPERATIONS = {
@@ -166,7 +167,7 @@ def _kind(operation):
     """Return the class of the rule of a layer or another operation."""
     if isinstance(operation, layers.Layer):
         nested = isinstance(operation, keras.Model) and is_graph(operation)
-        return Nested if nested else _RULE_OF.get(type(operation), Rule)
+        return Nested if nested else RULES.get(type(operation), Rule)
     of_keras = type(operation).__module__.startswith("keras.")
     return _OPERATION_RULE_OF.get(type(operation).__name__, Rule) if of_keras else Rule
 
