@@ -33,6 +33,24 @@ class RecurrentLayer(DropIn):
         self.use_cudnn = False
         self.input_spec = keras.layers.InputSpec(ndim=3)
 
+    @property
+    def kl_weight(self):
+        """The KL weight of the cell; assignable."""
+        return self.cell.kl_weight
+
+    @kl_weight.setter
+    def kl_weight(self, value):
+        self.cell.kl_weight = value
+
+    @property
+    def free_bits(self):
+        """The free bits of the cell; assignable."""
+        return self.cell.free_bits
+
+    @free_bits.setter
+    def free_bits(self, value):
+        self.cell.free_bits = value
+
     def call(self, sequences, initial_state=None, mask=None, training=False):
         try:
             return super().call(sequences, initial_state=initial_state, mask=mask, training=training)

@@ -445,3 +445,18 @@ def test_unrolling_needs_a_known_length(family):
 def test_inputs_must_be_sequences():
     with pytest.raises(ValueError, match="ndim=3"):
         kv.VariationalLSTM(U)(keras.Input((D,)))
+
+
+@pytest.mark.parametrize("cls", [kv.VariationalLSTM, kv.VariationalGRU, kv.VariationalSimpleRNN])
+def test_the_weight_of_the_kl_is_that_of_the_cell(cls):
+    layer = cls(3, kl_weight=0.5)
+    assert layer.kl_weight == 0.5
+    layer.kl_weight = 0.25  # before it is built
+    layer.build((None, 4, 2))
+    kl = float(kv.kl_divergence(layer))
+    assert float(sum(layer.losses)) == pytest.approx(0.25 * kl)
+    layer.kl_weight = 0.125
+    assert float(layer.kl_weight) == float(layer.cell.kl_weight) == 0.125
+    assert float(sum(layer.losses)) == pytest.approx(0.125 * kl)
+    layer.free_bits = 1e3
+    assert float(layer.free_bits) == 1e3 and float(sum(layer.losses)) > kl
