@@ -218,7 +218,7 @@ def test_logs_of_ones_own():
     model = OwnMetrics(1)
     model.compile(keras.optimizers.SGD(0.0), "mse")
     history = model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0).history
-    assert set(history) == {"mine", "kl"}
+    assert set(history) == {"mine", "kl", "beta"}
     assert weight(model) == pytest.approx(1 / 64)
 
 
