@@ -26,6 +26,11 @@ def _pruned(weight, threshold):
     return ~np.broadcast_to(ops.convert_to_numpy(weight.keep_mask(threshold)), weight.shape).ravel()
 
 
+def _numbers(weights, of):
+    """Return the values of `of(weight)`, a tensor, of all weights in one flat array."""
+    return np.concatenate([np.ravel(ops.convert_to_numpy(of(weight))) for weight in weights])
+
+
 def _statistic(predictions, name, likelihood):
     """Return one statistic of `Predictions`, or raise a `ValueError` that names the likelihood it needs."""
     if name not in predictions:
@@ -71,9 +76,9 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     """
     ax = _axes(ax)
     weights = prunable_weights(model)
-    values = np.concatenate([np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights])
+    values = _numbers(weights, lambda weight: weight.log_alpha())
     # The log alpha of a weight that is 0, such as a pruned one, is huge: it is counted, but does not set the axis.
-    zero = np.concatenate([np.ravel(ops.convert_to_numpy(weight.mean())) for weight in weights]) == 0
+    zero = _numbers(weights, lambda weight: weight.mean()) == 0
     low, high = (values[~zero].min(), values[~zero].max()) if not zero.all() else (threshold, threshold)
     edges = np.linspace(min(low, threshold - 1), max(high, threshold + 1), bins + 1)
     pruned = np.concatenate([_pruned(weight, threshold) for weight in weights])
@@ -148,8 +153,8 @@ def weight_histogram(model, threshold=None, ax=None, bins=60):
     """
     ax = _axes(ax)
     weights = prunable_weights(model)
-    values = np.concatenate([np.ravel(ops.convert_to_numpy(weight.mean())) for weight in weights])
-    alive = np.concatenate([np.ravel(ops.convert_to_numpy(weight.mask)) for weight in weights])
+    values = _numbers(weights, lambda weight: weight.mean())
+    alive = _numbers(weights, lambda weight: weight.mask)
     kept = ~np.concatenate([_pruned(weight, threshold) for weight in weights])[alive]
     values = values[alive]
     edges = np.histogram_bin_edges(values, bins)

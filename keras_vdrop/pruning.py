@@ -13,6 +13,9 @@ from keras_vdrop.costs import itemsize, known_sum, places
 from keras_vdrop.functional.tensors import product
 from keras_vdrop.posterior import prunable_weights
 
+# The columns of a printed `Sparsity`.
+COLUMNS = ("layer", "weights", "kept", "kept %", "ratio", "bytes", "kept", "multiply-adds", "kept")
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerSparsity:
@@ -116,17 +119,16 @@ class Sparsity:
 
     def __str__(self):
         rows = [*self.layers, self.total]
-        table = [("layer", "weights", "kept", "kept %", "ratio", "bytes", "kept", "multiply-adds", "kept")]
-        table += [_cells(row) for row in rows]
+        table = [COLUMNS, *map(cells_of, rows)]
         widths = [max(map(len, column)) for column in zip(*table)]
         head, *lines = ("  ".join(map(_aligned, cells, widths, range(len(cells)))) for cells in table)
-        lines = ["\n".join([line, *_structure_lines(row)]) for line, row in zip(lines, rows)]
+        lines = [f"{line}\n  {structure_of(row)}" if row.structure else line for line, row in zip(lines, rows)]
         rule = "-" * len(head)
         return "\n".join([head, rule, *lines[:-1], rule, lines[-1]])
 
 
-def _cells(row):
-    """Format the cells of one row of the table."""
+def cells_of(row):
+    """Format the cells of one row of the table, which are under `COLUMNS`."""
     count = ["-" if number is None else f"{number:,}" for number in row.counts]
     percent, ratio = f"{100 * row.left / max(row.weights, 1):.2f}", f"{row.ratio:.1f}x"
     return (row.name, *count[:2], percent, ratio, *count[2:])
@@ -136,9 +138,9 @@ def _aligned(cell, width, column):
     return f"{cell:>{width}}" if column else f"{cell:<{width}}"
 
 
-def _structure_lines(row):
-    parts = (f"{name} {left:,} of {count:,}" for name, (left, count) in row.structure.items())
-    return ["  " + ", ".join(parts)] if row.structure else []
+def structure_of(row):
+    """Format the structure of one row, such as "units 5 of 16"; empty if it has none."""
+    return ", ".join(f"{name} {left:,} of {count:,}" for name, (left, count) in row.structure.items())
 
 
 def sparsity(model: keras.Model | keras.layers.Layer, threshold: float | None = None) -> Sparsity:

@@ -8,9 +8,8 @@ import pathlib
 from keras_vdrop import plots
 from keras_vdrop.cli.files import load_model
 from keras_vdrop.files import replace
-from keras_vdrop.pruning import sparsity
+from keras_vdrop.pruning import COLUMNS, cells_of, sparsity, structure_of
 
-COLUMNS = ("layer", "weights", "kept", "kept %", "ratio", "bytes", "kept", "multiply-adds", "kept", "structure")
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -100,17 +99,14 @@ def page_of(name, report, threshold, images):
     return PAGE.format(
         title=html.escape(f"Weights of {name}"),
         summary=html.escape(summary),
-        head="".join(f"<th>{column}</th>" for column in COLUMNS),
+        head="".join(f"<th>{column}</th>" for column in (*COLUMNS, "structure")),
         rows="\n".join(_row(row) for row in (*report.layers, total)),
         figures="\n".join(_image(*each) for each in images.items()),
     )
 
 
 def _row(row):
-    count = ["–" if number is None else f"{number:,}" for number in row.counts]
-    percent, ratio = f"{100 * row.left / max(row.weights, 1):.2f}", f"{row.ratio:.1f}x"
-    structure = ", ".join(f"{name} {left:,} of {size:,}" for name, (left, size) in row.structure.items())
-    cells = (row.name, *count[:2], percent, ratio, *count[2:], structure)
+    cells = (*cells_of(row), structure_of(row))
     return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
