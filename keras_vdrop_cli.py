@@ -76,8 +76,8 @@ def _parsers():
 
 def _version():
     """Return the package's version without importing the package."""
-    folder = pathlib.Path(importlib.util.find_spec("keras_vdrop").origin).parent
-    return runpy.run_path(str(folder / "version.py"))["__version__"]
+    path = pathlib.Path(__file__).with_name("keras_vdrop") / "version.py"
+    return runpy.run_path(str(path))["__version__"]
 
 
 # Types of arguments

@@ -311,9 +311,11 @@ class VariationalGRUCell(RecurrentCell, keras.layers.GRUCell):
         if self.reset_after:
             h_z, h_r, h_h = ops.split(of_state(h), 3, axis=-1)
         else:
+            h_h = None  # it depends on r
             h_z, h_r = ops.split(of_state(h, last=2), 2, axis=-1)
         z, r = self.recurrent_activation(x_z + h_z), self.recurrent_activation(x_r + h_r)
-        candidate = self.activation(x_h + (r * h_h if self.reset_after else of_state(r * h, first=2)))
+        h_h = of_state(r * h, first=2) if h_h is None else r * h_h
+        candidate = self.activation(x_h + h_h)
         h = z * h + (1 - z) * candidate
         return self._output(h, noisy), keras.tree.pack_sequence_as(states, [h])
 
