@@ -105,6 +105,11 @@ class Case:
         }[self.cls]
 
     @property
+    def is_rare(self):
+        """Whether the case runs with `pytest --full` only."""
+        return self.name not in TYPICAL
+
+    @property
     def is_cell(self):
         """Whether the layer is an RNN cell."""
         return self.name.endswith("_cell")
@@ -147,6 +152,11 @@ def block(units, dtype=None):
 
 GAUSSIAN = (kv.VariationalGaussianDropout, layers.Identity)
 CONCRETE = kv.ConcreteDropout
+# By default, tests that run over `CASES` run over these only, one of each family; with `pytest --full`, over all.
+TYPICAL = (
+    *("dense", "conv_2d_strides", "embedding_mask", "attention", "lstm", "variational_dense"),
+    *("gaussian_dropout", "concrete_dropout", "monte_carlo_dropout"),
+)
 FLIPOUT, ONE_DRAW = {"estimator": "flipout"}, {"estimator": "reparameterization"}
 
 CASES = [

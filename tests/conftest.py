@@ -1,5 +1,7 @@
-"""Pytest configuration: deterministic tests on the backend that KERAS_BACKEND names."""
+"""Pytest configuration: deterministic tests on the backend that KERAS_BACKEND names, by default the quick ones."""
 
+import collections
+import gc
 import itertools
 import os
 import pathlib
@@ -18,6 +20,7 @@ import keras
 import pytest
 
 from keras_vdrop.layers import stochastic
+from tests.cases import Case
 
 # Only a type checker reads this file: it makes mistakes on purpose.
 collect_ignore = ["typed_user.py"]
@@ -34,5 +37,58 @@ def _fresh():
     stochastic._told.clear()
 
 
-def pytest_report_header():
-    return f"keras {keras.__version__} on {keras.backend.backend()}"
+def pytest_addoption(parser):
+    text = "run the slow tests and all cases too; without it, only files named on the command line run in full"
+    parser.addoption("--full", action="store_true", help=text)
+
+
+def pytest_configure(config):
+    text = "slow(keep=0): without --full, only the first `keep` parameter sets of the test run"
+    config.addinivalue_line("markers", text)
+
+
+def pytest_report_header(config):
+    return f"keras {keras.__version__} on {keras.backend.backend()}, {'all' if _is_full(config) else 'quick'} tests"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without `--full`, deselect rare cases and slow tests."""
+    if _is_full(config):
+        return
+    functions = collections.defaultdict(list)
+    for item in items:
+        functions[item.nodeid.partition("[")[0]].append(item)
+    quick = {item for of_function in functions.values() for item in _quick(of_function)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in quick])
+    items[:] = [item for item in items if item in quick]
+
+
+def pytest_collection_finish():
+    """Exclude what has been imported from collections of garbage, which are then ten times as fast."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not _is_full(config):
+        terminalreporter.write_line("These were the quick tests. `pytest --full` runs the slow ones and all cases too.")
+
+
+def _is_full(config):
+    named = any(".py" in argument for argument in config.args)
+    return config.getoption("full") or named
+
+
+def _quick(items):
+    """Return those of the items of one test function that run without `--full`."""
+    typical = [item for item in items if not any(_is_rare(value) for value in _parameters(item))] or items[:1]
+    slow = items[0].get_closest_marker("slow")
+    return typical if slow is None else typical[: slow.kwargs.get("keep", 0)]
+
+
+def _parameters(item):
+    return item.callspec.params.values() if hasattr(item, "callspec") else ()
+
+
+def _is_rare(value):
+    return isinstance(value, Case) and value.is_rare

@@ -62,7 +62,7 @@ def test_imports_go_downward():
 
 
 # What all layers are made of, lowest first, and the modules that are composed of another one.
-BASES = ["rematerialization", "stochastic", "drop_in", "weights"]
+BASES = ["foreign_arguments", "rematerialization", "stochastic", "drop_in", "weights"]
 COMPOSED = {"attention": "dense", "cells": "held", "recurrent": "cells"}
 
 

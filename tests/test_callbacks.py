@@ -41,6 +41,7 @@ def test_without_a_schedule_the_weight_is_one_over_n(model):
     np.testing.assert_allclose(weights_of(model, kv.ELBO(64), epochs=2), 1 / 64)
 
 
+@pytest.mark.slow
 def test_linear_warmup(model):
     weights = weights_of(model, kv.ELBO(64, start_epoch=1, warmup_epochs=2))
     np.testing.assert_allclose(weights, np.array([0, 0, 0.5, 1, 1, 1]) / 64)
@@ -80,6 +81,7 @@ def batch_betas(model, elbo, jit, **arguments):
     return np.diff(np.concatenate([np.zeros((len(means), 1)), means * np.arange(1, 5)], axis=1), axis=1).ravel()
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "jit"])
 def test_schedule_per_batch(model, jit):
     betas = batch_betas(model, kv.ELBO(64, warmup_epochs=2, per="batch"), jit, epochs=3)
@@ -115,6 +117,7 @@ def test_temperature_scales_the_weight(model):
     np.testing.assert_allclose(weights_of(model, kv.ELBO(64, temperature=0.25), epochs=1), 0.25 / 64)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "jit"])
 def test_free_bits_cost_their_amount_and_have_no_gradient(model, jit):
     model.compile(keras.optimizers.SGD(1.0), lambda y, prediction: 0.0 * keras.ops.sum(prediction), jit_compile=jit)
@@ -138,6 +141,7 @@ def test_callable_schedule(model):
     np.testing.assert_allclose(weights, np.array([0, 1, 4]) / 64, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_follows_the_weight_without_recompiling(model):
     """With a data loss of nothing the loss is the KL, by the weight of each epoch."""
     model.compile(keras.optimizers.SGD(0.0), lambda y, prediction: 0.0 * keras.ops.sum(prediction), jit_compile=True)
@@ -162,6 +166,7 @@ EXACT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit, steps_per_execution", [(False, 1), (True, 2)], ids=["graph", "jit, two steps at once"])
 @pytest.mark.parametrize("arguments", EXACT.values(), ids=EXACT)
 def test_nll_is_exact(model, arguments, steps_per_execution, jit):
@@ -198,6 +203,7 @@ def regularized(known):
     )
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("known", [True, False], ids=["built", "built by the first batch"])
 @pytest.mark.parametrize("arguments", EXACT.values(), ids=EXACT)
 def test_nll_is_without_regularizers(arguments, known):
@@ -247,6 +253,7 @@ def test_the_full_weight_is_in_the_logs_through_warmup(model):
     np.testing.assert_allclose(array(model.layers[0].kl_weight), 1 / 64)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "monitor, first", [("val_loss", True), ("val_nll", True), ("elbo_loss", True), ("elbo_loss", False)]
 )
@@ -259,6 +266,7 @@ def test_callbacks_that_choose_see_it_in_any_order(model, monitor, first):
     assert len(history.epoch) == 2
 
 
+@pytest.mark.slow
 def test_the_default_monitor_picks_a_model_with_a_kl(model):
     """With β = 0 the lowest loss would be that of the first epochs: the KL at full weight falls as β rises."""
     model.compile(keras.optimizers.Adam(0.02), "mse")
@@ -283,6 +291,7 @@ def test_a_metric_of_the_users_keeps_its_name(model):
     assert history["nll"][0] != pytest.approx(history["loss"][0], rel=0.01)
 
 
+@pytest.mark.slow
 def test_evaluate_answers_as_ever(model):
     """Within `fit`, by a callback's hand, and after it; and so does the next `fit`."""
     model.compile("sgd", "mse", metrics=["mae"])

@@ -125,6 +125,7 @@ def residual_network():
     return keras.Model(x, layers.Dense(4)(layers.GlobalAveragePooling2D()(h)))
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("group_axis", [None, -1, -2])
 def test_a_trained_resnet_stays_the_same_from_conversion_to_compaction(group_axis):
     rng = np.random.default_rng(0)
@@ -177,6 +178,7 @@ def test_operations_of_the_users_own_are_not_known_by_their_name():
     assert _kind(Relu()) is Rule
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("cls", [layers.LSTM, layers.GRU, layers.SimpleRNN])
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_recurrent_network(cls, use_bias):
@@ -319,6 +321,7 @@ def test_constant_values_stay_where_weights_may_be_0():
     assert value_dim(dropout=0.1) == 2
 
 
+@pytest.mark.slow
 def test_attention_of_which_more_is_read_than_its_output():
     gone = {"call": {"return_attention_scores": True}}
     models = [attention(2, 3, **gone), attention(2, 3, use_gate=True), attention(2, 3, output_shape=6)]
@@ -335,6 +338,7 @@ def test_attention_that_jax_can_compute():
     assert small.key_dim == small.value_dim == 4
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     "cls, mode",
     [
@@ -471,6 +475,7 @@ def test_words_of_which_nothing_is_left(name):
     assert compacted(small).count_params() == small.count_params()
 
 
+@pytest.mark.slow
 def test_words_are_loaded_without_this_package(tmp_path):
     model = words(models_of_words()["sequential"])
     kv.compact(model).save(tmp_path / "small.keras")
@@ -541,6 +546,7 @@ def test_units_that_gaussian_dropout_has_pruned():
     np.testing.assert_allclose(array(small(x)), array(model(x)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_layer_of_which_nothing_is_left():
     model = keras.Sequential([keras.Input((8,)), kv.VariationalDense(16, name="gone"), kv.VariationalDense(3)])
     model.layers[0].kernel.log_variance.assign(np.full((8, 16), 10.0))
@@ -592,6 +598,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     steps=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=6),

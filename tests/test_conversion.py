@@ -32,6 +32,7 @@ def test_pruned_units_of_gaussian_dropout_are_0():
     np.testing.assert_array_equal(array(kv.to_deterministic(model)(x))[0, 0], [1, 0, 1, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convert", [kv.to_deterministic, lambda model: kv.compact(model, 0.0)])
 def test_what_is_done_with_the_result_leaves_the_model_alone(convert):
     """JAX gives away the buffers of variables while it trains and evaluates."""
@@ -87,6 +88,7 @@ class Extended(kv.VariationalDense):
     pass
 
 
+@pytest.mark.slow
 def test_layers_without_a_counterpart():
     with pytest.raises(ValueError, match=r"Extended.*no counterpart"):
         kv.to_deterministic(keras.Sequential([keras.Input((3,)), Extended(2, name="extended")]))

@@ -77,6 +77,7 @@ def test_it_takes_steps_and_more_of_them_in_a_loop(steps, long_enough, in_a_loop
     assert bool(said(0.1 * STRAIGHT, 50.0, steps=steps, is_one_of_many=True)) == in_a_loop
 
 
+@pytest.mark.slow
 def test_a_kl_that_has_fallen_is_that_of_a_posterior_that_has_moved():
     """As that of slow log variances, whose means go to 0 first; it is given time."""
     assert said(0.1 * STRAIGHT, 5.0, start_kl=9.0) == ["stays"]
@@ -147,6 +148,7 @@ def with_normalization(first, frozen=False):
     )
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("model", "expected"),
     [

@@ -14,6 +14,7 @@ def digits():
     return demo.load_digits(seed=0)
 
 
+@pytest.mark.slow
 def test_a_plain_rnn_around_the_cell_reads_digits_row_by_row(digits):
     (x, y), (x_test, y_test) = digits
     model = keras.Sequential(
@@ -34,6 +35,7 @@ def test_nothing_is_written_over(tmp_path):
     assert demo.fresh_folder(tmp_path / "demo") == tmp_path / "demo-2"
 
 
+@pytest.mark.slow
 def test_demo_functions_agree_with_each_other(digits, tmp_path):
     (x, y), (x_test, y_test) = digits
     model = keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), kv.VariationalDense(10)])

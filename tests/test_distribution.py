@@ -1,14 +1,20 @@
-"""Several devices of JAX: two that are made of one processor, in a process of its own."""
+"""Several devices, made of one processor, and several processes."""
 
 import json
 import os
+import pathlib
+import re
+import socket
 import subprocess
 import sys
 
 import keras
 import pytest
 
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution is JAX's")
+BACKEND = keras.backend.backend()
+of_jax = pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is JAX's")
+of_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute is TensorFlow's")
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "guides" / "devices.md"
 
 SCRIPT = """
 import json, sys
@@ -78,6 +84,7 @@ def learned():
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@of_jax
 @pytest.mark.parametrize("how", ["data", "model", "own"])
 def test_learns_draws_and_prunes_as_on_one_device(learned, how):
     one, other = learned["one"], learned[how]
@@ -88,6 +95,7 @@ def test_learns_draws_and_prunes_as_on_one_device(learned, how):
     assert one["pruned"] == other["pruned"]
 
 
+@of_jax
 def test_a_layout_map_made_for_keras_layers_splits_what_belongs_to_each_weight(learned):
     assert learned["one"]["split"] == learned["data"]["split"] == []
     split = learned["model"]["split"]
@@ -97,5 +105,52 @@ def test_a_layout_map_made_for_keras_layers_splits_what_belongs_to_each_weight(l
     assert not any("last" in path or "cell/kernel" in path for path in split)
 
 
+@of_jax
 def test_a_key_of_the_variable_itself_goes_first(learned):
     assert any(path.endswith("dense/kernel_log_variance") for path in learned["own"]["split"])
+
+
+def script(backend):
+    """Return the page's script for several processes, with ports that are free."""
+    pattern = rf"```python\n(# train.py, {backend}\n.*?)```"
+    (found,) = re.findall(pattern, PAGE.read_text(), re.DOTALL)
+    for port in ("29500", "29501"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            found = found.replace(port, str(free.getsockname()[1]))
+    return found
+
+
+def losses_of(script, numbers):
+    """Run the script in one process for each number, at the same time, and return the losses that each prints."""
+    command = [sys.executable, "-c", script]
+    runs = [
+        subprocess.Popen([*command, number], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for number in numbers
+    ]
+    outputs = [run.communicate(timeout=300) for run in runs]
+    assert not any(run.returncode for run in runs), outputs
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@of_jax
+@pytest.mark.slow
+def test_two_processes_learn_as_one():
+    two = script("JAX")
+    # In one process: the whole data set, in batches of the same rows in the same order.
+    one = re.sub("keras.distribution.initialize.*\n", "", two)
+    one = re.sub("own = .*", "own = np.arange(32).reshape(2, 8, 2).swapaxes(1, 2).ravel()", one)
+    (expected,) = losses_of(one.replace("batch_size=8", "batch_size=16"), "0")
+    for losses in losses_of(two, "01"):
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@of_tensorflow
+@pytest.mark.slow
+def test_two_workers_learn_by_a_loop_of_ones_own():
+    two = script("TensorFlow")
+    one = two.replace(two[two.index("workers =") : two.index("task =")], "workers = ['127.0.0.1:0']\n")
+    (expected,) = losses_of(one, "0")
+    first, second = losses_of(two, "01")
+    assert first == second
+    assert first == pytest.approx(expected, rel=0.05)  # each worker has noise of its own

@@ -12,6 +12,7 @@ import keras_vdrop as kv
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TENSORFLOW_ONLY = "# TensorFlow only\n"
+SCRIPT = "# train.py"  # tests/test_distribution.py runs these in several processes
 
 
 def blocks(page):
@@ -29,15 +30,18 @@ def names(tmp_path, monkeypatch):
     return {"x": x, "y": y, "model": model, "keras": keras, "kv": kv}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default::UserWarning")  # pages may show what a warning is about
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page)], ids=lambda page: page.stem)
 def test_blocks_run(page, names):
     """The blocks of a page of the site run in order, in one namespace."""
     for block in blocks(page):
-        if keras.backend.backend() == "tensorflow" or not block.startswith(TENSORFLOW_ONLY):
+        only = keras.backend.backend() == "tensorflow" or not block.startswith(TENSORFLOW_ONLY)
+        if only and not block.startswith(SCRIPT):
             exec(compile(block, str(page), "exec"), names)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme_learns(names):
     (block,) = blocks(ROOT / "README.md")
     exec(compile(block, "README.md", "exec"), names)

@@ -27,6 +27,7 @@ def weight(model):
 # The schedule
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("epochs, start, warmup", [(1, 0, 0), (3, 0, 0), (4, 0, 1), (10, 1, 3), (29, 2, 8)])
 def test_warmup_by_default(epochs, start, warmup):
     """About a tenth of the epochs has no KL, then β rises for three tenths. A resumed `fit` keeps that schedule."""
@@ -141,6 +142,7 @@ class Subclassed(keras.Model):
         return self.head(self.hidden(inputs, training=training), training=training)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("make", [unbuilt, Subclassed])
 def test_a_model_that_is_built_by_its_first_batch(make):
     """Train twice, with new callbacks each time and two labels per example."""
@@ -186,6 +188,7 @@ class Lists(keras.Model):
         return self.head(self.last(steps, training=training), training=training)
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_layers_that_keras_finds():
     model = Lists()
     model.compile("sgd", "mse")
@@ -206,6 +209,7 @@ class OwnMetrics(OwnLoss):
         return {"mine": keras.ops.mean(y_pred)}
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own():
     model = OwnLoss(1)
     model.compile(keras.optimizers.SGD(0.0), "mse")
@@ -259,6 +263,7 @@ def decayed(optimizer, make=built, **arguments):
     return [float(np.mean(new / old)) for new, old in zip(after, values)]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "LossScaleOptimizer"])
 @pytest.mark.parametrize("make", [built, unbuilt])
 def test_weight_decay_leaves_log_variances(make, scaled):
@@ -301,6 +306,7 @@ def learn(model, rate, fits=1, epochs=1, copies=1, batch_size=1, steps_per_execu
 STAYS = r"hardly moved.*KL/num_examples is .* NLL of .*learning rate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False], ids=["built", "built by the first batch"])
 @pytest.mark.parametrize(
     "arguments",
@@ -319,6 +325,7 @@ def test_a_posterior_that_stays_is_said(arguments, known):
     assert re.search(STAYS, message)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -335,6 +342,7 @@ def test_nothing_is_said_of_few_steps(arguments):
     assert learn(line(), 1e-4, **arguments) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_a_posterior_that_has_arrived():
     model = line("log_uniform", start=-10.0)
     learn(model, 0.03, epochs=150, batch_size=32)
@@ -350,6 +358,7 @@ def test_a_kl_that_dwarfs_the_data_is_said_without_a_trend():
     assert "KL dwarfs the NLL" in message
 
 
+@pytest.mark.slow
 def test_another_training_between_begins_a_new_course():
     """Log variances that changed between two calls of `fit` do not count as moved by the callback's steps."""
     model, elbo = line(), kv.ELBO(64, start_epoch=0, warmup_epochs=0)
@@ -363,6 +372,7 @@ def test_another_training_between_begins_a_new_course():
                 weight.log_variance.assign_add(0.01 * np.ones(weight.shape))
 
 
+@pytest.mark.slow
 def test_a_collapse_is_said():
     """With a KL 1000 times too large, no weight is kept."""
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(1, name="gone", threshold=0.0)])

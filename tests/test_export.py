@@ -86,6 +86,7 @@ def run_litert(path, x):
     return np.concatenate([next(iter(runner(**{name: each[None]}).values())) for each in x])
 
 
+@pytest.mark.slow
 @only_on("tensorflow")
 @pytest.mark.skipif('"litert"' not in keras.Model.export.__doc__, reason="this Keras has no LiteRT yet")
 @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "int8"])
@@ -101,6 +102,7 @@ def test_litert(served, tmp_path, quantized):
     np.testing.assert_allclose(run_litert(path, x), expected, rtol=1e-4, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_int8(served, tmp_path):
     """Within 5 % of the largest output, and the same once it is saved and loaded."""
     small, x, expected = served

@@ -60,6 +60,7 @@ def test_a_last_axis_of_one_and_a_single_number(cls, arguments, outputs, log_pro
     np.testing.assert_allclose(array(loss(Y[:, :1], outputs[:, :1])), expected, rtol=1e-5)
 
 
+@pytest.mark.slow(keep=1)
 @OVER_CASES
 def test_learns_is_saved_and_goes_on(cls, arguments, outputs, log_prob, tmp_path):
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(outputs.shape[-1], seed=0)])
@@ -72,6 +73,7 @@ def test_learns_is_saved_and_goes_on(cls, arguments, outputs, log_prob, tmp_path
     np.testing.assert_allclose(again.evaluate(x, y, verbose=0), model.evaluate(x, y, verbose=0), rtol=1e-6)
 
 
+@pytest.mark.slow(keep=2)
 @OVER_CASES
 def test_an_outlier_among_the_inputs_does_no_harm(cls, arguments, outputs, log_prob):
     """It makes raw scales of −1,000s, of which softplus is 0."""
@@ -97,6 +99,7 @@ def test_few_degrees_of_freedom_are_heavy_tails_and_many_are_normal():
     np.testing.assert_allclose(many, normal, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_a_learned_scale_is_that_of_the_residuals():
     x = RNG.uniform(-1, 1, size=(512, 1)).astype("float32")
     y = (2 * x + 0.3 * RNG.normal(size=x.shape)).astype("float32")
@@ -212,6 +215,7 @@ def test_weights_and_masks_of_steps(batch, steps, masked, kind):
         np.testing.assert_allclose(array(got), value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(("batch", "steps"), STEPS)
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 def test_weights_and_masks_in_fit_and_evaluate(batch, steps, known):
@@ -306,6 +310,7 @@ def test_a_metric_of_all_parameters_is_said(metric):
         check_outputs(several)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("with_input", [True, False])
 def test_elbo_says_it_at_the_beginning_of_fit(with_input):
     """Of a model that its first batch builds, after that."""

@@ -134,6 +134,7 @@ def test_probabilities_and_two_classes():
             np.testing.assert_allclose(value(one), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True])
 def test_in_compile(jit):
     """After an epoch and in `evaluate`, with the weights that Keras gives weighted metrics, and in mixed precision."""

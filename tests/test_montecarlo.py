@@ -23,6 +23,7 @@ def samples(model, x, count, **arguments):
     return kv.MonteCarlo(model, count, output="samples", **arguments).predict(x, verbose=0)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("estimator", ["local_reparameterization", "flipout", "reparameterization"])
 def test_samples_have_the_moments_of_the_posterior(estimator):
     model = network(estimator=estimator)
@@ -41,6 +42,7 @@ def test_batches_and_calls_draw_anew():
     assert len(np.unique(np.concatenate([one, other])[..., 0])) == 16
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("estimator", ["local_reparameterization", "flipout", "reparameterization"])
 def test_consistent_draws_have_the_moments_of_the_posterior(estimator):
     model = network(estimator=estimator)
@@ -50,6 +52,7 @@ def test_consistent_draws_have_the_moments_of_the_posterior(estimator):
     assert_variance(draws, X**2 @ np.exp(array(kernel.log_variance)))
 
 
+@pytest.mark.slow
 def test_seed():
     model = network()
     one, other = samples(model, X, 3, seed=1), samples(model, X, 3, seed=1)
@@ -142,6 +145,7 @@ def test_every_step_of_a_sequence_has_its_statistics():
     np.testing.assert_allclose(result.bald(), result["mutual_information"].sum(axis=1), rtol=1e-6)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("sample_batch_size", [1, 4, 64])
 @pytest.mark.parametrize("consistent", [False, True])
 def test_side_by_side_are_the_draws_that_follow_each_other(sample_batch_size, consistent):
@@ -158,6 +162,7 @@ def test_side_by_side_are_the_draws_that_follow_each_other(sample_batch_size, co
     np.testing.assert_allclose(statistics["aleatoric_variance"], (scale_of(draws[..., 1]) ** 2).mean(axis=1), rtol=1e-4)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.name in ("dense", "conv_2d", "lstm", "attention")], ids=str
 )
@@ -169,6 +174,7 @@ def test_side_by_side_in_every_kind_of_layer(case):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("estimator", ["auto", "local_reparameterization"])
 def test_a_layer_draws_the_same_however_often_it_is_called(estimator):
     """Two calls see the same draw per example, unless the noise is not a draw of the weights. With `consistent` they
@@ -196,6 +202,7 @@ def test_outputs_of_any_structure():
         kv.MonteCarlo(model, 5, likelihood="categorical").predict(X, verbose=0)
 
 
+@pytest.mark.slow
 def test_evaluate_with_several_outputs():
     inputs = keras.Input((4,))
     h = kv.VariationalDense(3, kl_weight=0.1)(inputs)
@@ -223,6 +230,7 @@ LOSSES = [
 ]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 def test_a_loss_as_the_likelihood(loss, tmp_path):
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(loss.num_parameters, kl_weight=0.1)])
@@ -252,6 +260,7 @@ def expected_loss(likelihood, y, statistics):
     return -np.log(np.where(y == 1, p, 1 - p)).mean(axis=1)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("likelihood", TARGETS)
 @pytest.mark.parametrize("weight", [None, np.array([1.0, 0.5, 3.0])], ids=["plain", "weighted"])
 def test_evaluate_gives_the_nll_of_the_prediction(likelihood, weight):
@@ -265,6 +274,7 @@ def test_evaluate_gives_the_nll_of_the_prediction(likelihood, weight):
     np.testing.assert_allclose(result["loss"], np.mean(losses if weight is None else losses * weight), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", ["normal", "bernoulli"])
 def test_evaluate_weighs_rows_and_not_batches(likelihood):
     """Every row counts equally in batches of two rows and one row, for outputs with one number per row."""
@@ -292,6 +302,7 @@ def test_evaluate_weighs_rows_and_not_batches(likelihood):
         np.testing.assert_allclose(result["loss"], np.mean(nll * weight), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_one_evaluates_after_loading(tmp_path):
     model = kv.MonteCarlo(network(), 4, likelihood="categorical", consistent=True)
     model.compile(metrics=["accuracy"])
@@ -339,6 +350,7 @@ class Subclassed(keras.Model):
         return self.head(self.gate(inputs))
 
 
+@pytest.mark.slow
 def test_subclassed():
     model = Subclassed()
     model(X)
@@ -347,6 +359,7 @@ def test_subclassed():
     assert result["mutual_information"].max() > 0
 
 
+@pytest.mark.slow
 def test_a_stateful_rnn_starts_from_its_state_and_keeps_it():
     inputs = keras.Input((5, 4), batch_size=3)
     model = keras.Model(inputs, kv.VariationalLSTM(2, stateful=True, kl_weight=0.1)(inputs))
@@ -386,6 +399,7 @@ def test_it_does_not_learn():
         model.train_on_batch(X, X[:, :2])
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras exports from TensorFlow.")
 @pytest.mark.parametrize("functional", [False, True], ids=["sequential", "functional"])
 def test_export(functional, tmp_path):
@@ -425,6 +439,7 @@ def test_rows_with_nan_are_counted():
         samples(network(), x, 2)
 
 
+@pytest.mark.slow
 def test_logits_for_probabilities_and_the_other_way_round():
     softmax = keras.Sequential([network(), layers.Softmax()])
     sigmoid = keras.Sequential([network(), layers.Dense(1, activation="sigmoid")])
@@ -442,6 +457,7 @@ def predictions(likelihood):
     return kv.MonteCarlo(network(), 16, likelihood=likelihood, seed=3).predict(X, verbose=0)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("likelihood", STATISTICS)
 def test_abstain_hands_over_the_most_uncertain(likelihood):
     result = predictions(likelihood)
@@ -452,6 +468,7 @@ def test_abstain_hands_over_the_most_uncertain(likelihood):
         result.abstain(95)
 
 
+@pytest.mark.slow
 def test_bald():
     categorical, bernoulli, normal = map(predictions, ("categorical", "bernoulli", "normal"))
     np.testing.assert_array_equal(categorical.bald(), categorical["mutual_information"])
@@ -466,6 +483,7 @@ def test_bald():
         predictions(None).bald()
 
 
+@pytest.mark.slow
 def test_from_probabilities():
     model = keras.Sequential([network(), layers.Softmax()])
     from_logits = kv.MonteCarlo(model.layers[0], 16, likelihood="categorical", seed=3).predict(X, verbose=0)
@@ -563,6 +581,7 @@ BOTH = {"a": "normal", "b": "categorical"}
 Y_BOTH = {"a": TARGETS["normal"], "b": TARGETS["categorical"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", [dict, list])
 def test_a_likelihood_for_each_output(structure, tmp_path):
     model = two_outputs(structure)
@@ -590,6 +609,7 @@ def test_a_likelihood_for_each_output(structure, tmp_path):
     np.testing.assert_allclose(again["b"].probability, found["b"].probability, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_likelihoods_by_name_of_any_kind(tmp_path):
     """The likelihood per output may be a loss, None or a name, with logits or probabilities. It survives saving, and a
     model with a single output takes a dict too."""
@@ -654,6 +674,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", STEPS)
 @pytest.mark.parametrize(("rows", "masked"), [(3, True), (5, False), (5, True)])
 def test_evaluate_counts_weights_and_masks_of_steps(likelihood, rows, masked):
@@ -684,6 +705,7 @@ def test_evaluate_counts_weights_and_masks_of_steps(likelihood, rows, masked):
         np.testing.assert_allclose(got, error, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", [None, *TARGETS])
 @pytest.mark.parametrize("loss", [None, "mse"])
 def test_evaluate_refuses_y_and_weights_of_another_layout(likelihood, loss):
@@ -709,6 +731,7 @@ def test_evaluate_refuses_y_and_weights_of_another_layout(likelihood, loss):
             sampler.evaluate(x, np.zeros((3, 5)), sample_weight=np.ones((3, 4)), verbose=0)
 
 
+@pytest.mark.slow
 def test_evaluate_sees_logits_and_rows_with_nan():
     x = np.tile(10 * X, (3, 1))
     for likelihood, y in (("categorical", np.zeros(9)), ("bernoulli", np.zeros((9, 2)))):
@@ -727,6 +750,7 @@ def test_evaluate_sees_logits_and_rows_with_nan():
             assert set(sampler.evaluate(x, np.zeros(9), batch_size=4, verbose=0, return_dict=True)) >= {"loss", "mse"}
 
 
+@pytest.mark.slow
 def test_targets_that_were_not_standardised_are_said():
     x = np.random.default_rng(0).normal(size=(60, 4)).astype("float32")
     y = 1000.0 + 100.0 * x[:, 0]
@@ -790,6 +814,7 @@ def test_rates_of_our_own_layers_are_drawn():
         kv.MonteCarlo(keras.Model(x, h), 2)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("likelihood", STATISTICS)
 def test_predictions_are_what_every_entry_gives(likelihood):
     """Arrays in a dict, single batches and generators of batches give the same `Predictions`."""
@@ -812,6 +837,7 @@ def test_predictions_are_what_every_entry_gives(likelihood):
         _ = expected.median
 
 
+@pytest.mark.slow
 def test_stddev_and_interval():
     normal, plain = predictions("normal"), predictions(None)
     stddev = np.sqrt(normal["aleatoric_variance"] + normal["epistemic_variance"])
@@ -851,6 +877,7 @@ NO_ROWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "shapes"), NO_ROWS, ids=str)
 def test_no_rows_give_arrays_without_rows(arguments, shapes):
     sampler = kv.MonteCarlo(network(), 3, **arguments)
@@ -930,6 +957,7 @@ NOTHING = {
 }
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize("before", [False, True], ids=["first", "after another"])
 @pytest.mark.parametrize("kind", NOTHING)

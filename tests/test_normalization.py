@@ -104,6 +104,7 @@ def test_layers_of_inner_models_and_of_variational_blocks():
     np.testing.assert_allclose(array(block.layers[1].moving_variance), h.var(0), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_noise_in_training_shifts_the_variance_and_this_shifts_it_back():
     model, x = network(), inputs()
     model.get_layer("first").kernel.log_variance.assign(np.zeros((3, 4)))

@@ -154,6 +154,7 @@ def binary(y, logits):
     return np.sum(np.log1p(np.exp(logits)) - y * logits)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("case, terms", [(segmentation, 16), (tagging, 6), (labels, 5), (steps, 12), (distribution, 1)])
 def test_the_one_line_minimises_the_exact_negative_elbo(case, terms):
     """Keras's loss is −ELBO of an example over its labels; computed in NumPy."""
@@ -168,6 +169,7 @@ def test_the_one_line_minimises_the_exact_negative_elbo(case, terms):
     np.testing.assert_allclose(part, kl / N / terms, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_several_outputs_minimise_it_too():
     inputs = keras.Input((6, 4))
     a, b = dense(3, name="a")(inputs), dense(1, name="b")(layers.Flatten()(inputs))

@@ -224,6 +224,7 @@ def line(ax, place=0):
     return ax.lines[place].get_xydata()
 
 
+@pytest.mark.slow
 def test_plots_take_predictions():
     x = RNG.normal(size=(40, 4)).astype("float32")
     labels = RNG.integers(0, 3, size=40)

@@ -213,6 +213,7 @@ class TestTFP:
             exact = integrate.quad(integrand, loc - 12 * sd, loc + 12 * sd, limit=200)[0]
             np.testing.assert_allclose(value, exact, rtol=2e-3)
 
+    @pytest.mark.slow
     def test_mixture_prior_trains_and_is_saved(self, tmp_path):
         from tensorflow_probability import distributions as tfd
 
@@ -285,6 +286,7 @@ def test_tfp_prior_needs_tensorflow():
         priors.Distribution(None)
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_tfp():
     import subprocess
     import sys

@@ -74,6 +74,7 @@ def test_layers_own_threshold_is_the_default():
     assert (kv.sparsity(layer).left, kv.sparsity(layer, 3.0).left) == (1, 3)
 
 
+@pytest.mark.slow
 def test_mask_survives_training_and_saving(model, tmp_path):
     left = kv.prune(model, 0.0).left
     x = np.random.default_rng(0).normal(size=(32, 6, 6, 1))

@@ -83,6 +83,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("jit", COMPILED, ids=lambda jit: "jit" if jit else "no_jit")
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
@@ -97,6 +98,7 @@ def test_no_scope_sticks(call, order, jit):
             assert np.allclose(call(model), mean, atol=1e-5) == (name == "none"), name
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("jit", COMPILED, ids=lambda jit: "jit" if jit else "no_jit")
 @pytest.mark.parametrize("on_batch", [False, True], ids=["fit", "train_on_batch"])
 @pytest.mark.parametrize("first", ["none", "consistent"])
@@ -120,6 +122,7 @@ def test_the_next_consistent_scope_is_another_function():
         assert not any(np.allclose(one, other, atol=1e-3) for other in drawn[:index])
 
 
+@pytest.mark.slow
 def test_nested_and_shared_models():
     inner = network()
     outer = keras.Sequential([keras.Input((4,)), inner])
@@ -279,6 +282,7 @@ def test_loops_of_keras(consistent):
         np.testing.assert_allclose(each, array(layer(x)), atol=1e-5)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "layer", [keras.layers.TimeDistributed, keras.layers.Bidirectional], ids=lambda cls: cls.__name__
 )
@@ -359,6 +363,7 @@ class TestThreads:
             done.set()
             assert not np.allclose(noisy.result(), mean, atol=1e-3)
 
+    @pytest.mark.slow
     def test_eight_threads_with_one_model_and_one_monte_carlo(self):
         model = network()
         drawn = kv.MonteCarlo(model, 4, output="samples")
@@ -470,6 +475,7 @@ with concurrent.futures.ThreadPoolExecutor(1) as pool:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 def test_replicas_draw_one_function_where_it_is_consistent_and_their_own_elsewhere():
     run = subprocess.run([sys.executable, "-c", REPLICAS], capture_output=True, text=True, timeout=300)

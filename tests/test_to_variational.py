@@ -239,6 +239,7 @@ def classes(model):
     return {type(layer).__name__ for layer in model._flatten_layers()}
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("make", MODELS)
 def test_the_same_function_and_back(make, tmp_path):
     model = make()

@@ -2,6 +2,7 @@
 
 import inspect
 
+from keras_vdrop.layers.foreign_arguments import check_arguments
 from keras_vdrop.layers.rematerialization import Rematerialized
 
 # The values for arguments that a config lacks. Such a config, and the optimizer state saved with it, is older than the
@@ -51,6 +52,7 @@ class DropIn:
         if len(args) > len(names):
             raise TypeError(f"{cls.__name__} takes at most {len(names)} positional arguments. Received: {len(args)}")
         named = dict(zip(names, args))
+        check_arguments(cls, kwargs)
         if twice := set(named) & set(kwargs):
             raise TypeError(f"{cls.__name__} got multiple values for {sorted(twice)}.")
         return {**named, **kwargs}

@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_vdrop.checks import check_non_negative, check_policy
+from keras_vdrop.layers.foreign_arguments import check_arguments
 from keras_vdrop.layers.rematerialization import Rematerialized
 from keras_vdrop.posterior import VariationalWeight, posteriors
 from keras_vdrop.sampling import is_sampling, seed_generator, seeds, use_scope
@@ -96,6 +97,7 @@ class StochasticLayer(Rematerialized):
             check_non_negative("kl_weight", kl_weight)
         if seed is not None and (not isinstance(seed, numbers.Integral) or isinstance(seed, bool)):
             raise ValueError(f"`seed` must be an int or None. Received: seed={seed!r}")
+        check_arguments(type(self), kwargs)
         super().__init__(**kwargs)
         check_policy(self.dtype_policy)
         self.seed = None if seed is None else int(seed)

@@ -1,6 +1,7 @@
 """The predictive distribution of an example is the same with per-example and with consistent draws."""
 
 import numpy as np
+import pytest
 
 import keras_vdrop as kv
 from tests.cases import array, randomize
@@ -24,6 +25,7 @@ def means_and_errors(values):
     return values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(values))
 
 
+@pytest.mark.slow(keep=1)
 def test_draws_of_rows_and_of_functions_agree(case):
     """Mean and variance of every output agree, under an estimator whose noise is a draw of the weights.
 

@@ -67,6 +67,7 @@ def test_covariance_over_places_is_that_of_the_posterior(linear):
     assert_close(found, expected, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 def test_covariance_over_places_is_that_of_weights_drawn_whole(other):
     """Layers that are not linear in their weights: the default estimator agrees with `reparameterization`."""
@@ -137,6 +138,7 @@ def in_own_model():
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consistent", [False, True])
 @pytest.mark.parametrize("make", [shared, over_time, twice, in_own_layer, in_own_model])
 def test_an_example_keeps_its_draw_from_call_to_call(make, consistent):

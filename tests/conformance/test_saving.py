@@ -44,6 +44,7 @@ def loaded_elsewhere(tmp_path_factory):
     return {case.name: (here[case.name], np.load(folder / f"{case}.npy")) for case in CASES}
 
 
+@pytest.mark.slow
 def test_loads_in_a_fresh_process(case, loaded_elsewhere):
     here, there = loaded_elsewhere[case.name]
     np.testing.assert_array_equal(here, there)

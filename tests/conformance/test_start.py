@@ -58,6 +58,7 @@ def test_a_model_that_is_built_at_its_first_batch():
     np.testing.assert_allclose(array(kernel.log_variance), 2 * np.log(size(array(kernel.loc))) - 6, rtol=1e-5)
 
 
+@pytest.mark.slow(keep=6)
 @pytest.mark.parametrize("rate", [1.0, 10.0])
 def test_a_step_of_adam_moves_it_by_its_rate(case, rate):
     """Adam's first step has the length of the learning rate, whatever the gradient, so it moves by 1e-3·rate."""
@@ -118,6 +119,7 @@ def check(model, expected):
     assert [kv.sparsity(model, threshold).left for threshold in (-2.0, 0.0, 1.0)] == expected["left"].tolist()
 
 
+@pytest.mark.slow
 def test_a_file_from_before_there_were_rates_loads(tmp_path):
     expected = np.load(DATA / "fixed_rate.npz")
     model = keras.saving.load_model(DATA / "fixed_rate.keras")
@@ -130,6 +132,7 @@ def test_a_file_from_before_there_were_rates_loads(tmp_path):
     model.fit(expected["inputs"], expected["predictions"], verbose=0)  # the optimizer's state fits
 
 
+@pytest.mark.slow
 def test_a_weights_file_from_before_loads_in_layers_of_today():
     expected = np.load(DATA / "fixed_rate.npz")
     model = keras.saving.load_model(DATA / "fixed_rate.keras", compile=False)

@@ -27,6 +27,7 @@ def step(model, x):
     return {v.path: b - array(v) for v, b in zip(model.trainable_variables, before)}
 
 
+@pytest.mark.slow(keep=8)
 @pytest.mark.parametrize("subject", LEARNING, ids=str)
 def test_gradients_reach_every_weight(subject, jit):
     model = compiled(subject.model(), jit)

@@ -28,6 +28,7 @@ def two_classes(rng, rows, excess=0.0):
     return np.stack([confidence, 1 - confidence], axis=-1), labels
 
 
+@pytest.mark.slow
 def test_against_scikit_learn():
     np.testing.assert_allclose(
         calibration.negative_log_likelihood(PROBABILITY, LABELS), metrics.log_loss(LABELS, PROBABILITY)
@@ -40,6 +41,7 @@ def test_against_scikit_learn():
     np.testing.assert_allclose(calibration.brier_score(probability, labels), expected)
 
 
+@pytest.mark.slow
 def test_against_tensorflow_probability():
     from tensorflow_probability import stats
 

@@ -38,6 +38,7 @@ def draw(estimator, linear, x, loc, log_variance, count=DRAWS, seed=3):
     return draws(lambda: estimator(linear, x, loc, log_variance, generator), count)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", estimators.ESTIMATORS)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_mean_and_variance_of_the_output(name, problem):
@@ -53,6 +54,7 @@ def test_mean_and_variance_of_the_output(name, problem):
         assert_variance(samples, expected)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", ["local_reparameterization", "flipout"])
 def test_examples_have_noise_of_their_own(name):
     loc, log_variance = weight((3, 2))

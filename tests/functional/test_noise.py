@@ -101,11 +101,13 @@ def test_same_seed_same_draw():
     np.testing.assert_array_equal(array(noise.normal((5,), 3)), array(noise.normal((5,), 3)))
 
 
+@pytest.mark.slow
 def test_hash_depends_on_seed_and_salt():
     assert len({noise.hash_seed(seed, salt) for seed in range(100) for salt in ("a", "b")}) == 200
     assert all(0 <= noise.hash_seed(seed) < 2**31 for seed in range(100))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 def test_replicas_draw_different_noise():
     """In a process of its own: a machine's devices are split before TensorFlow first uses them."""

@@ -12,6 +12,7 @@ def test_log_alpha():
     np.testing.assert_allclose(array(sparsity.log_alpha(loc, log_variance)), log_variance - np.log(loc**2), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_log_alpha_of_a_zero_weight_is_finite_and_large():
     values = array(sparsity.log_alpha(np.array([0.0, 1e-30], "float32"), np.array([-10.0, -10.0], "float32")))
     assert np.isfinite(values).all() and (values > 50).all()

@@ -80,6 +80,7 @@ def assert_equals_keras(layer, twin, inputs, call):
             np.testing.assert_allclose(array(output), array(value), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow(keep=6)
 @pytest.mark.parametrize("case", KERAS_CASES)
 def test_without_noise_it_is_keras(case):
     arguments, inputs, call = KERAS_CASES[case]
@@ -233,6 +234,7 @@ def test_equal_seeds_draw_equal_noise():
     assert (outputs[0] != outputs[2]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_fit_in_a_functional_model(jit_compile):
     words = layers.Input((T,), dtype="int32")

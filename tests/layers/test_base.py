@@ -115,6 +115,7 @@ def test_layers_learn_by_name_and_by_class_what_they_are():
     assert isinstance(kv.VariationalConv2D(1, 1), keras.layers.Conv2D)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 def test_multi_replica_training():
     import subprocess
@@ -162,3 +163,36 @@ def test_an_estimator_of_old_files_is_read_as_the_exact_one():
     """Its noise was two-valued and its variance in bfloat16, so that gradients through a second layer were biased."""
     config = {**kv.VariationalDense(3).get_config(), "estimator": "fast_local_reparameterization"}
     assert kv.VariationalDense.from_config(config).estimator == "local_reparameterization"
+
+
+@pytest.mark.parametrize(
+    "cls, arguments, answer",
+    [
+        (kv.VariationalDense, {"units": 3, "kernel_prior_fn": None}, "Pass `kernel_prior`"),
+        (kv.VariationalDense, {"in_features": 4, "out_features": 3}, "finds the shape of its inputs"),
+        (kv.VariationalConv2D, {"filters": 3, "kernel_size": 2, "kernel_divergence_fn": None}, "num_examples"),
+        (
+            kv.VariationalConv2D,
+            {"filters": 3, "kernel_size": 2, "rate": 0.5},
+            "`keras_vdrop.VariationalGaussianDropout`",
+        ),
+        (kv.VariationalEmbedding, {"input_dim": 3, "output_dim": 2, "prior": "ard"}, "Pass `kernel_prior`"),
+        (kv.VariationalLSTM, {"units": 3, "dropoutw": 0.5}, "Pass `weight_dropout`"),
+        (kv.VariationalGRUCell, {"units": 3, "num_examples": 5}, "keras_vdrop.ELBO"),
+        (kv.VariationalGaussianDropout, {"p": 0.5}, "Pass `rate`"),
+        (kv.MonteCarloDropout, {"rate": 0.5, "kernel_prior": "ard"}, "has no argument `kernel_prior`"),
+        (kv.Variational, {"layer": keras.layers.Dense(3), "kernel_prior": "ard"}, "Pass `prior`"),
+    ],
+)
+def test_arguments_of_other_libraries_are_answered(cls, arguments, answer):
+    with pytest.raises(ValueError, match=f"{cls.__name__} has no argument") as error:
+        cls(**arguments)
+    assert answer in str(error.value)
+
+
+def test_a_subclass_may_have_an_argument_of_another_library():
+    class Dense(kv.VariationalDense):
+        def __init__(self, units, *, prior_mean=0.0, **kwargs):
+            super().__init__(units, **kwargs)
+
+    assert Dense(3, prior_mean=1.0).units == 3

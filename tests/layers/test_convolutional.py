@@ -133,6 +133,7 @@ ORACLES = {"conv_1d_t": transposed, "conv_2d_t": transposed, "depthwise": depthw
 HOW = ("strides", "padding", "dilation_rate", "groups", "output_padding")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("case", CASES)
 def test_mean_and_variance_patch_by_patch(case, estimator):
@@ -148,6 +149,7 @@ def test_mean_and_variance_patch_by_patch(case, estimator):
     assert_variance(samples, oracle(x.astype("float64") ** 2, np.exp(array(layer.kernel.log_variance)), **how))
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("how", [{"strides": 2, "padding": "same"}, {"dilation_rate": 2}], ids=str)
 def test_separable_convolution_is_a_product_of_two_random_kernels(how, estimator):

@@ -39,6 +39,7 @@ def moments(weight):
     return array(weight.loc), np.exp(array(weight.log_variance))
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("equation", EINSUMS)
 def test_mean_and_variance_of_an_einsum(equation, estimator):
@@ -52,6 +53,7 @@ def test_mean_and_variance_of_an_einsum(equation, estimator):
     assert_variance(samples, np.einsum(equation, x**2, variance))
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_mean_and_variance_of_a_bias_over_two_axes(estimator):
     layer, x = noisy("abc,cd->abd", (2, 3, 4), (3, 2), estimator=estimator, bias_axes="bd", bias_prior="normal")

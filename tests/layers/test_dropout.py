@@ -19,6 +19,7 @@ def built(layer, shape=(None, 5)):
 
 
 class TestGaussian:
+    @pytest.mark.slow(keep=1)
     @pytest.mark.parametrize("alpha", ["unit", "layer", "fixed"])
     def test_noise_has_mean_one_and_variance_alpha(self, alpha):
         """Not alpha², nor mean 0."""
@@ -55,6 +56,7 @@ class TestGaussian:
             model.train_on_batch(X, X)
         np.testing.assert_array_equal(array(layer.scale.log_variance), np.zeros(5))
 
+    @pytest.mark.slow
     def test_alpha_falls_on_informative_inputs_and_rises_on_noise(self):
         rng, number = np.random.default_rng(0), 256
         informative = rng.normal(size=(number, 4))
@@ -116,6 +118,7 @@ class TestConcrete:
         layer.build((None, 4, 4, 3))
         assert len(np.unique(array(layer._drop(keras.ops.ones((2, 4, 4, 3)))))) == distinct
 
+    @pytest.mark.slow(keep=1)
     @pytest.mark.parametrize("deviation", [1.0, 2.0])
     def test_it_recovers_the_best_rate(self, deviation):
         """A linear layer with frozen weights, inputs of one and no error of its own: J(p) has a closed form.

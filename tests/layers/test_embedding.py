@@ -56,6 +56,7 @@ def test_reparameterization_draws_one_table_for_the_batch():
         np.testing.assert_array_equal(noise[1, 2], noise[1, 3])
 
 
+@pytest.mark.slow
 def test_flipout_draws_one_table_and_signs_for_each_example():
     """The signs are those of an example and a unit: the same for every word of a sentence."""
     first, second = np.stack(perturbations("flipout", X, 200)).swapaxes(0, 1)

@@ -50,6 +50,7 @@ def test_the_kernel_stays_and_the_update_starts_at_nothing(name):
     np.testing.assert_array_equal(array(layer(x)), array(layer(x)))
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", LAYERS)
 def test_mean_and_variance_are_those_of_the_posterior(name):
     """By the outputs of the layer with the kernel W + s·a·B, which are linear in each number of a."""
@@ -118,6 +119,7 @@ def test_attention_adapts_every_projection():
     assert again.lora_rank == 2
 
 
+@pytest.mark.slow
 def test_learns_saves_loads_and_is_sampled(tmp_path):
     x, y = RNG.normal(size=(64, 5)).astype("float32"), RNG.normal(size=(64, 1)).astype("float32")
     model = keras.Sequential([keras.Input((5,)), kv.VariationalDense(8, lora_rank=2, activation="tanh")])
@@ -155,6 +157,7 @@ def test_afterwards_it_is_too_late():
         layer.enable_lora(2)
 
 
+@pytest.mark.slow
 def test_any_layer_learns_updates_of_its_kernels(tmp_path):
     x, y = RNG.normal(size=(64, 4, 6)).astype("float32"), RNG.normal(size=(64, 3)).astype("float32")
     lstm = keras.layers.LSTM(3)

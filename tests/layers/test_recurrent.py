@@ -110,6 +110,7 @@ NOISES = {
 }
 
 
+@pytest.mark.slow(keep=8)
 @pytest.mark.parametrize("options", NOISES.values(), ids=NOISES)
 def test_one_draw_for_all_steps_and_a_fresh_one_for_each_call(family, options, drawn):
     layer = rnn(family, **options)
@@ -128,6 +129,7 @@ def test_gru_with_the_reset_gate_before_the_product(options, drawn):
     np.testing.assert_allclose(output, by_hand(layer, X, *map(in_numpy, drawn)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow(keep=1)
 def test_draws_are_of_the_posterior(family, drawn):
     layer = rnn(family)
     for _ in range(200):
@@ -149,6 +151,7 @@ def test_flipout_signs_are_exact_and_each_examples_own(drawn):
             assert len(np.unique(signs, axis=0)) > 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, FLIPOUT], ids=["reparameterization", "flipout"])
 def test_estimators_have_the_mean_and_variance_of_the_pre_activations(options, drawn):
     layer = rnn(bias_prior="normal", **options)
@@ -178,6 +181,7 @@ def test_nothing_is_held_after_a_call(family):
     assert layer.cell._held is None
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("bare", [False, True], ids=["layer", "bare_cell"])
 def test_prediction_does_not_move_the_noise(family, bare):
     cell = FAMILIES[family][1](U, seed=1, kl_weight=0.1, dropout=0.5, output_dropout=0.5)
@@ -240,6 +244,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow(keep=9)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(o) or "plain")
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 @pytest.mark.parametrize("initial", [False, True], ids=["zeros", "initial_state"])
@@ -322,6 +327,7 @@ def test_stacked_cells():
     assert not np.array_equal(array(stack(X, training=True)), array(stack(X, training=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -390,6 +396,7 @@ class TestWeightDropout:
             array(of_state.matrix)[kept], 2 * array(layer.cell.recurrent_kernel)[kept], rtol=1e-6
         )
 
+    @pytest.mark.slow(keep=1)
     def test_never_touches_the_parameter(self, jit):
         """Over many steps of training at a rate of 0 nothing accumulates."""
         layer = kv.VariationalLSTM(U, kernel_prior=None, weight_dropout=0.5)

@@ -53,6 +53,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The KL weight of these")
 X = np.random.default_rng(0).normal(size=(16, 4, 6)).astype("float32")
 
 
+@pytest.mark.slow
 def test_draws_are_of_the_posterior():
     layer = kv.Variational(layers.Dense(3, use_bias=False), seed=0)
     layer(np.eye(4, dtype="float32"))
@@ -86,6 +87,7 @@ def test_means_are_the_variables_of_the_layer():
     assert [each.shape for each in layer.stock_variables()] == [(6, 3), (3,)]
 
 
+@pytest.mark.slow
 def test_learns_by_fit_what_is_opaque():
     """An LSTM over a user's block of attention, moments, dropout and a penalty."""
     x = keras.Input((4, 6))
@@ -172,6 +174,7 @@ def test_layers_of_one_name_are_drawn_each_for_itself():
     assert sorted(weight.name for weight in posteriors(layer)) == ["kernel", "kernel_1", "kernel_2"]
 
 
+@pytest.mark.slow
 def test_takes_what_the_layer_takes():
     layer = kv.Variational(Gated(3), seed=0)
     x, by = X[:, 0], X[:, 1]
@@ -215,6 +218,7 @@ def test_saved_and_loaded_as_layer_and_as_model(tmp_path):
             np.testing.assert_array_equal(array(ours.mask), array(theirs.mask))
 
 
+@pytest.mark.slow
 def test_a_model_trains_evaluates_and_predicts_as_one():
     model = kv.Variational(Gated(1), prior="normal")
     x, y = X[:, 0], X[:, 0, :1]
@@ -252,6 +256,7 @@ def test_a_model_within_a_model_is_exported(tmp_path):
         np.testing.assert_allclose(loaded.serve(X).numpy(), array(each(X)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_consistent_draws_are_one_function():
     model = kv.Variational(Block(3))
     model(X)

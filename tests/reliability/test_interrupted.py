@@ -64,6 +64,7 @@ def end(folder):
         return [file[str(i)] for i in range(len(file.files))]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL") or os.name != "posix", reason="needs SIGKILL")
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     ways = "backup", "checkpoint"

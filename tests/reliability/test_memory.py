@@ -16,6 +16,7 @@ def resident():
     return int(STATUS.read_text().split()[1]) * 4096 / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="reads /proc")
 def test_memory_is_flat():
     model = keras.Sequential([keras.Input((5, 8)), kv.VariationalLSTM(16), kv.VariationalDense(4)])

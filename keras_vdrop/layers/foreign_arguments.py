@@ -1,0 +1,58 @@
+"""Arguments that other libraries have, and what to write instead."""
+
+import inspect
+
+_INITIAL = "Set the initial variance with `initial_log_variance`. The means start from the layer's initializers."
+_PRIOR = "Pass `kernel_prior`: a name, a `keras_vdrop.priors.Prior` or, on TensorFlow, a distribution of TFP."
+_BIAS_PRIOR = "Pass `bias_prior`, which takes what `kernel_prior` takes. By default the bias has no posterior."
+_KL = "Pass `kl_weight=1 / num_examples`, or the callback `keras_vdrop.ELBO(num_examples=...)` to `fit`. "
+_POSTERIOR = "Every posterior consists of independent normals. " + _INITIAL
+_NOISE = (
+    "The layer learns the noise of its weights. For noise on its inputs, put `keras_vdrop.VariationalGaussianDropout` "
+    "or `MonteCarloDropout` in front of it."
+)
+_SHAPE = "As in Keras, the layer finds the shape of its inputs by itself."
+
+ANSWERS = {
+    # tfp.layers
+    **dict.fromkeys(["kernel_posterior_fn", "kernel_posterior_tensor_fn", "make_posterior_fn"], _POSTERIOR),
+    **dict.fromkeys(["kernel_prior_fn", "make_prior_fn"], _PRIOR),
+    **dict.fromkeys(["bias_posterior_fn", "bias_posterior_tensor_fn", "bias_prior_fn"], _BIAS_PRIOR),
+    **dict.fromkeys(["kernel_divergence_fn", "bias_divergence_fn"], _KL + "The KL itself is in closed form."),
+    "kl_use_exact": "The KL is in closed form wherever the prior allows it.",
+    # bayesian-torch, blitz
+    **dict.fromkeys(["prior_mean", "prior_variance", "prior_sigma_1", "prior_sigma_2", "prior_pi"], _PRIOR),
+    **dict.fromkeys(["posterior_mu_init", "posterior_rho_init"], _INITIAL),
+    # torch.nn
+    **dict.fromkeys(["in_features", "in_channels", "input_size"], _SHAPE),
+    "out_features": "Pass `units`.",
+    "out_channels": "Pass `filters`.",
+    "hidden_size": "Pass `units`.",
+    "batch_first": "The axes are (batch, time, channel).",
+    "p": "Pass `rate`, the share that is dropped, to a dropout layer. " + _NOISE,
+    # Dropout of Keras and of snippets for PyTorch
+    **dict.fromkeys(["rate", "dropout", "dropout_rate"], _NOISE),
+    "dropouti": "Pass `dropout`.",
+    "dropoutw": "Pass `weight_dropout`.",
+    "dropouto": "Pass `output_dropout`.",
+    # Names of this package, in the wrong place
+    "prior": _PRIOR,
+    "posterior": _POSTERIOR,
+    "kernel_prior": "Pass `prior`.",
+    "num_examples": _KL,
+    "temperature": "Pass `temperature` to the callback `keras_vdrop.ELBO`.",
+    "beta": "Pass `temperature` to the callback `keras_vdrop.ELBO`.",
+    "initial_rate": "Pass `initial_log_variance`; log α = log variance - log mean².",
+}
+
+
+def check_arguments(cls, names):
+    """Raise a ValueError if the class lacks an argument that has an answer here.
+
+    Args:
+        cls: The class of a layer.
+        names: Names of given arguments.
+    """
+    for name in names:
+        if name in ANSWERS and not any(name in inspect.signature(base.__init__).parameters for base in cls.__mro__):
+            raise ValueError(f"{cls.__name__} has no argument `{name}`. {ANSWERS[name].strip()}")
