@@ -54,5 +54,10 @@ def check_arguments(cls, names):
         names: Names of given arguments.
     """
     for name in names:
-        if name in ANSWERS and not any(name in inspect.signature(base.__init__).parameters for base in cls.__mro__):
+        if name in ANSWERS and not any(name in _parameters(base) for base in cls.__mro__):
             raise ValueError(f"{cls.__name__} has no argument `{name}`. {ANSWERS[name].strip()}")
+
+
+def _parameters(cls):
+    signature = vars(cls).get("__signature__")  # composed by `DropIn`
+    return (signature or inspect.signature(cls.__init__)).parameters
