@@ -63,7 +63,7 @@ def test_imports_go_downward():
 
 # What all layers are made of, lowest first, and the modules that are composed of another one.
 BASES = ["foreign_arguments", "rematerialization", "stochastic", "drop_in", "weights"]
-COMPOSED = {"attention": "dense", "cells": "held", "recurrent": "cells"}
+COMPOSED = {"attention": "dense", "cells": "held", "recurrent": "cells", "variational": "monte_carlo_dropout"}
 
 
 def test_layers_import_their_bases_and_what_they_are_composed_of_only():

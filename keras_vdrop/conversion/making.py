@@ -10,6 +10,7 @@ from keras_vdrop import priors
 from keras_vdrop.conversion.graphs import check_built, check_lookup, children, config_of, model_copy, serialized
 from keras_vdrop.conversion.survey import COUNTERPARTS, exchange
 from keras_vdrop.layers import MonteCarloDropout, Variational, VariationalDense, VariationalGaussianDropout
+from keras_vdrop.layers.monte_carlo_dropout import noise_shape_of
 
 # Keras's layers whose counterparts can have a low-rank update.
 _ADAPTABLE = (
@@ -67,12 +68,12 @@ def counterpart(layer, arguments):
     return made
 
 
-def wrapped(layer, arguments):
+def wrapped(layer, arguments, dropout):
     """Return a copy of a layer in a `Variational`, not built."""
-    return _variational(copied(layer), arguments)
+    return _variational(copied(layer), arguments, dropout)
 
 
-def wrapped_model(model, arguments):
+def wrapped_model(model, arguments, dropout):
     """Return a copy of a model in a `Variational`, built.
 
     Raises:
@@ -83,13 +84,15 @@ def wrapped_model(model, arguments):
     except Exception as error:
         raise _not_copied(model, error) from error
     check_built(copy, model)
-    return _variational(copy, arguments)
+    return _variational(copy, arguments, dropout)
 
 
-def _variational(layer, arguments):
+def _variational(layer, arguments, dropout):
     names = "kl_weight", "initial_log_variance", "log_variance_rate", "threshold", "lora_rank", "lora_alpha"
     given = {name: getattr(arguments, name) for name in names}
-    return Variational(layer, prior=arguments.kernel_prior, trainable=layer.trainable, **given)
+    # Dropout inside cannot learn its noise, so it is drawn as it is for either kind.
+    drawn = "monte_carlo" if dropout else None
+    return Variational(layer, prior=arguments.kernel_prior, trainable=layer.trainable, dropout=drawn, **given)
 
 
 def copied(layer):
@@ -165,7 +168,7 @@ def noise(layer, kind, kl_weight):
         raise ValueError("keras_vdrop has no layer for this noise")
     named = {"name": layer.name, "dtype": layer.dtype_policy}
     if kind == "monte_carlo" and isinstance(layer, layers.Dropout):
-        return MonteCarloDropout(layer.rate, _noise_shape(layer), layer.seed, **named)
+        return MonteCarloDropout.like(layer)
     if layer.rate == 0.0:
         raise ValueError("its rate is 0, so it adds no noise")
     arguments = {"alpha": "fixed"}
@@ -174,23 +177,9 @@ def noise(layer, kind, kl_weight):
     return VariationalGaussianDropout(layer.rate, seed=layer.seed, **arguments, **named)
 
 
-def _noise_shape(layer):
-    """Return the mask shape of a dropout layer, in the format of `noise_shape` of `keras.layers.Dropout`."""
-    ranks = {layers.SpatialDropout1D: 3, layers.SpatialDropout2D: 4, layers.SpatialDropout3D: 5}
-    if type(layer) not in ranks:
-        return layer.noise_shape
-    shape = [None, *[1] * (ranks[type(layer)] - 1)]
-    shape[_channel_axis(layer)] = None
-    return tuple(shape)
-
-
-def _channel_axis(layer):
-    return 1 if getattr(layer, "data_format", None) == "channels_first" else -1
-
-
 def _axis_of_units(layer):
     """Return the axis of the units that a dropout layer drops as a whole; the last axis if it drops single numbers."""
-    noise_shape = _noise_shape(layer) if isinstance(layer, layers.Dropout) else None
+    noise_shape = noise_shape_of(layer) if isinstance(layer, layers.Dropout) else None
     axis = -1
     if noise_shape is not None:
         dropped = [axis for axis, size in enumerate(noise_shape) if axis and size != 1]

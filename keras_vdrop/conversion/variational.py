@@ -72,7 +72,8 @@ def to_variational(
         dropout: None leaves dropout layers as they are. "monte_carlo" replaces `Dropout` and `SpatialDropout` layers by
             `MonteCarloDropout`, and `GaussianDropout` by `VariationalGaussianDropout(alpha="fixed")`: the same noise,
             which can be sampled. "variational" replaces all of them by `VariationalGaussianDropout`, which learns its
-            noise.
+            noise. Within a layer that is wrapped in a `Variational`, both make `Dropout` and `SpatialDropout` drop as
+            before, and also where noise is sampled.
         print_fn: Called with each line of the report.
 
     Returns:
@@ -214,11 +215,11 @@ def _changes(model, wanted, arguments, dropout):
         if place.kind == NOISE:
             changes += [] if dropout is None else [_change_of_noise(place, dropout, arguments)]
         elif id(place) in chosen:
-            changes.append(_change(place, place.layer is model, arguments))
+            changes.append(_change(place, place.layer is model, arguments, dropout))
     return changes, sum(place.kind != NOISE for place in places) - len(chosen)
 
 
-def _change(place, is_model, arguments):
+def _change(place, is_model, arguments, dropout):
     layer, cls = place.layer, type(place.layer).__name__
     if place.kind == VARIATIONAL:
         return _Change(place, f"{place.path}: {cls} stays: it is already variational")
@@ -237,7 +238,7 @@ def _change(place, is_model, arguments):
             notes = _notes(layer, arguments.estimator, new)
             line = f"{place.path}: {cls} -> {type(new).__name__}{notes}"
             return _Change(place, line, functools.partial(counterpart, layer, arguments))
-    make = functools.partial(wrapped_model if is_model else wrapped, layer, arguments)
+    make = functools.partial(wrapped_model if is_model else wrapped, layer, arguments, dropout)
     return _Change(place, f"{place.path}: {cls} -> Variational({cls}), because {why_not}{_notes(layer)}", make)
 
 

@@ -1,7 +1,7 @@
-"""`MonteCarloDropout`: dropout that prediction can draw."""
+"""`MonteCarloDropout`: dropout that prediction can draw, in place of Keras's or within any layer."""
 
 import keras
-from keras import ops
+from keras import layers, ops
 
 from keras_vdrop.functional import noise
 from keras_vdrop.layers.stochastic import StochasticLayer
@@ -51,6 +51,11 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
         super().__init__(rate=rate, noise_shape=noise_shape, seed=seed, **kwargs)
         self.per_example = bool(per_example)
 
+    @classmethod
+    def like(cls, layer):
+        """Return a `MonteCarloDropout` that drops as a `Dropout` or `SpatialDropout` layer does."""
+        return cls(layer.rate, noise_shape_of(layer), layer.seed, name=layer.name, dtype=layer.dtype_policy)
+
     @property
     def draws(self):
         return self.rate > 0.0
@@ -70,3 +75,34 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
         config = {**super().get_config(), "per_example": self.per_example}
         del config["kl_weight"]  # the layer has no KL
         return config
+
+
+def noise_shape_of(layer):
+    """Return the mask shape of a dropout layer, in the format of `noise_shape` of `keras.layers.Dropout`."""
+    ranks = {layers.SpatialDropout1D: 3, layers.SpatialDropout2D: 4, layers.SpatialDropout3D: 5}
+    if type(layer) not in ranks:
+        return layer.noise_shape
+    shape = [None, *[1] * (ranks[type(layer)] - 1)]
+    shape[1 if getattr(layer, "data_format", None) == "channels_first" else -1] = None
+    return tuple(shape)
+
+
+def take_over_dropout(layer):
+    """Make the dropout in a layer active under `sampling()` too, and return the layers that draw it.
+
+    Each `Dropout` and `SpatialDropout` below the layer calls a `MonteCarloDropout` from then on. Its config does not
+    change.
+    """
+    found = []
+    for inner in layer._flatten_layers():
+        if isinstance(inner, layers.Dropout) and not isinstance(inner, StochasticLayer) and not takes_part(inner):
+            drawing = MonteCarloDropout.like(inner)
+            drawing.build((None,))
+            inner.call = drawing.__call__
+            found.append(drawing)
+    return found
+
+
+def takes_part(layer):
+    """Return whether a layer is dropout that `take_over_dropout` has made active under `sampling()`."""
+    return isinstance(layer, layers.Dropout) and "call" in vars(layer)

@@ -8,6 +8,7 @@ import keras
 
 from keras_vdrop import priors
 from keras_vdrop.checks import check_finite, check_log_variance, check_policy, check_positive, check_positive_int
+from keras_vdrop.layers.monte_carlo_dropout import take_over_dropout
 from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.posterior import LowRankUpdate, VariationalWeight, posteriors
 
@@ -39,6 +40,8 @@ class Variational(StochasticLayer, keras.Model):
             that starts at 0. None for distributions over the weights themselves.
         lora_alpha: Float, the factor in the update; None for r.
         seed: Int for the same noise in every run, or None.
+        dropout: None leaves the `Dropout` and `SpatialDropout` layers inside to Keras: active in training only.
+            "monte_carlo" makes them active within `sampling()` and in `MonteCarlo` too, as `MonteCarloDropout` is.
         **kwargs: `name` (by default that of the layer) and `trainable`. The dtypes are always the layer's.
 
     Input shape:
@@ -84,6 +87,7 @@ class Variational(StochasticLayer, keras.Model):
         lora_rank=None,
         lora_alpha=None,
         seed=None,
+        dropout=None,
         **kwargs,
     ):
         if not isinstance(layer, keras.layers.Layer):
@@ -107,6 +111,8 @@ class Variational(StochasticLayer, keras.Model):
             check_positive_int("lora_rank", lora_rank)
         if lora_alpha is not None:
             check_finite("lora_alpha", lora_alpha)
+        if dropout not in (None, "monte_carlo"):
+            raise ValueError(f'`dropout` must be None or "monte_carlo". Received: dropout={dropout!r}')
         # The wrapped layer follows its own policy. The wrapper uses weights in the dtype in which they are stored.
         arguments = {"name": layer.name, **kwargs, "dtype": layer.variable_dtype, "autocast": False}
         super().__init__(kl_weight=kl_weight, seed=seed, **arguments)
@@ -119,6 +125,7 @@ class Variational(StochasticLayer, keras.Model):
         self.threshold = None if threshold is None else float(threshold)
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha
+        self.dropout = dropout
         self.drawn = {}
         self._called_on = None
         self._allow_non_tensor_positional_args = True
@@ -143,6 +150,7 @@ class Variational(StochasticLayer, keras.Model):
         draw_from = self._draw_from if self.lora_rank is None else self._draw_update
         self.drawn = {path: draw_from(name, path, variable) for name, path, variable in self._chosen()}
         self._posterior_size = sum(weight.size for weight in self.drawn.values())
+        self._masks = take_over_dropout(self.layer) if self.dropout else []
         self._build_noise()
 
     def _chosen(self):
@@ -280,6 +288,7 @@ class Variational(StochasticLayer, keras.Model):
             "threshold": self.threshold,
             "lora_rank": self.lora_rank,
             "lora_alpha": self.lora_alpha,
+            "dropout": self.dropout,
         }
         return {name: value for name, value in config.items() if name != "dtype"}
 

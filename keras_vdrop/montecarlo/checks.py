@@ -10,6 +10,7 @@ from keras import layers
 
 from keras_vdrop import costs
 from keras_vdrop.layers.drop_in import DropIn
+from keras_vdrop.layers.monte_carlo_dropout import takes_part
 from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.losses import NegativeLogLikelihood
 from keras_vdrop.montecarlo.predictions import flat_rows
@@ -56,7 +57,7 @@ def _keras_noise(model):
     """Return the names of the layers with Keras's own dropout or noise, at a rate or scale above 0."""
     found = []
     for layer in model._flatten_layers():
-        if isinstance(layer, (StochasticLayer, DropIn)):
+        if isinstance(layer, (StochasticLayer, DropIn)) or any(map(takes_part, layer._flatten_layers())):
             continue
         names = ("rate", "stddev") if isinstance(layer, _KERAS_NOISE) else ("dropout", "recurrent_dropout")
         rates = [getattr(layer, name, 0.0) for name in names]
