@@ -8,7 +8,7 @@ from scipy import stats
 
 import keras_vdrop as kv
 from tests.cases import CASES, array, randomize, scale_of
-from tests.statistics import assert_mean, assert_uncorrelated, assert_variance
+from tests.statistics import STANDARD_ERRORS, assert_mean, assert_uncorrelated, assert_variance
 
 X = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
 
@@ -1030,3 +1030,33 @@ def test_metrics_of_several_outputs_are_refused_by_the_name_of_theirs():
     sampler.compile(metrics={"a": ["mse"], "b": [kv.metrics.BrierScore()]})
     with pytest.raises(ValueError, match=r"for 'a'.*'crps'"):
         sampler.compile(metrics={"a": [kv.metrics.NormalCRPS()]})
+
+
+class DroppedWords(keras.layers.Embedding):
+    """An embedding whose words are dropped: its own code takes rows of a table that is drawn."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.words = kv.MonteCarloDropout(0.5, noise_shape=(None, 1))
+
+    def call(self, inputs):
+        return keras.ops.take(self.words(keras.ops.convert_to_tensor(self.embeddings)), inputs, axis=0)
+
+
+@pytest.mark.parametrize("output", ["samples", "statistics"])
+def test_drawn_tables_may_be_looked_up_by_a_users_layer(output):
+    indices = keras.Input((6,), dtype="int32")
+    model = keras.Model(indices, DroppedWords(20, 3)(indices))
+    with pytest.raises(ValueError, match=r"layers \['monte_carlo_dropout.*'\] within .* have not been built"):
+        kv.MonteCarlo(model)
+    words = np.random.default_rng(0).integers(0, 20, (5, 6))
+    model(words)
+    found = kv.MonteCarlo(model, 40, output=output, seed=0).predict(words, verbose=0)
+    if output == "samples":
+        assert found.shape == (5, 40, 6, 3)
+        dropped = (found == 0).all(-1)
+        assert abs(dropped.mean() - 0.5) < 5 * np.sqrt(0.25 / (40 * len(np.unique(words))))
+        found = {"mean": found.mean(1)}
+    # each word is 0 in half of the draws and doubled in the others
+    table = array(model.layers[-1].embeddings)[words]
+    assert (np.abs(found["mean"] - table) <= STANDARD_ERRORS * np.abs(table) / np.sqrt(40) + 1e-6).all()

@@ -31,6 +31,18 @@ _KERAS_NOISE = (
 ENDS = ("low", "high", "least", "most")
 
 
+def check_built(model):
+    """Raise if the model or a layer that draws has not been built: only then are its generators of noise known."""
+    if not model.built:
+        raise ValueError(f"The model {model.name!r} has not been built: call it on some data first.")
+    layers = [layer.name for layer in model._flatten_layers() if isinstance(layer, StochasticLayer) and not layer.built]
+    if layers:
+        raise ValueError(
+            f"The layers {layers} within {model.name!r} have not been built, because Keras computed the shapes of "
+            "outputs without calling the layers around them: call the model on some data first."
+        )
+
+
 def check_draws(model):
     """Raise if nothing in the model is drawn, and warn of noise that is active in training only."""
     off = _keras_noise(model)

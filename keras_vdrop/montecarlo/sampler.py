@@ -115,8 +115,7 @@ class MonteCarlo(keras.Model):
                 f"{model.name!r} is already a MonteCarlo. Pass the model that it wraps, its attribute `model`."
             )
         readings = readings_of(likelihood, from_logits)
-        if not model.built:
-            raise ValueError(f"The model {model.name!r} has not been built: call it on some data first.")
+        checks.check_built(model)
         checks.check_draws(model)
         checks.check_noise_is_a_draw(model)
         checks.check_outputs(model, readings)
