@@ -101,6 +101,7 @@ class Case:
             kv.Variational: (
                 *("include", "exclude", "prior", "kl_weight"),
                 *("initial_log_variance", "log_variance_rate", "threshold", "lora_rank", "lora_alpha", "seed"),
+                "dropout",
             ),
         }[self.cls]
 

@@ -116,6 +116,8 @@ def _type(cls, name):
     if name == "estimator":
         known = getattr(cls, "_cell_class", cls)._estimators()
         return f"Literal[{', '.join(map(_default, known))}]"
+    if name == "dropout" and cls is kv.Variational:
+        return 'Literal["monte_carlo"] | None'
     return TYPES.get(name, "Any")
 
 

@@ -76,6 +76,7 @@ class Variational(StochasticLayer, keras.Model):
         lora_rank: Any = None,
         lora_alpha: Any = None,
         seed: int | None = None,
+        dropout: Literal["monte_carlo"] | None = None,
         **kwargs: Any,
     ) -> None: ...
 

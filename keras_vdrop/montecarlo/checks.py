@@ -60,7 +60,8 @@ def check_draws(model):
     if off:
         warnings.warn(
             f"Keras's own dropout in {off} is active only in training and stays off in `MonteCarlo`. To draw it as "
-            "well, use `keras_vdrop.MonteCarloDropout` in its place.",
+            "well, use `keras_vdrop.MonteCarloDropout` in its place or, around a layer that contains it, "
+            '`keras_vdrop.Variational(layer, dropout="monte_carlo")`.',
             stacklevel=3,
         )
 

@@ -32,7 +32,8 @@ class MonteCarlo(keras.Model):
     ignores them. Saving a `MonteCarlo` saves the wrapped model, without that model's compile configuration.
 
     Keras's own dropout (`Dropout` and similar layers, and arguments such as `dropout=` of attention) is not drawn, and
-    a warning says so. Use `MonteCarloDropout` for dropout that is to be drawn.
+    a warning says so. Use `MonteCarloDropout` for dropout that is to be drawn, and
+    `Variational(layer, dropout="monte_carlo")` where it is within another layer.
 
     On TensorFlow it runs without XLA unless `compile(jit_compile=True)` asks for it. XLA takes some seconds to compile,
     and then predicts faster.
