@@ -160,10 +160,11 @@ def weight_histogram(model, threshold=None, ax=None, bins=60):
     edges = np.histogram_bin_edges(values, bins)
     ax.hist(values, edges, color="0.75", label=f"before pruning ({values.size:,})")
     ax.hist(values[kept], edges, color=COLORS[0], label=f"after pruning ({kept.sum():,})")
+    counts, _ = np.histogram(values, edges)
+    ax.set_ylim(0.5, 30 * max(counts.max(), 1))  # room for the legend
     ax.set(
         yscale="log", xlabel="posterior mean of a weight", ylabel="weights", title="Weights before and after pruning"
     )
-    ax.set_ylim(top=20 * ax.get_ylim()[1])  # room for the legend
     ax.legend(loc="upper left")
     return ax
 

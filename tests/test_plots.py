@@ -286,3 +286,12 @@ def test_a_new_axes_has_room_for_its_labels():
         box = ax.get_tightbbox()
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     plt.close("all")
+
+
+def test_a_model_of_which_nothing_is_left_has_an_empty_histogram():
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(3)])
+    kv.prune(model, -100.0)
+    ax = kv.plots.weight_histogram(model)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["before pruning (0)", "after pruning (0)"]
+    ax.figure.canvas.draw()
+    plt.close("all")

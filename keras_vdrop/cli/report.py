@@ -82,7 +82,7 @@ def figures(model, threshold=None):
     import matplotlib.pyplot as plt
 
     images = {}
-    for draw in (plots.log_alpha_by_layer,):
+    for draw in (plots.log_alpha_by_layer, plots.weight_histogram):
         figure = draw(model, threshold).figure
         file = io.BytesIO()
         figure.savefig(file, dpi=130)
