@@ -36,8 +36,8 @@ def names(tmp_path, monkeypatch):
 def test_blocks_run(page, names):
     """The blocks of a page of the site run in order, in one namespace."""
     for block in blocks(page):
-        only = keras.backend.backend() == "tensorflow" or not block.startswith(TENSORFLOW_ONLY)
-        if only and not block.startswith(SCRIPT):
+        others = (SCRIPT,) if keras.backend.backend() == "tensorflow" else (SCRIPT, TENSORFLOW_ONLY)
+        if not block.startswith(others):
             exec(compile(block, str(page), "exec"), names)
 
 

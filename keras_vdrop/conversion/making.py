@@ -166,7 +166,6 @@ def noise(layer, kind, kl_weight):
     """
     if isinstance(layer, (layers.AlphaDropout, layers.GaussianNoise)):
         raise ValueError("keras_vdrop has no layer for this noise")
-    named = {"name": layer.name, "dtype": layer.dtype_policy}
     if kind == "monte_carlo" and isinstance(layer, layers.Dropout):
         return MonteCarloDropout.like(layer)
     if layer.rate == 0.0:
@@ -174,7 +173,9 @@ def noise(layer, kind, kl_weight):
     arguments = {"alpha": "fixed"}
     if kind == "variational":
         arguments = {"alpha": "unit", "axis": _axis_of_units(layer), "kl_weight": kl_weight}
-    return VariationalGaussianDropout(layer.rate, seed=layer.seed, **arguments, **named)
+    return VariationalGaussianDropout(
+        layer.rate, seed=layer.seed, **arguments, name=layer.name, dtype=layer.dtype_policy
+    )
 
 
 def _axis_of_units(layer):

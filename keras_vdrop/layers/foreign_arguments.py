@@ -5,7 +5,7 @@ import inspect
 _INITIAL = "Set the initial variance with `initial_log_variance`. The means start from the layer's initializers."
 _PRIOR = "Pass `kernel_prior`: a name, a `keras_vdrop.priors.Prior` or, on TensorFlow, a distribution of TFP."
 _BIAS_PRIOR = "Pass `bias_prior`, which takes what `kernel_prior` takes. By default the bias has no posterior."
-_KL = "Pass `kl_weight=1 / num_examples`, or the callback `keras_vdrop.ELBO(num_examples=...)` to `fit`. "
+_KL = "Pass `kl_weight=1 / num_examples`, or the callback `keras_vdrop.ELBO(num_examples=...)` to `fit`."
 _POSTERIOR = "Every posterior consists of independent normals. " + _INITIAL
 _NOISE = (
     "The layer learns the noise of its weights. For noise on its inputs, put `keras_vdrop.VariationalGaussianDropout` "
@@ -18,7 +18,7 @@ ANSWERS = {
     **dict.fromkeys(["kernel_posterior_fn", "kernel_posterior_tensor_fn", "make_posterior_fn"], _POSTERIOR),
     **dict.fromkeys(["kernel_prior_fn", "make_prior_fn"], _PRIOR),
     **dict.fromkeys(["bias_posterior_fn", "bias_posterior_tensor_fn", "bias_prior_fn"], _BIAS_PRIOR),
-    **dict.fromkeys(["kernel_divergence_fn", "bias_divergence_fn"], _KL + "The KL itself is in closed form."),
+    **dict.fromkeys(["kernel_divergence_fn", "bias_divergence_fn"], _KL + " The KL itself is in closed form."),
     "kl_use_exact": "The KL is in closed form wherever the prior allows it.",
     # bayesian-torch, blitz
     **dict.fromkeys(["prior_mean", "prior_variance", "prior_sigma_1", "prior_sigma_2", "prior_pi"], _PRIOR),
@@ -55,7 +55,7 @@ def check_arguments(cls, names):
     """
     for name in names:
         if name in ANSWERS and not any(name in _parameters(base) for base in cls.__mro__):
-            raise ValueError(f"{cls.__name__} has no argument `{name}`. {ANSWERS[name].strip()}")
+            raise ValueError(f"{cls.__name__} has no argument `{name}`. {ANSWERS[name]}")
 
 
 def _parameters(cls):

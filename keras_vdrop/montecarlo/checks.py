@@ -70,11 +70,13 @@ def _keras_noise(model):
     """Return the names of the layers with Keras's own dropout or noise, at a rate or scale above 0."""
     found = []
     for layer in model._flatten_layers():
-        if isinstance(layer, (StochasticLayer, DropIn)) or any(map(takes_part, layer._flatten_layers())):
+        if isinstance(layer, (StochasticLayer, DropIn)):
             continue
         names = ("rate", "stddev") if isinstance(layer, _KERAS_NOISE) else ("dropout", "recurrent_dropout")
         rates = [getattr(layer, name, 0.0) for name in names]
-        if any(isinstance(rate, numbers.Real) and rate > 0 for rate in rates) and layer.name not in found:
+        if not any(isinstance(rate, numbers.Real) and rate > 0 for rate in rates) or layer.name in found:
+            continue
+        if not any(map(takes_part, layer._flatten_layers())):
             found.append(layer.name)
     return found
 

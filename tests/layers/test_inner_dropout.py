@@ -7,7 +7,7 @@ from keras import layers
 
 import keras_vdrop as kv
 from tests.cases import array, posteriors, stock
-from tests.statistics import assert_mean
+from tests.statistics import STANDARD_ERRORS, assert_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore:The KL weight of these")
 X = np.random.default_rng(0).normal(size=(8, 4, 6)).astype("float32")
@@ -80,7 +80,7 @@ def test_consistent_draws_share_masks_and_layers_do_not():
     two = kv.Variational(two, dropout="monte_carlo")
     with kv.sampling(consistent=True):
         kept = (array(two(np.ones((1, 200), "float32"))) != 0).mean()
-    assert abs(kept - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 200)
+    assert abs(kept - 0.25) < STANDARD_ERRORS * np.sqrt(0.25 * 0.75 / 200)
 
 
 def test_monte_carlo_draws_it_without_a_warning_and_leaves_the_model_as_it_was():
