@@ -29,6 +29,7 @@ training images instead of the test images. Weights are counted in kernels; weig
 compacted network.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -149,11 +150,11 @@ def load(options):
     return {"train": (x[:first], y[:first]), "validation": (x[cut:], y[cut:]), "test": data["test"]}
 
 
-def learner(model, optimizer):
+def learner(model, optimizer, options):
     """Return the compiled model with `ShiftAndFlip` before it; it can be fitted several times."""
     moving = keras.Sequential([keras.Input(model.input_shape[1:]), ShiftAndFlip(SHIFT), model])
     # Run twenty steps per call: on few cores TensorFlow's steps otherwise wait for its input pipeline.
-    moving.compile(optimizer, _loss(), steps_per_execution=20)
+    moving.compile(optimizer, _loss(), steps_per_execution=20, jit_compile=options.jit)
     return moving
 
 
@@ -170,14 +171,14 @@ def _loss():
 def learn_plain(data, options):
     model = network(options.filters, options.blocks)
     sgd = keras.optimizers.SGD(RATES[0], momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
-    fit(learner(model, sgd), data, options.epochs[0], RATES[0])
+    fit(learner(model, sgd, options), data, options.epochs[0], RATES[0])
     return model
 
 
 def tune(trained, prior, recipe, data, options):
     """Convert a trained network, fine-tune it with the ELBO, prune it, and return the variational network."""
     model = kv.to_variational(trained, prior=prior, print_fn=lambda line: None)
-    learning = learner(model, keras.optimizers.Adam())
+    learning = learner(model, keras.optimizers.Adam(), options)
     elbo = functools.partial(kv.ELBO, len(data["train"][0]), temperature=recipe.temperature)
     fit(learning, data, options.epochs[1], RATES[1], [elbo()])
     model.compile(loss=_loss(), metrics=["accuracy"])
@@ -321,7 +322,7 @@ def prune_by_magnitude(trained, masks, data, options):
     masked = network(options.filters, options.blocks, MaskedConv2D, MaskedDense)
     _copy(trained, masked)
     epochs = options.epochs[1] + options.epochs[2]
-    fit(learner(masked, keras.optimizers.Adam()), data, epochs, RATES[1], [Pruning(masked, masks, epochs)])
+    fit(learner(masked, keras.optimizers.Adam(), options), data, epochs, RATES[1], [Pruning(masked, masks, epochs)])
     model = network(options.filters, options.blocks)
     _copy(masked, model)
     for name, kernel in masked_kernels(masked).items():
@@ -525,6 +526,9 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 128], help="batch sizes that are timed")
     parser.add_argument("--repeats", type=int, default=100, help="number of repetitions of each timing")
     parser.add_argument("--validation", action="store_true", help="score on 10,000 of the training images")
+    parser.add_argument(
+        "--jit", action=argparse.BooleanOptionalAction, default="auto", help="compile the training step with XLA"
+    )
     options = parser.parse_args()
     common.start_anew(options.backend, options.device)
     if options.quick:
