@@ -51,7 +51,7 @@ def update_batch_normalization(model: keras.Model, x: Any, batch_size: int = 128
             model(batch, training=False)
             seen += rows
     if not seen:
-        raise ValueError("`x` has no rows.")
+        raise ValueError("`x` must have at least one row. Received: 0 rows")
     return model
 
 

@@ -137,7 +137,10 @@ def select_threshold(
         raise ValueError(f'`mode` must be "auto", "max" or "min". Received: mode={mode!r}')
     weights = prunable_weights(model)
     if not weights:
-        raise ValueError(f"The model {model.name!r} has no weights that can be pruned.")
+        raise ValueError(
+            f"The model {model.name!r} has no weights that can be pruned. These are variational kernels and "
+            "tables, and the scales of `VariationalGaussianDropout`. Use such layers, with a prior."
+        )
     thresholds = _candidates(weights) if thresholds is None else [*thresholds]
     if not thresholds:
         raise ValueError("`thresholds` must have at least one candidate. Received: thresholds=[]")

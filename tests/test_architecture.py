@@ -4,6 +4,7 @@ import ast
 import pathlib
 
 import keras_vdrop
+from tests.messages import messages
 
 ROOT = pathlib.Path(keras_vdrop.__file__).parent
 FLOORS = [
@@ -82,3 +83,12 @@ def test_public_keras_only_and_heavy_imports_on_use():
         for module, _, at_top in imported(ast.parse(path.read_text())):
             assert not (module or "").startswith("keras.src"), path
             assert not (at_top and (module or "").split(".")[0] in HEAVY), f"{path.name} imports {module} at once"
+
+
+def test_messages_say_what_was_given_or_what_to_do():
+    for path in modules():
+        for line, kind, message in messages(path):
+            sentence = message[0].isupper() or message[0] in "`{"  # not a name, and not a reason in a longer message
+            if kind in ("ValueError", "TypeError", "warnings.warn") and sentence and " " in message:
+                useful = "{" in message or "Received" in message or "Use `" in message or "Pass `" in message
+                assert useful, f"{path.name}:{line}: {message}"

@@ -81,7 +81,8 @@ class VariationalGaussianDropout(StochasticLayer):
         prior = priors.get(prior)
         if prior is None:
             raise ValueError(
-                '`prior` must not be None. For noise of fixed variance, pass `alpha="fixed"` and omit `prior`.'
+                '`prior` must not be None. For noise of fixed variance, pass `alpha="fixed"` and omit `prior`. '
+                "Received: prior=None"
             )
         super().__init__(kl_weight=kl_weight, seed=seed, **kwargs)
         self.rate = float(rate)

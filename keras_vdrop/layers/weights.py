@@ -280,7 +280,9 @@ class VariationalLayer(DropIn, StochasticLayer):
         return y + ops.cast(self._update.scale, y.dtype) * ops.moveaxis(update, -1, axis)
 
     def quantize(self, *args, **kwargs):
-        raise NotImplementedError(f"{type(self).__name__} cannot be quantized.")
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be quantized. Quantize the result of `keras_vdrop.to_deterministic`."
+        )
 
 
 class AffineLayer(VariationalLayer):
