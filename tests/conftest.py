@@ -10,6 +10,8 @@ import pathlib
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+# By default TensorFlow uses oneDNN on recent CPUs only. Elsewhere it has no convolution for "channels_first".
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 # Optimised compilation would take longer than the few steps that the tests run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Many tests compile the same functions in JAX. The cache reuses them within a run and across runs.

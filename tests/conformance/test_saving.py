@@ -29,25 +29,43 @@ def scramble(model):
         prune(model, threshold=0.0)
 
 
-@pytest.fixture(scope="session")
-def loaded_elsewhere(tmp_path_factory):
-    """Return each case's predictions by its name: in this process, and by the model loaded in another process."""
-    folder, here = tmp_path_factory.mktemp("saved"), {}
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return a folder with a model of each case and its input, and {case name: prediction}."""
+    folder, predictions = tmp_path_factory.mktemp("saved"), {}
     for case in CASES:
         model = case.model()
         scramble(model)
         np.save(folder / f"{case}.x.npy", case.inputs())
-        here[case.name] = model.predict(case.inputs(), verbose=0)
+        predictions[case.name] = model.predict(case.inputs(), verbose=0)
         model.save(folder / f"{case}.keras")
-    run = subprocess.run([sys.executable, "-c", LOAD_ALL, str(folder)], capture_output=True, text=True, env=os.environ)
+    return folder, predictions
+
+
+def loaded_elsewhere(folder, backend):
+    """Return {case name: prediction} of the saved models, loaded in another process with that backend."""
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    command = [sys.executable, "-c", LOAD_ALL, str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    return {case.name: (here[case.name], np.load(folder / f"{case}.npy")) for case in CASES}
+    return {case.name: np.load(folder / f"{case}.npy") for case in CASES}
 
 
 @pytest.mark.slow
-def test_loads_in_a_fresh_process(case, loaded_elsewhere):
-    here, there = loaded_elsewhere[case.name]
-    np.testing.assert_array_equal(here, there)
+def test_loads_in_a_fresh_process(saved):
+    folder, here = saved
+    there = loaded_elsewhere(folder, keras.backend.backend())
+    for case in CASES:
+        np.testing.assert_array_equal(here[case.name], there[case.name], err_msg=case.name)
+
+
+@pytest.mark.parametrize("backend", sorted({"tensorflow", "jax", "torch"} - {keras.backend.backend()}))
+def test_loads_on_another_backend(saved, backend):
+    pytest.importorskip(backend)
+    folder, here = saved
+    there = loaded_elsewhere(folder, backend)
+    for case in CASES:
+        np.testing.assert_allclose(here[case.name], there[case.name], rtol=1e-4, atol=1e-6, err_msg=case.name)
 
 
 def test_weights_file(case, tmp_path):
