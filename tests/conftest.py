@@ -42,11 +42,15 @@ def _fresh():
 def pytest_addoption(parser):
     text = "run the slow tests and all cases too; without it, only files named on the command line run in full"
     parser.addoption("--full", action="store_true", help=text)
+    text = "number of random configurations of each layer; by default 15 with --full, and 3 without"
+    parser.addoption("--configurations", type=int, help=text)
 
 
 def pytest_configure(config):
     text = "slow(keep=0): without --full, only the first `keep` parameter sets of the test run"
     config.addinivalue_line("markers", text)
+    if config.option.configurations is None:
+        config.option.configurations = 15 if _is_full(config) else 3
 
 
 def pytest_report_header(config):

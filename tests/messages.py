@@ -6,9 +6,10 @@ A message says what was given, why that is wrong, and what to do instead.
 """
 
 import ast
+import importlib.util
 import pathlib
 
-PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "keras_vdrop"
+PACKAGE = pathlib.Path(importlib.util.find_spec("keras_vdrop").origin).parent
 
 
 def messages(path):
