@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import math
 import os
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Literal
@@ -21,6 +20,7 @@ from keras_vdrop.observation import Observer
 from keras_vdrop.outputs import check_outputs
 from keras_vdrop.posterior import posteriors, prunable_weights, require_posteriors
 from keras_vdrop.pruning import row_name, sparsity
+from keras_vdrop.warning import warn
 
 # The KL's share of its full weight after a fraction p of the warm-up.
 SCHEDULES = {
@@ -271,7 +271,7 @@ class ELBO(keras.callbacks.Callback):
         """Warn once for each kind of message."""
         if what not in self._told:
             self._told.add(what)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warn(message, RuntimeWarning)
 
     # The hooks that Keras calls
 

@@ -5,7 +5,6 @@ separate the terms. `Observer` does so in `compute_loss`, and `LossTerms` is the
 """
 
 import contextlib
-import warnings
 
 import keras
 from keras import ops
@@ -14,6 +13,7 @@ from keras_vdrop.functional import tracing
 from keras_vdrop.layers.stochastic import kl_costs, watched
 from keras_vdrop.objective import outputs_of
 from keras_vdrop.posterior import posteriors
+from keras_vdrop.warning import warn
 
 
 class LossTerms(keras.metrics.Metric):
@@ -158,12 +158,11 @@ class Observer:
         if id(layer) in self._owners:
             return
         self._owners.add(id(layer))  # warn only once
-        warnings.warn(
+        warn(
             f"The layer {layer.name!r} is called within {self.model.name!r}, but is not one of its layers. This "
             "happens if a `Lambda` or another function calls it. The layer does not learn, and its KL is not in the "
             "loss. Call it in the model's graph, or make it an attribute of the model or of a custom layer.",
             RuntimeWarning,
-            stacklevel=2,
         )
 
     def _observe(self, *args, **kwargs):

@@ -8,6 +8,7 @@ from keras import layers, ops
 
 from keras_vdrop.functional import likelihoods
 from keras_vdrop.losses import NegativeLogLikelihood
+from keras_vdrop.warning import warn
 
 
 def output_names(model):
@@ -48,13 +49,12 @@ def last_activation(layer):
     return name if isinstance(name, str) and name != "linear" else None
 
 
-def check_activation(model, name=None, stacklevel=2):
+def check_activation(model, name=None):
     """Warn if outputs that are the parameters of a distribution end in an activation.
 
     Args:
         model: A built model. The check can inspect the last layer of Sequential and Functional models only.
         name: Name of the output, if there are several.
-        stacklevel: As for `warnings.warn`.
 
     Warns:
         UserWarning: Names the activation and the range of scales that it allows.
@@ -70,11 +70,10 @@ def check_activation(model, name=None, stacklevel=2):
     scale = np.logaddexp(0.0, raw.astype("float64")) + likelihoods.LEAST_SCALE
     least, most = (f"{end:.3g}" for end in (scale.min(), scale.max()))
     reach = f"at least {least}" if raw.max() > 50 else f"between {least} and {most}"
-    warnings.warn(
+    warn(
         f"The outputs of {model.name!r}{f' for {name!r}' if name else ''} are the parameters of a distribution, but "
         f"the model ends with the activation {activation!r}. It restricts the mean, and the scale is always {reach}. "
         "Remove the activation: the loss makes the scale positive.",
-        stacklevel=stacklevel + 1,
     )
 
 
@@ -91,12 +90,11 @@ _OF_A_POINT = {
 }
 
 
-def check_outputs(model, stacklevel=2):
+def check_outputs(model):
     """Warn about mistakes with outputs that are the parameters of a distribution, as far as they can be detected.
 
     Args:
         model: A compiled, built model.
-        stacklevel: As for `warnings.warn`.
 
     Warns:
         UserWarning: If an output whose loss is a `NegativeLogLikelihood` ends in an activation, or has a Keras metric
@@ -111,15 +109,14 @@ def check_outputs(model, stacklevel=2):
         loss = _of_output(model.loss, name, place, len(names))
         if not isinstance(loss, NegativeLogLikelihood):
             continue
-        check_activation(model, name if len(names) > 1 else None, stacklevel + 1)
+        check_activation(model, name if len(names) > 1 else None)
         given = [_of_output(config.get(kind), name, place, len(names)) for kind in ("metrics", "weighted_metrics")]
         wrong = [metric for metric in _keras_names(given) if metric.lower().replace("_", "") in _OF_A_POINT]
         if wrong:
-            warnings.warn(
+            warn(
                 f"The metric {wrong[0]!r} compares y with all the parameters that {model.name!r} returns, including "
                 "the raw scale. Use `keras_vdrop.metrics.RootMeanSquaredError` or `MeanAbsoluteError`, which compare y "
                 "with the mean.",
-                stacklevel=stacklevel + 1,
             )
 
 

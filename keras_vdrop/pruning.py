@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import warnings
 
 import keras
 import numpy as np
@@ -12,6 +11,7 @@ from keras_vdrop.checks import check_finite
 from keras_vdrop.costs import itemsize, known_sum, places
 from keras_vdrop.functional.tensors import product
 from keras_vdrop.posterior import prunable_weights
+from keras_vdrop.warning import warn
 
 # The columns of a printed `Sparsity`.
 COLUMNS = ("layer", "weights", "kept", "kept %", "ratio", "bytes", "kept", "multiply-adds", "kept")
@@ -221,11 +221,10 @@ def warn_of_empty_layers(report):
     """Warn about layers of which no weight is kept: their outputs are the same for every input."""
     empty = [row.name for row in report.layers if not row.left]
     if empty:
-        warnings.warn(
+        warn(
             f"No weights are kept in {', '.join(empty)}: the outputs there do not depend on the inputs. To keep more "
             "weights, raise the threshold, or train with a KL weight that is lower (`ELBO(temperature=...)`) or rises "
             "later.",
-            stacklevel=3,
         )
 
 

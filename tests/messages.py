@@ -19,7 +19,7 @@ def messages(path):
         if not isinstance(call, ast.Call) or not call.args:
             continue
         name = ast.unparse(call.func)
-        if isinstance(node, ast.Raise) or name in ("warnings.warn", "sys.exit"):
+        if isinstance(node, ast.Raise) or name in ("warn", "warnings.warn", "sys.exit"):
             yield call.lineno, name, spelled_out(call.args[0])
 
 

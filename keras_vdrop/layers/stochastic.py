@@ -5,7 +5,6 @@ import contextvars
 import functools
 import math
 import numbers
-import warnings
 import weakref
 
 import keras
@@ -17,6 +16,7 @@ from keras_vdrop.layers.foreign_arguments import check_arguments
 from keras_vdrop.layers.rematerialization import Rematerialized
 from keras_vdrop.posterior import VariationalWeight, posteriors
 from keras_vdrop.sampling import is_sampling, seed_generator, seeds, use_scope
+from keras_vdrop.warning import warn
 
 # Built layers whose `kl_weight` was never set.
 _unset = weakref.WeakSet()
@@ -156,10 +156,10 @@ class StochasticLayer(Rematerialized):
         """Return whether this call draws; in training, also give pending warnings and call the watcher."""
         if training and self in _unset and self not in _told:
             _told.update(_unset)  # one warning covers all layers built so far
-            warnings.warn(_UNSET_MESSAGE, stacklevel=2)
+            warn(_UNSET_MESSAGE)
         if training and self in _heavy:
             _heavy.clear()
-            warnings.warn(_HEAVY_MESSAGE.format(self._initial_kl_weight), RuntimeWarning, stacklevel=2)
+            warn(_HEAVY_MESSAGE.format(self._initial_kl_weight), RuntimeWarning)
         if training and self._posterior_size and _watcher.get() is not None:
             _watcher.get()(self)
         replay = self._replay.get()

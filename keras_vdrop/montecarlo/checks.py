@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import warnings
 
 import keras
 import numpy as np
@@ -15,6 +14,7 @@ from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.losses import NegativeLogLikelihood
 from keras_vdrop.montecarlo.predictions import flat_rows
 from keras_vdrop.outputs import check_activation, last_activation, last_layer, output_names
+from keras_vdrop.warning import warn
 
 # Keras layers whose noise is active in training only.
 _KERAS_NOISE = (
@@ -58,11 +58,10 @@ def check_draws(model):
             f"or a rate above 0. {way_out}"
         )
     if off:
-        warnings.warn(
+        warn(
             f"Keras's own dropout in {off} is active only in training and stays off in `MonteCarlo`. To draw it as "
             "well, use `keras_vdrop.MonteCarloDropout` in its place or, around a layer that contains it, "
             '`keras_vdrop.Variational(layer, dropout="monte_carlo")`.',
-            stacklevel=3,
         )
 
 
@@ -89,12 +88,11 @@ def check_noise_is_a_draw(model):
         if layer.learns_locally and (layer.estimator == "local_reparameterization" or not in_one_call)
     ]
     if names:
-        warnings.warn(
+        warn(
             f"The layers {names} are used at several positions of an example, and each position has independent noise "
             "in training. No draw of their weights can produce such noise, so `MonteCarlo` does not show the "
             'uncertainty of their posterior. Train with `estimator="flipout"`, and pass all positions to a layer in '
             "one call, not one by one as in a shared layer or `TimeDistributed`.",
-            stacklevel=3,
         )
 
 
@@ -117,7 +115,7 @@ def check_outputs(model, readings):
                 "Pass `from_logits=False`."
             )
         if reading.likelihood == "normal" or isinstance(reading.likelihood, NegativeLogLikelihood):
-            check_activation(model, name, stacklevel=3)
+            check_activation(model, name)
 
 
 def check_metrics(metrics, readings):
@@ -155,10 +153,9 @@ def rows_not_finite(result):
 def report_not_finite(wrong, rows):
     """Warn if any rows contain NaN or infinity."""
     if wrong:
-        warnings.warn(
+        warn(
             f"The predictions of {wrong} of {rows} rows contain NaN or infinity. Check the inputs of these rows and "
             "the weights of the model.",
-            stacklevel=4,
         )
 
 

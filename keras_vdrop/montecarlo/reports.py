@@ -1,7 +1,6 @@
 """What `MonteCarlo.evaluate` collects in its pass over the data and reports at the end."""
 
 import math
-import warnings
 
 import keras
 from keras import ops
@@ -9,6 +8,7 @@ from keras import ops
 from keras_vdrop.montecarlo.checks import ENDS, check_probabilities, range_of, report_not_finite
 from keras_vdrop.montecarlo.readings import MomentsNLL, moments
 from keras_vdrop.targets import mask_of, weights_of
+from keras_vdrop.warning import warn
 
 # The fewest values of y for which `evaluate` may warn that predictions are worse than the mean and variance of y.
 _ENOUGH = 30
@@ -130,9 +130,8 @@ class Fit(Report):
             if standard
             else ("Standardise y as (y − mean) / standard deviation: an untrained network predicts numbers of about 1.")
         )
-        warnings.warn(
+        warn(
             f"The prediction of y{self.reading.where} is worse than a constant prediction: its NLL is "
             f"{nll / count:.3g} nats per number, and that of a normal distribution with the mean "
             f"{mean:.3g} and the standard deviation {scale:.3g} of y is {least:.3g}. {way_out}",
-            stacklevel=3,
         )
