@@ -75,7 +75,7 @@ class ELBO(keras.callbacks.Callback):
             N(prediction, σ²), up to a constant. Without it, the mean squared error corresponds to σ = √½. None for
             losses that are likelihoods, such as `losses.NormalNLL`.
         free_bits: Float ≥ 0, in nats per weight: the mean KL per weight of a tensor that costs nothing. The loss
-            contains max(KL, free_bits·weights) instead of the KL, so below that value the gradient is 0.
+            contains max(KL, free_bits·kept weights) instead of the KL, so below that value the gradient is 0.
         labels_per_example: Float > 0, L, the number of terms of an example over which the loss takes its mean. Needed
             if it cannot be derived: for masked outputs, sequences of unknown length (give their average), a custom loss
             or a custom `train_step`. None to derive it.

@@ -39,6 +39,10 @@ class Posterior:
         """Compute KL(q‖p), a scalar, in nats."""
         raise NotImplementedError
 
+    def kept(self):
+        """Return the number of random variables that `kl` counts."""
+        return self.size
+
 
 class KLPenalty(keras.regularizers.Regularizer):
     """Regularizer that adds the weighted KL of a whole posterior, and the penalty of the user's own regularizer.
@@ -254,6 +258,10 @@ class VariationalWeight(VariableLike, Posterior):
         loc, log_variance = self._location(), self.log_variance.value
         elementwise = self.prior.kl(loc, log_variance, **parameters)
         return ops.sum(elementwise * self._left())
+
+    def kept(self):
+        """Return the number of kept weights, a scalar."""
+        return ops.sum(self._left())
 
     def apply(self, linear, x, *, noisy, estimator, seed, sign_axes, dtype):
         """Compute `linear(x, w)` with the posterior mean or with noise.

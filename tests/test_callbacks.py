@@ -136,6 +136,15 @@ def test_free_bits_cost_their_amount_and_have_no_gradient(model, jit):
     assert any((array(variable) != value).any() for variable, value in zip(model.trainable_variables, before))
 
 
+def test_free_bits_are_those_of_kept_weights(model):
+    for weight in posteriors(model):
+        weight.mask.assign(np.arange(weight.size).reshape(weight.shape) % 4 == 1)
+        weight.owner.free_bits = 100.0
+        kept = array(weight.mask).sum()
+        assert kept < weight.size
+        np.testing.assert_allclose(array(weight.owner.kl_cost(weight)), 100.0 * kept, rtol=1e-6)
+
+
 def test_callable_schedule(model):
     weights = weights_of(model, kv.ELBO(64, schedule=lambda epoch: epoch**2), epochs=3)
     np.testing.assert_allclose(weights, np.array([0, 1, 4]) / 64, rtol=1e-6)

@@ -208,18 +208,18 @@ class StochasticLayer(Rematerialized):
         self._free_bits.assign(value)
 
     def kl_cost(self, posterior):
-        """Return the cost of one of the layer's posteriors before weighting: max(KL, free_bits·size), in nats."""
+        """Return the cost of one of the layer's posteriors before weighting: max(KL, free_bits·kept), in nats."""
         costs = _costs.get()
         if costs is not None and posterior in costs:
             return costs[posterior]
         kl = posterior.kl()
-        cost = ops.maximum(kl, ops.cast(self._free_bits, kl.dtype) * posterior.size)
+        cost = ops.maximum(kl, ops.cast(self._free_bits, kl.dtype) * posterior.kept())
         if costs is not None:
             costs[posterior] = cost
         return cost
 
     def weighted_kl(self, posterior):
-        """Return what one of the layer's posteriors adds to the loss: kl_weight·max(KL, free_bits·size)."""
+        """Return what one of the layer's posteriors adds to the loss: kl_weight·max(KL, free_bits·kept)."""
         cost = self.kl_cost(posterior)
         return ops.cast(self._kl_weight, cost.dtype) * cost
 
