@@ -15,6 +15,8 @@ that other load on the machine affects all of them alike. Each topic is measured
   loop against the number of draws, with the exponent of the growth between the last two sizes; `--plot FILE.png` plots
   it.
 - memory: growth and peak of the memory of a process that trains the network 1024-1024-1024-10.
+- compilation: the seconds of the first training step of a new model, and of the first `predict` of `MonteCarlo` and of
+  the model that it wraps. Medians of three models each, after one that is not counted.
 
 `--backend` and `--device` select the backend and the device; the defaults are KERAS_BACKEND and the device that the
 backend chooses.
@@ -25,6 +27,7 @@ import functools
 import math
 import multiprocessing
 import pathlib
+import time
 
 import common
 import keras
@@ -388,7 +391,58 @@ def memory_of_training(options):
     return result
 
 
-TOPICS = {"training": training, "prediction": prediction, "growth": growth, "memory": memory_of_training}
+def first_step(name, title, jit):
+    """Return the seconds of the first training step of a new model."""
+    batch, shape, network = NETWORKS[title]
+    step = training_steps([name], batch, shape, network, jit)[name]
+    return seconds_of(step)
+
+
+def first_prediction(way, name, jit, rows, samples):
+    """Return the seconds of the first `predict` of a new model, or of a `MonteCarlo` of it."""
+    model = predicted_model(name)
+    predictor = kv.MonteCarlo(model, samples, likelihood="categorical") if way == "MonteCarlo" else model
+    predictor.compile(jit_compile=jit)
+    x = np.random.default_rng(0).normal(size=(rows, *model.input_shape[1:])).astype("float32")
+    return seconds_of(functools.partial(predictor.predict, x, batch_size=rows, verbose=0))
+
+
+def seconds_of(step):
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def compilation(options):
+    """Measure the topic "compilation" and return {title: {name: {"seconds": ..., "ratio": ...}}}."""
+    repeats = 1 if options.quick else 3
+    rows, samples = (5, 3) if options.quick else (ROWS, SAMPLES)
+    kinds = {f"first step: {title}": (WEIGHTS, first_step, (title,)) for title in NETWORKS}
+    for name in PREDICTED:
+        kinds[f"first predict: {name}"] = (("the model", "MonteCarlo"), first_prediction, (name,))
+    result = {}
+    for kind, (names, measure, arguments) in list(kinds.items())[:: 3 if options.quick else 1]:
+        for jit in (False, True):
+            more = (rows, samples) if measure is first_prediction else ()
+            rounds = [[measure(name, *arguments, jit, *more) for name in names] for _ in range(1 + repeats)][1:]
+            seconds = dict(zip(names, np.array(rounds).T))
+            title = f"{kind}, {keras.backend.backend()}, jit_compile={jit}"
+            result[title] = {
+                name: {"seconds": each["ms"] / 1e3, "ratio": each["ratio"]} for name, each in summary(seconds).items()
+            }
+            print(f"\n{title:<60}{'seconds':>10}{'ratio':>8}")
+            for name, row in result[title].items():
+                print(f"{name:<60}{row['seconds']:>10.2f}{row['ratio']:>8.2f}", flush=True)
+    return result
+
+
+TOPICS = {
+    "training": training,
+    "prediction": prediction,
+    "growth": growth,
+    "memory": memory_of_training,
+    "compilation": compilation,
+}
 
 
 def main():

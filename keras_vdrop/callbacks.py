@@ -319,6 +319,7 @@ class ELBO(keras.callbacks.Callback):
         self._beta = self.beta(self._epoch)
         if self._pending and _is_built(self.model):
             self._start()
+            _build_optimizer(self.model)
         self._set(self._beta)
         self._last_batch = -1
         if self._first_epoch:
@@ -493,6 +494,13 @@ def _batches_a_step(optimizer):
     """Return the number of batches over which an optimizer accumulates gradients before a step."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     return getattr(optimizer, "gradient_accumulation_steps", None) or 1
+
+
+def _build_optimizer(model):
+    """Create the variables of the optimizer, so that TensorFlow does not trace the training step a second time."""
+    if keras.backend.backend() == "tensorflow" and model.optimizer is not None and not model.optimizer.built:
+        with model.distribute_strategy.scope():
+            model.optimizer.build(model.trainable_variables)
 
 
 def _is_built(model):

@@ -15,6 +15,9 @@ from keras import ops
 # Coefficients of P, in ascending powers: sin(½πz) ≈ z·P(z²) within 1e-8 for |z| ≤ 1. Least squares at Chebyshev nodes.
 _SINE = (1.57079632, -0.6459637604, 0.0796899226, -0.00467415067, 0.000151675118)
 
+# TensorFlow's number of Philox.
+_PHILOX = 1
+
 # The bits of 1.0 in float32: sign and fraction are 0.
 _ONE = 0x3F800000
 
@@ -28,21 +31,23 @@ def hash_seed(seed, *salt):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") & 0x7FFFFFFF
 
 
-def _philox_seed(seed):
-    """Return the next seed of a generator in the form that TensorFlow's stateless functions take.
+def _philox(seed):
+    """Return the arguments of TensorFlow's Philox operations for the next seed of a generator.
 
-    It differs between replicas, unless the generator has `same_on_replicas`.
+    The seed is Philox's key, and the counter starts at 0: streams of different keys are independent. (The functions of
+    `tf.random` scramble the key first, which takes 40 operations and a second use of Philox.) The key differs between
+    replicas, unless the generator has `same_on_replicas`.
     """
     import tensorflow as tf
 
-    if isinstance(seed, int):
-        state = tf.constant([seed & 0x7FFFFFFF, 0], "int32")
-    else:
-        state = tf.cast(tf.math.floormod(seed.next(), 2**31 - 1), "int32")
+    state = tf.constant([seed, 0], "int64") if isinstance(seed, int) else seed.next()
+    state = tf.cast(state, "uint32")
     replica = None if getattr(seed, "same_on_replicas", False) else tf.distribute.get_replica_context()
     if replica is not None and replica.num_replicas_in_sync > 1:
+        state = tf.bitcast(state, "int32")
         state = tf.random.experimental.stateless_fold_in(state, replica.replica_id_in_sync_group)
-    return state
+    key = tf.reshape(tf.bitcast(state, "uint64"), (1,))
+    return {"key": key, "counter": tf.zeros((2,), "uint64"), "alg": _PHILOX}
 
 
 def normal(shape, seed, dtype="float32"):
@@ -57,8 +62,8 @@ def normal(shape, seed, dtype="float32"):
         import tensorflow as tf
 
         if dtype == "float32" and not _has_gpu():
-            return _box_muller(shape, _philox_seed(seed))
-        return tf.random.stateless_normal(shape, _philox_seed(seed), dtype=dtype, alg="philox")
+            return _box_muller(shape, _philox(seed))
+        return tf.raw_ops.StatelessRandomNormalV2(shape=shape, dtype=dtype, **_philox(seed))
     return keras.random.normal(shape, dtype=dtype, seed=seed)
 
 
@@ -69,7 +74,7 @@ def _has_gpu():
     return bool(tf.config.list_physical_devices("GPU"))
 
 
-def _box_muller(shape, seed):
+def _box_muller(shape, philox):
     """Draw samples of N(0, 1), r·cos 2θ and r·sin 2θ, in float32.
 
     Here r = sqrt(−2·log u), and θ is uniform on [−½π, ½π]. In this range a polynomial approximates sin θ, and cos θ is
@@ -83,8 +88,7 @@ def _box_muller(shape, seed):
 
     count = _count(shape)
     half = (count + 1) // 2
-    bits = tf.cast(_bits(2 * half, seed), "float32")
-    high, low = bits[:half], bits[half:]
+    high, low = tf.unstack(tf.reshape(tf.cast(_bits(2 * half, philox), "float32"), (2, half)))
     u = tf.maximum(2.0**-32 * high + 0.5, 2.0**-26)
     r = tf.sqrt(-2.0 * tf.math.log(u))
     z = 2.0**-31 * low
@@ -97,7 +101,7 @@ def _box_muller(shape, seed):
     cosine = tf.sqrt(tf.maximum(1.0 - square, 0.0))
     # XLA does not vectorise a concatenation of the two halves, but it vectorises `where`.
     draws = r * tf.where([[True], [False]], 1.0 - 2.0 * square, 2.0 * sine * cosine)
-    return tf.reshape(tf.reshape(draws, (-1,))[:count], shape)
+    return tf.reshape(_first(count, draws), shape)
 
 
 def _count(shape):
@@ -107,7 +111,15 @@ def _count(shape):
     return math.prod(shape) if all(isinstance(size, int) for size in shape) else tf.reduce_prod(tf.stack(shape))
 
 
-def _bits(count, seed):
+def _first(count, values):
+    """Return the first `count` values as a vector."""
+    import tensorflow as tf
+
+    values = tf.reshape(values, (-1,))
+    return values if values.shape[0] == count else values[:count]
+
+
+def _bits(count, philox):
     """Draw `count` random int32.
 
     They are drawn as int64: in one XLA program on a CPU, a second draw of 32-bit numbers of the same shape takes six
@@ -115,26 +127,26 @@ def _bits(count, seed):
     """
     import tensorflow as tf
 
-    words = tf.random.stateless_uniform(((count + 1) // 2,), seed, None, None, "int64", alg="philox")
-    return tf.reshape(tf.bitcast(words, "int32"), (-1,))[:count]
+    words = tf.raw_ops.StatelessRandomUniformFullIntV2(shape=((count + 1) // 2,), dtype="int64", **philox)
+    return _first(count, tf.bitcast(words, "int32"))
 
 
 def rademacher(shape, seed, dtype="float32"):
     """Draw independent signs, −1 or 1 with probability ½ each. The arguments are those of `normal`."""
     if keras.backend.backend() == "tensorflow" and not _has_gpu():
-        return ops.cast(_signs(shape, _philox_seed(seed)), dtype)
+        return ops.cast(_signs(shape, _philox(seed)), dtype)
     return ops.where(uniform(shape, seed) < 0.5, ops.cast(-1, dtype), ops.cast(1, dtype))
 
 
-def _signs(shape, seed):
+def _signs(shape, philox):
     """Draw −1.0 or 1.0, 32 signs from each random int32."""
     import tensorflow as tf
 
     count = _count(shape)
-    draws = _bits((count + 31) // 32, seed)
+    draws = _bits((count + 31) // 32, philox)
     sign = tf.bitwise.left_shift(draws, tf.range(32)[:, None]) & -(2**31)
     signs = tf.bitcast(sign | _ONE, "float32")
-    return tf.reshape(tf.reshape(signs, (-1,))[:count], shape)
+    return tf.reshape(_first(count, signs), shape)
 
 
 def uniform(shape, seed, dtype="float32"):
@@ -143,16 +155,16 @@ def uniform(shape, seed, dtype="float32"):
         import tensorflow as tf
 
         if dtype == "float32" and not _has_gpu():
-            return _uniform(shape, _philox_seed(seed))
-        return tf.random.stateless_uniform(shape, _philox_seed(seed), dtype=dtype, alg="philox")
+            return _uniform(shape, _philox(seed))
+        return tf.raw_ops.StatelessRandomUniformV2(shape=shape, dtype=dtype, **_philox(seed))
     return keras.random.uniform(shape, dtype=dtype, seed=seed)
 
 
-def _uniform(shape, seed):
+def _uniform(shape, philox):
     """Draw samples of U[0, 1): 23 random bits as the fraction of a float32 in [1, 2), minus 1."""
     import tensorflow as tf
 
-    fraction = tf.bitwise.right_shift(tf.bitcast(_bits(_count(shape), seed), "uint32"), tf.constant(9, "uint32"))
+    fraction = tf.bitwise.right_shift(tf.bitcast(_bits(_count(shape), philox), "uint32"), tf.constant(9, "uint32"))
     return tf.reshape(tf.bitcast(tf.cast(fraction, "int32") | _ONE, "float32") - 1.0, shape)
 
 
