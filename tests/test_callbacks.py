@@ -412,3 +412,19 @@ def test_kl_divergence_is_unweighted(model):
     np.testing.assert_allclose(array(kv.kl_divergence(model)), expected, rtol=1e-6)
     by_layer = [float(array(kv.kl_divergence(layer))) for layer in model.layers]
     np.testing.assert_allclose(sum(by_layer), expected, rtol=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="it is TensorFlow that traces a step twice")
+def test_the_step_is_traced_once():
+    class Counted(keras.layers.Layer):
+        calls = 0
+
+        def call(self, x):
+            Counted.calls += 1
+            return x
+
+    model = keras.Sequential([keras.Input((4,)), Counted(), kv.VariationalDense(1)])
+    model.compile("adam", "mse", jit_compile=False)
+    before = Counted.calls
+    model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)
+    assert Counted.calls == before + 1
