@@ -127,7 +127,7 @@ def test_a_model_without_it_stays_as_it_is():
 
 def test_what_it_cannot_do_is_said():
     model = network()
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="at least one row"):
         kv.update_batch_normalization(model, inputs(0))
     with pytest.raises(ValueError, match="same number of rows"):
         kv.update_batch_normalization(model, [inputs(5), inputs(4)])

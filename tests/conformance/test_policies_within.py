@@ -72,5 +72,9 @@ def test_the_output_is_of_the_type_of_the_twins(subject, setting):
             assert types[0] == types[1], (inner, outer, training)
             assert np.isfinite(array(output)).all()
         compared += 1
-    few = keras.backend.backend() == "jax" and subject.is_rnn  # Keras's GRU runs under only two of the pairs on JAX
-    assert compared >= (2 if few else 3)
+    least = 3
+    if keras.backend.backend() == "jax" and subject.is_rnn:
+        least = 2  # Keras's GRU runs under no other pair
+    if keras.backend.backend() == "tensorflow" and subject.keras.get("data_format") == "channels_first":
+        least = 1  # on older CPUs it has no such convolution in half precision
+    assert compared >= least
