@@ -398,7 +398,7 @@ def first_step(name, title, jit):
     return seconds_of(step)
 
 
-def first_prediction(way, name, jit, rows, samples):
+def first_prediction(way, name, rows, samples, jit):
     """Return the seconds of the first `predict` of a new model, or of a `MonteCarlo` of it."""
     model = predicted_model(name)
     predictor = kv.MonteCarlo(model, samples, likelihood="categorical") if way == "MonteCarlo" else model
@@ -417,15 +417,19 @@ def compilation(options):
     """Measure the topic "compilation" and return {title: {name: {"seconds": ..., "ratio": ...}}}."""
     repeats = 1 if options.quick else 3
     rows, samples = (5, 3) if options.quick else (ROWS, SAMPLES)
-    kinds = {f"first step: {title}": (WEIGHTS, first_step, (title,)) for title in NETWORKS}
+    kinds = {
+        f"first step: {title}": {name: functools.partial(first_step, name, title) for name in WEIGHTS}
+        for title in NETWORKS
+    }
     for name in PREDICTED:
-        kinds[f"first predict: {name}"] = (("the model", "MonteCarlo"), first_prediction, (name,))
+        kinds[f"first predict: {name}"] = {
+            way: functools.partial(first_prediction, way, name, rows, samples) for way in ("the model", "MonteCarlo")
+        }
     result = {}
-    for kind, (names, measure, arguments) in list(kinds.items())[:: 3 if options.quick else 1]:
+    for kind, firsts in list(kinds.items())[:: 3 if options.quick else 1]:
         for jit in (False, True):
-            more = (rows, samples) if measure is first_prediction else ()
-            rounds = [[measure(name, *arguments, jit, *more) for name in names] for _ in range(1 + repeats)][1:]
-            seconds = dict(zip(names, np.array(rounds).T))
+            rounds = [[first(jit) for first in firsts.values()] for _ in range(1 + repeats)][1:]
+            seconds = dict(zip(firsts, np.array(rounds).T))
             title = f"{kind}, {keras.backend.backend()}, jit_compile={jit}"
             result[title] = {
                 name: {"seconds": each["ms"] / 1e3, "ratio": each["ratio"]} for name, each in summary(seconds).items()

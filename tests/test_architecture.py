@@ -89,6 +89,6 @@ def test_messages_say_what_was_given_or_what_to_do():
     for path in modules():
         for line, kind, message in messages(path):
             sentence = message[0].isupper() or message[0] in "`{"  # not a name, and not a reason in a longer message
-            if kind in ("ValueError", "TypeError", "warn") and sentence and " " in message:
+            if kind in ("ValueError", "TypeError", "warn", "warnings.warn") and sentence and " " in message:
                 useful = "{" in message or "Received" in message or "Use `" in message or "Pass `" in message
                 assert useful, f"{path.name}:{line}: {message}"

@@ -9,6 +9,7 @@ from keras import layers
 
 import keras_vdrop as kv
 from keras_vdrop.cli import demo
+from tests.statistics import STANDARD_ERRORS
 
 SEEDS, BATCH, STEPS, EPOCHS = 3, 16, 88, 23  # 2,024 steps
 
@@ -55,6 +56,6 @@ def test_reaches_the_elbo_of_float32(dtype, of_float32):
     if dtype == "float64" and keras.backend.backend() == "jax":
         pytest.skip("JAX has float64 only if jax_enable_x64 is set before its first use")
     found = np.array([elbo_loss(dtype, seed) for seed in range(SEEDS)])
-    # The difference of two means of SEEDS runs, within 5 of its standard errors.
+    # The standard error of the difference of two means of SEEDS runs.
     error = np.sqrt((found.var(ddof=1) + of_float32.var(ddof=1)) / SEEDS)
-    assert abs(found.mean() - of_float32.mean()) <= 5 * error, (found, of_float32)
+    assert abs(found.mean() - of_float32.mean()) <= STANDARD_ERRORS * error, (found, of_float32)
