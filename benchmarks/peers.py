@@ -3,9 +3,10 @@
     pip install "tensorflow-probability[tf]" torch
     pip install --no-deps bayesian-torch torchbnn blitz-bayesian-pytorch
 
-speed.py and conversion.py use this module. Packages that are not installed are skipped. A network of speed.py is a list
-of (kind, units or filters, kernel size), with ReLU after every dense layer but the last. Steps use Adam and the
-cross-entropy of integer labels (LSTM: SGD and the squared error), plus the KL times `KL_WEIGHT`.
+speed.py and conversion.py use this module. Packages that are not installed are skipped. A network of speed.py is a
+list of (kind, units or filters, kernel size, padding), with ReLU after every dense layer but the last. Steps use Adam
+and the cross-entropy of integer labels (LSTM: SGD and the squared error), plus the KL times `KL_WEIGHT`. PyTorch's
+steps of these networks use a GPU if there is one.
 """
 
 import functools
@@ -31,9 +32,12 @@ def keras_network(keras, network, shape, dense, convolution, noise=None):
             if hidden and noise is not None:
                 model.add(noise())
         elif kind == "convolution":
-            model.add(convolution(*sizes))
+            filters, size, *padding = sizes
+            model.add(convolution(filters, size, padding=padding[0] if padding else "valid"))
         else:
-            model.add(keras.layers.MaxPooling2D(2) if kind == "pool" else keras.layers.Flatten())
+            model.add(
+                {"pool": keras.layers.MaxPooling2D, "relu": keras.layers.ReLU, "flatten": keras.layers.Flatten}[kind]()
+            )
     return model
 
 
@@ -107,17 +111,23 @@ def _torch_packages():
     if installed("blitz"):
         from blitz import losses, modules
 
-        def convolution(inputs, filters, size):
-            return modules.BayesianConv2d(inputs, filters, (size, size))
+        def convolution(inputs, filters, size, padding):
+            return modules.BayesianConv2d(inputs, filters, (size, size), padding=padding)
 
         packages["blitz"] = _Torch(modules.BayesianLinear, convolution, losses.kl_divergence_from_nn)
     return packages
 
 
-def torch_steps(network, x, y):
-    """Return {name: step} for PyTorch's own layers and those of every installed package."""
+def torch_steps(network, x, y, tf32=False):
+    """Return {name: step} for PyTorch's own layers and those of every installed package.
+
+    `tf32` allows TF32 in matrix products, as TensorFlow and JAX do by default.
+    """
     if not installed("torch"):
         return {}
+    import torch
+
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     return {name: _torch_step(package, network, x, y) for name, package in _torch_packages().items()}
 
 
@@ -126,8 +136,10 @@ def _torch_step(package, network, x, y):
 
     layers = _torch_layers(package, network, x.shape[1:])
     model = torch.nn.ModuleList(layer for layer in layers if isinstance(layer, torch.nn.Module))
-    inputs = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
-    labels = torch.from_numpy(y).long()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    inputs = torch.from_numpy(np.moveaxis(x, -1, 1).copy()).to(device)
+    labels = torch.from_numpy(y).long().to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 
     def step():
@@ -143,6 +155,7 @@ def _torch_step(package, network, x, y):
         loss = torch.nn.functional.cross_entropy(h, labels) + KL_WEIGHT * penalty
         loss.backward()
         optimizer.step()
+        return loss.item()  # as Keras's step does; it waits for the GPU
 
     return step
 
@@ -159,11 +172,15 @@ def _torch_layers(package, network, shape):
                 layers.append(torch.nn.ReLU())
             channels = sizes[0]
         elif kind == "convolution":
-            layers.append(package.convolution(channels, *sizes))
-            channels, size = sizes[0], size - sizes[1] + 1
+            filters, width, *padding = sizes
+            border = width // 2 if padding == ["same"] else 0
+            layers.append(package.convolution(channels, filters, width, padding=border))
+            channels, size = filters, size + 2 * border - width + 1
         elif kind == "pool":
             layers.append(torch.nn.MaxPool2d(2))
             size //= 2
+        elif kind == "relu":
+            layers.append(torch.nn.ReLU())
         else:
             layers.append(torch.nn.Flatten())
             channels *= size * size

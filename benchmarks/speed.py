@@ -15,6 +15,9 @@ that other load on the machine affects all of them alike. Each topic is measured
   loop against the number of draws, with the exponent of the growth between the last two sizes; `--plot FILE.png` plots
   it.
 - memory: growth and peak of the memory of a process that trains the network 1024-1024-1024-10.
+- large: the time of a training step of four networks that fill a GPU, and of the mean of 100 draws for 10,000 examples,
+  with XLA, in float32 (TF32 on GPUs that have it) and in mixed_bfloat16. This topic runs only if it is named: on a CPU
+  its steps take seconds to minutes.
 - compilation: the seconds of the first training step of a new model, and of the first `predict` of `MonteCarlo` and of
   the model that it wraps. Medians of three models each, after one that is not counted.
 
@@ -23,14 +26,18 @@ backend chooses.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import math
 import multiprocessing
+import os
 import pathlib
+import threading
 import time
 
 import common
 import keras
+import large
 import numpy as np
 import peers
 
@@ -391,6 +398,95 @@ def memory_of_training(options):
     return result
 
 
+SMALLER = 64  # divisor of all sizes of "large" with --quick
+
+
+def large_makers(scale):
+    """Return {title: function to {name: training step}} of the networks of large.py, in the present policy."""
+    makers = {}
+    for title, (batch, shape, network) in large.feedforward(scale).items():
+        makers[title] = functools.partial(large_feedforward_steps, batch, shape, network)
+    for title, (batch, make) in large.models(scale).items():
+        makers[title] = functools.partial(large_model_steps, batch, make)
+    rows = 10_000 // scale
+    makers[f"{SAMPLES} draws, {rows} rows: {next(iter(PREDICTED))}"] = functools.partial(large_prediction_steps, rows)
+    return makers
+
+
+def large_feedforward_steps(batch, shape, network):
+    def make(kind):
+        return peers.keras_network(keras, network, shape, kind.dense, kind.convolution)
+
+    steps = large_model_steps(batch, make)
+    # TensorFlow and PyTorch may need different versions of CUDA, and then do not run in one process.
+    if keras.backend.backend() == "tensorflow" or keras.mixed_precision.dtype_policy().name != "float32":
+        return steps
+    return {**steps, **peers.torch_steps(network, *training_data(batch, shape), tf32=True)}
+
+
+def large_model_steps(batch, make):
+    steps = {}
+    for name, kind in large.kinds(peers.KL_WEIGHT).items():
+        if (model := make(kind)) is None:
+            continue
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        data = training_data(batch, model.input_shape[1:])
+        steps[name] = keras_step(model, keras.optimizers.Adam(1e-4), loss, *data, True)
+    return steps
+
+
+def large_prediction_steps(rows):
+    model = predicted_model(next(iter(PREDICTED)))
+    x = predicted_rows(model, rows)
+    ways = ("compiled loop", "MonteCarlo", "MonteCarlo, consistent")
+    return {way: prediction_step(way, model, x, SAMPLES, True) for way in ways}
+
+
+def measured_in_turn(name, policy, options, all_compiled, turn):
+    """Measure one large network, after all processes have compiled theirs and while no other process measures."""
+    keras.mixed_precision.set_dtype_policy(policy)
+    steps = large_makers(SMALLER if options.quick else 1)[name]()
+    try:
+        for step in steps.values():
+            step()
+    except BaseException:
+        all_compiled.abort()
+        raise
+    with contextlib.suppress(threading.BrokenBarrierError):
+        all_compiled.wait()
+    with turn:
+        return summary(common.measure(steps, options.repeats))
+
+
+def of_large(options):
+    """Measure the topic "large" and return {title: rows}."""
+    names = [
+        name for name in large_makers(SMALLER if options.quick else 1) if any(each in name for each in options.only)
+    ]
+    tasks = [(name, policy) for policy in options.policies for name in names][: 1 if options.quick else None]
+    result = {}
+    for start in range(0, len(tasks), options.jobs):
+        for (name, policy), rows in _side_by_side(tasks[start : start + options.jobs], options):
+            title = f"{name}, {policy}, {keras.backend.backend()}"
+            result[title] = rows
+            show(title, rows)
+            common.keep(options.out, {"repeats": options.repeats, "steps": {"large": result}})
+    return result
+
+
+def _side_by_side(tasks, options):
+    """Yield each task and its rows. Tasks compile in parallel, each in a process, and are timed one after another."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, concurrent.futures.ProcessPoolExecutor(len(tasks), context) as pool:
+        shared = manager.Barrier(len(tasks)), manager.Lock()
+        futures = [(task, pool.submit(measured_in_turn, *task, options, *shared)) for task in tasks]
+        for task, future in futures:
+            if (error := future.exception()) is None:
+                yield task, future.result()
+            else:
+                print(f"{', '.join(task)} failed: {error}", flush=True)
+
+
 def first_step(name, title, jit):
     """Return the seconds of the first training step of a new model."""
     batch, shape, network = NETWORKS[title]
@@ -446,19 +542,31 @@ TOPICS = {
     "growth": growth,
     "memory": memory_of_training,
     "compilation": compilation,
+    "large": of_large,
 }
 
 
 def main():
     parser = common.parser(__doc__, learns=False)
     common.add_places(parser)
-    parser.add_argument("--topics", nargs="+", choices=list(TOPICS), default=list(TOPICS))
+    parser.add_argument("--topics", nargs="+", choices=list(TOPICS))
+    parser.add_argument("--only", nargs="+", default=[""], help='"large" measures titles that contain one of these')
+    parser.add_argument(
+        "--jobs", type=int, default=1, help='number of processes in which "large" compiles; each is timed alone'
+    )
+    policies = ["float32", "mixed_bfloat16"]
+    parser.add_argument("--policies", nargs="+", choices=policies, default=policies, help='precision of "large"')
     parser.add_argument(
         "--repeats", type=int, default=30, help="timed steps of each network; a fifth of them for long steps"
     )
     parser.add_argument("--plot", type=pathlib.Path, help="file for a plot of the growth")
     options = parser.parse_args()
     common.start_anew(options.backend, options.device)
+    # Several processes share the memory of a GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    if options.topics is None:
+        options.topics = [name for name in TOPICS if name != "large" or options.quick]
     if options.quick:
         options.repeats = 3
     print(*(f"{key}: {value}" for key, value in common.about().items()), sep="\n")

@@ -15,6 +15,7 @@ from keras import layers, ops
 
 from keras_vdrop.compaction.whole import shrink
 from keras_vdrop.conversion import input_structure, stock_twin, to_deterministic
+from keras_vdrop.functional.precision import full_precision
 from keras_vdrop.posterior import posteriors, prunable_weights
 from keras_vdrop.pruning import sparsity, warn_of_empty_layers
 
@@ -80,7 +81,7 @@ def _compare(large, small, inputs):
     """Raise a `RuntimeError` unless both models predict the same on all inputs."""
     tolerance = max(_TOLERANCE.get(layer.compute_dtype, 1e-5) for layer in large._flatten_layers())
     for x in inputs:
-        with _forgetting(large), _forgetting(small):
+        with full_precision(), _forgetting(large), _forgetting(small):
             pairs = zip(*(keras.tree.flatten(model(x, training=False)) for model in (large, small)))
             for expected, found in ((_floats(expected), _floats(found)) for expected, found in pairs):
                 both_nan = np.isnan(expected) & np.isnan(found)
