@@ -14,10 +14,12 @@ that other load on the machine affects all of them alike. Each topic is measured
 - growth: the time of a training step against the width, depth and batch size, and that of `MonteCarlo` and the compiled
   loop against the number of draws, with the exponent of the growth between the last two sizes; `--plot FILE.png` plots
   it.
+- replicas: the time of a training step on 1, 2 and 4 replicas with 128 examples each: `MirroredStrategy` on TensorFlow,
+  `DataParallel` on JAX. Without GPUs, the replicas are parts of the CPU, and their times add up once its cores are busy.
 - memory: growth and peak of the memory of a process that trains the network 1024-1024-1024-10.
-- large: the time of a training step of four networks that fill a GPU, and of the mean of 100 draws for 10,000 examples,
-  with XLA, in float32 (TF32 on GPUs that have it) and in mixed_bfloat16. This topic runs only if it is named: on a CPU
-  its steps take seconds to minutes.
+- large: the time of a training step of four networks that fill a GPU, and of the mean of 100 draws for 10,000
+  examples, with XLA, in float32 (TF32 on GPUs that have it) and in mixed_bfloat16. This topic runs only if it is named:
+  on a CPU its steps take seconds to minutes.
 - compilation: the seconds of the first training step of a new model, and of the first `predict` of `MonteCarlo` and of
   the model that it wraps. Medians of three models each, after one that is not counted.
 
@@ -252,6 +254,31 @@ def grown_steps(axis, size, jit):
     return training_steps(GROWING, sizes["batch"], (sizes["width"],), network, jit)
 
 
+REPLICAS = (1, 2, 4)
+
+
+def _time_replicas(count, repeats):
+    # `train_on_batch` gives each replica of TensorFlow the whole batch, and each of JAX its share.
+    batch = 128 if keras.backend.backend() == "tensorflow" else 128 * count
+    network = [("dense", 256), ("dense", 256), ("dense", 10)]
+    with replicated(count):
+        return common.measure(training_steps(GROWING, batch, (256,), network, "auto"), repeats)
+
+
+def replicated(count):
+    """Return the scope in which a model is trained on the first `count` devices of a new process."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+        if kind == "CPU":
+            (cpu,) = tf.config.list_physical_devices("CPU")
+            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+        return tf.distribute.MirroredStrategy([f"{kind}:{index}" for index in range(count)]).scope()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return keras.distribution.DataParallel(devices=keras.distribution.list_devices()[:count]).scope()
+
+
 def exponents(sizes, rows):
     """Return {name: d log ms / d log size between the last two sizes}."""
     span = math.log(sizes[-1] / sizes[-2])
@@ -370,14 +397,30 @@ def growth(options):
             ms = {name: [1e3 * float(np.median(each[name])) for each in seconds] for name in seconds[0]}
             title = f"{axis}, {keras.backend.backend()}, jit_compile={jit}"
             result[title] = {"axis": axis, "sizes": sizes, "ms": ms, "exponents": exponents(sizes, ms)}
-            print(f"\n{title:<60}" + "".join(f"{size:>8}" for size in sizes) + "   slope")
-            for name, values in ms.items():
-                print(
-                    f"{name:<60}" + "".join(f"{v:>8.1f}" for v in values) + f"{result[title]['exponents'][name]:>8.2f}"
-                )
+            show_growth(title, result[title])
     if options.plot is not None:
         plot_growth(result, options.plot)
     return result
+
+
+def show_growth(title, found):
+    print(f"\n{title:<60}" + "".join(f"{size:>8}" for size in found["sizes"]) + "   slope")
+    for name, values in found["ms"].items():
+        print(f"{name:<60}" + "".join(f"{v:>8.1f}" for v in values) + f"{found['exponents'][name]:>8.2f}", flush=True)
+
+
+def growth_with_replicas(options):
+    """Measure the topic "replicas" and return {title: axis, sizes, ms and exponents}."""
+    if keras.backend.backend() == "torch":
+        print("no replicas: Keras does not distribute PyTorch models")
+        return {}
+    counts = REPLICAS[: 2 if options.quick else None]
+    found = [apart(_time_replicas, count, options.repeats) for count in counts]
+    ms = {name: [1e3 * float(np.median(each[name])) for each in found] for name in found[0]}
+    title = f"replicas, {keras.backend.backend()}"
+    result = {"axis": "replicas", "sizes": counts, "ms": ms, "exponents": exponents(counts, ms)}
+    show_growth(title, result)
+    return {title: result}
 
 
 def memory_of_training(options):
@@ -540,6 +583,7 @@ TOPICS = {
     "training": training,
     "prediction": prediction,
     "growth": growth,
+    "replicas": growth_with_replicas,
     "memory": memory_of_training,
     "compilation": compilation,
     "large": of_large,

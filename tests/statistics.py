@@ -7,11 +7,21 @@ STANDARD_ERRORS = 5.0
 
 
 def draws(function, count):
-    """Stack `count` results of a function without arguments that returns a tensor. TensorFlow runs it as a graph."""
+    """Stack `count` results of a function without arguments that returns a float32 tensor.
+
+    TensorFlow runs it in one loop of a graph, because single calls are slow there.
+    """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        function = tf.function(function)
+        @tf.function
+        def loop():
+            results = tf.TensorArray("float32", count)
+            for index in tf.range(count):
+                results = results.write(index, function())
+            return results.stack()
+
+        return loop().numpy()
     return np.stack([keras.ops.convert_to_numpy(function()) for _ in range(count)])
 
 
