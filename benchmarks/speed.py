@@ -15,7 +15,7 @@ that other load on the machine affects all of them alike. Each topic is measured
   loop against the number of draws, with the exponent of the growth between the last two sizes; `--plot FILE.png` plots
   it.
 - replicas: the time of a training step on 1, 2 and 4 replicas with 128 examples each: `MirroredStrategy` on TensorFlow,
-  `DataParallel` on JAX. Without GPUs, the replicas are parts of the CPU, and their times add up once its cores are busy.
+  `DataParallel` on JAX. Without GPUs, the replicas share the cores of the CPU.
 - memory: growth and peak of the memory of a process that trains the network 1024-1024-1024-10.
 - large: the time of a training step of four networks that fill a GPU, and of the mean of 100 draws for 10,000
   examples, with XLA, in float32 (TF32 on GPUs that have it) and in mixed_bfloat16. This topic runs only if it is named:

@@ -1,10 +1,12 @@
 """Pytest configuration: deterministic tests on the backend that KERAS_BACKEND names, by default the quick ones."""
 
 import collections
+import contextlib
 import gc
 import itertools
 import os
 import pathlib
+from unittest import mock
 
 # One thread each is fastest for two test processes on two cores. It also fixes the order of float sums.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -33,24 +35,41 @@ _TESTS = itertools.count(1)
 def _fresh():
     """Reset the random seed and the record of warnings about an unset KL weight before each test."""
     # Collecting garbage takes longer than most tests, but without it JAX's compiled functions fill the memory.
-    keras.utils.clear_session(free_memory=next(_TESTS) % 20 == 0)
-    keras.utils.set_random_seed(0)
+    with _kept_kernels():
+        keras.utils.clear_session(free_memory=next(_TESTS) % 20 == 0)
+        keras.utils.set_random_seed(0)
     stochastic._unset.clear()
     stochastic._told.clear()
+
+
+@contextlib.contextmanager
+def _kept_kernels():
+    """Keep TensorFlow's cache of kernels within the context; making them again slows down the next test.
+
+    Both functions that empty the cache are replaced: the one that Keras asks before it does so, and the setter of
+    TensorFlow's own global seed, which nothing in the tests depends on.
+    """
+    with contextlib.ExitStack() as stack:
+        if keras.backend.backend() == "tensorflow":
+            stack.enter_context(mock.patch("tensorflow.executing_eagerly", return_value=False))
+            stack.enter_context(mock.patch("tensorflow.random.set_seed"))
+        yield
 
 
 def pytest_addoption(parser):
     text = "run the slow tests and all cases too; without it, only files named on the command line run in full"
     parser.addoption("--full", action="store_true", help=text)
-    text = "number of random configurations of each layer; by default 15 with --full, and 3 without"
+    text = "number of random configurations of each layer; by default 15 with --full, else 3, or 1 on JAX and PyTorch"
     parser.addoption("--configurations", type=int, help=text)
 
 
 def pytest_configure(config):
     text = "slow(keep=0): without --full, only the first `keep` parameter sets of the test run"
     config.addinivalue_line("markers", text)
+    text = "any_backend: without --full, the test runs on TensorFlow only; it does not depend on the backend"
+    config.addinivalue_line("markers", text)
     if config.option.configurations is None:
-        config.option.configurations = 15 if _is_full(config) else 3
+        config.option.configurations = 15 if _is_full(config) else 1 if _is_other_backend() else 3
 
 
 def pytest_report_header(config):
@@ -85,8 +104,14 @@ def _is_full(config):
     return config.getoption("full") or named
 
 
+def _is_other_backend():
+    return keras.backend.backend() != "tensorflow"
+
+
 def _quick(items):
     """Return those of the items of one test function that run without `--full`."""
+    if _is_other_backend() and items[0].get_closest_marker("any_backend"):
+        return []
     typical = [item for item in items if not any(_is_rare(value) for value in _parameters(item))] or items[:1]
     slow = items[0].get_closest_marker("slow")
     return typical if slow is None else typical[: slow.kwargs.get("keep", 0)]

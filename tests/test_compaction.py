@@ -15,6 +15,8 @@ from keras_vdrop.compaction.rules import Rule
 from keras_vdrop.compaction.whole import _kind
 from tests.cases import array, posteriors, stock
 
+pytestmark = pytest.mark.any_backend
+
 
 def sparse(model, share=0.3, whole=0.5, seed=0):
     """Give a model of Keras layers random weights, most of them 0: single weights and whole inputs and outputs."""

@@ -14,6 +14,8 @@ import keras_vdrop as kv
 from keras_vdrop_cli import main
 from tests.cases import array, stock
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture
 def saved(tmp_path):

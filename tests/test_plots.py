@@ -11,6 +11,8 @@ from tests.cases import array, randomize
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+pytestmark = pytest.mark.any_backend
+
 
 def texts(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]

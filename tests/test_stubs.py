@@ -6,6 +6,8 @@ import pytest
 
 from tests import stubs
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_stubs_are_the_composed_signatures():
     written = stubs.PATH.read_text()
