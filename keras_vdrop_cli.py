@@ -158,12 +158,12 @@ def _check_new_file(name, path, suffixes, force, parser):
 
 def _check_writable(folder):
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"The folder {folder} can't be written to.")
+        raise PermissionError(f"Cannot write to the folder {folder}.")
 
 
 def _nearest_folder(path):
     """Return the folder, or if it does not exist, its nearest parent that does."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 # Commands: each imports the package

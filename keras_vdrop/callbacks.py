@@ -18,7 +18,7 @@ from keras_vdrop.layers.stochastic import weighed_by_callback
 from keras_vdrop.objective import compiled_loss_weights, likelihood_factor, outputs_of, require_loss
 from keras_vdrop.observation import Observer
 from keras_vdrop.outputs import check_outputs
-from keras_vdrop.posterior import posteriors, prunable_weights, require_posteriors
+from keras_vdrop.posterior import posteriors, prunable_weights, require_posteriors, some_prunable_weights
 from keras_vdrop.pruning import row_name, sparsity
 from keras_vdrop.warning import warn
 
@@ -74,8 +74,8 @@ class ELBO(keras.callbacks.Callback):
             around the prediction, in the units of y. The loss is then 2σ² / L times the negative ELBO of
             N(prediction, σ²), up to a constant. Without it, the mean squared error corresponds to σ = √½. None for
             losses that are likelihoods, such as `losses.NormalNLL`.
-        free_bits: Float ≥ 0, in nats per weight: the mean KL per weight of a tensor that costs nothing. The loss
-            contains max(KL, free_bits·kept weights) instead of the KL, so below that value the gradient is 0.
+        free_bits: Float ≥ 0, in nats per weight. For each weight tensor, the loss contains max(KL, free_bits·kept
+            weights) instead of the KL, so a KL below free_bits·kept weights has no gradient.
         labels_per_example: Float > 0, L, the number of terms of an example over which the loss takes its mean. Needed
             if it cannot be derived: for masked outputs, sequences of unknown length (give their average), a custom loss
             or a custom `train_step`. None to derive it.
@@ -90,8 +90,8 @@ class ELBO(keras.callbacks.Callback):
         belong to the model; if `num_examples` does not fit the first epoch. At the beginning of `fit`: what
         is wrong with outputs whose loss is one of `losses`. At the end of `fit`, with figures: if the
         posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights, BatchNormalization has seen the
-        noise, β was never above 0, or training was stopped before β = 1. The first two are judged after 50 optimizer
-        steps under one KL weight, or 200 if the `fit` has one epoch or the KL has halved; the third after 5 epochs.
+        noise, β was never above 0, or training was stopped before β = 1. The first, second and fourth need 50 optimizer
+        steps under one KL weight, or 200 if the `fit` has one epoch or the KL has halved; the third 5 epochs.
         Several `fit`s that continue one schedule count as one.
 
     Example:
@@ -301,7 +301,9 @@ class ELBO(keras.callbacks.Callback):
             require_loss(self.model)
             self._loss_weights = compiled_loss_weights(self.model)
         self._observer = Observer.of(self.model)
-        self._factor = self._find_factor(_symbolic_outputs(self.model) or self._observer.outputs)
+        is_given = self.labels_per_example is not None
+        self._observer.reads_outputs = not is_given
+        self._factor = self._find_factor(None if is_given else _symbolic_outputs(self.model) or self._observer.outputs)
         self._observer.attach()
         self._observer.on_outputs = self._see
         self._observer.observe("train_function")
@@ -467,9 +469,12 @@ def _exclude_from_weight_decay(model):
     Raises:
         ValueError: If the optimizer does not allow it, as Keras's do not once they are built.
     """
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if not getattr(optimizer, "weight_decay", None):
-        return
+    for optimizer in _optimizers(model.optimizer):
+        if any(getattr(optimizer, name, None) for name in ("weight_decay", "adam_weight_decay")):
+            _exclude_from(optimizer, model)
+
+
+def _exclude_from(optimizer, model):
     own = [
         v for posterior in posteriors(model) for v in posterior.variables if v is not getattr(posterior, "loc", None)
     ]
@@ -492,8 +497,13 @@ def _exclude_from_weight_decay(model):
 
 def _batches_a_step(optimizer):
     """Return the number of batches over which an optimizer accumulates gradients before a step."""
+    return max(getattr(each, "gradient_accumulation_steps", None) or 1 for each in _optimizers(optimizer))
+
+
+def _optimizers(optimizer):
+    """Return the optimizers that change the weights: those within a `LossScaleOptimizer` or `MultiOptimizer`."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    return getattr(optimizer, "gradient_accumulation_steps", None) or 1
+    return getattr(optimizer, "optimizers", [optimizer])
 
 
 def _build_optimizer(model):
@@ -550,12 +560,14 @@ class SparsityLogger(keras.callbacks.Callback):
         self._writer = None
 
     def set_model(self, model):
-        if _is_built(model):
-            sparsity(model, self.threshold)  # raise its errors now, not after an epoch
+        if _is_built(model):  # raise the errors now, not after an epoch
+            some_prunable_weights(model)
+            sparsity(model, self.threshold)
         super().set_model(model)
 
     def on_epoch_end(self, epoch, logs=None):
         if logs is not None:
+            some_prunable_weights(self.model)
             report = sparsity(self.model, self.threshold)
             logs["weights_left"] = report.left / report.weights
             if self.log_dir is not None:

@@ -41,7 +41,7 @@ def used_repeatedly(model_or_layer, calls_within=1):
 
     Returns:
         List of pairs: one of our layers that draws weights, and whether each of its calls is on several positions (or
-        an unknown number). If a call is on one position only, it is the repetition of calls that reuses the weights.
+        an unknown number). If not, an example uses the weights repeatedly because it calls the layer repeatedly.
     """
     found = []
     for layer, calls in _all_calls(model_or_layer, (VariationalLayer, Variational), calls_within):

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_vdrop.functional.kl import LOG_UNIFORM_FORMS
 
-# The nodes of Gauss–Hermite quadrature.
+# Exact for polynomials of degree ≤ 39.
 _NODES = 20
 
 # Points at which the density of a prior must not be 0.
@@ -21,8 +21,8 @@ _SOMEWHERE = (-100.0, 100.0)
 def is_positive_everywhere(distribution):
     """Return whether the density appears to be above 0 on the whole real line.
 
-    It checks the support that the distribution declares, if any, and the density at two points. A distribution over
-    integers fails.
+    It checks the declared support, if any, and the density at two points. For a distribution over integers it returns
+    False.
     """
     import tensorflow as tf
 
@@ -75,6 +75,8 @@ def config_of(value):
         return value
     if isinstance(value, sys.modules["tensorflow"].DType):
         return value.name
+    if isinstance(value, (list, tuple)) and any(is_distribution(item) for item in value):
+        return [config_of(item) for item in value]
     try:
         return np.asarray(value, "float64").tolist()
     except (TypeError, ValueError):
@@ -82,9 +84,11 @@ def config_of(value):
 
 
 def from_config(config):
-    """Return the distribution from whose parameters `config_of` made the config."""
+    """Return the distribution that `config_of` converted to this config."""
     from tensorflow_probability import distributions as tfd
 
+    if isinstance(config, list) and any(isinstance(item, dict) for item in config):
+        return [from_config(item) for item in config]
     if isinstance(config, list):
         return np.asarray(config, "float32")
     if not isinstance(config, dict):

@@ -16,12 +16,12 @@ def replace(path, write):
     """
     path = pathlib.Path(path)
     if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(f"{path} can't be written to.")
+        raise PermissionError(f"Cannot write to {path}.")
     beside = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
         write(beside)
         os.replace(beside, path)
     except RuntimeError as error:  # h5py raises it when the disk is full
-        raise OSError(f"{path} can't be written: {error}") from error
+        raise OSError(f"Cannot write {path}: {error}") from error
     finally:
         beside.unlink(missing_ok=True)

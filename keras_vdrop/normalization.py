@@ -19,21 +19,23 @@ def update_batch_normalization(model: keras.Model, x: Any, batch_size: int = 128
     `MonteCarlo` needs no such call: its draws contain the noise that the statistics of `fit` include.
 
     Noise and dropout are off. A layer whose inputs come from another BatchNormalization sees them normalized by the
-    statistics of the batch. Over several batches, means and variances are averaged, each batch weighted by its rows.
+    statistics of the batch. Over several batches or calls of a layer, means and variances are averaged, weighted by
+    their rows.
     A layer that is frozen (`trainable=False`) keeps its statistics.
 
     Args:
         model: A built Keras model, variational or not. It is changed in place.
         x: Inputs as in training, augmented if they were: an array of shape (rows, ...), a dict, list or tuple of such
-            arrays, or an iterable of batches (a dataset), each of them inputs or a tuple (inputs, targets, ...). A few
-            thousand rows are enough.
+            arrays, or an iterable of batches (a dataset or `DataLoader`), each of them inputs or, as in `fit`, a tuple
+            or list (inputs, targets, ...). A few thousand rows are enough.
         batch_size: Int, for arrays.
 
     Raises:
         ValueError: If there are no rows, if arrays differ in their number of rows, or if the model is a `MonteCarlo`.
 
-    Source: Li et al., 2018, https://arxiv.org/abs/1801.05134 (how noise shifts the variance); Izmailov et al., 2018,
-    https://arxiv.org/abs/1803.05407, section 3 (statistics in one pass after training).
+    Reference:
+        Li et al., 2018, https://arxiv.org/abs/1801.05134 (noise shifts the variance); Izmailov et al., 2018,
+        https://arxiv.org/abs/1803.05407, section 3 (one pass after training)
     """
     check_positive_int("batch_size", batch_size)
     if hasattr(model, "consistent") and isinstance(getattr(model, "model", None), keras.Model):  # a `MonteCarlo`
@@ -44,12 +46,8 @@ def update_batch_normalization(model: keras.Model, x: Any, batch_size: int = 128
         for layer in layers:
             stack.enter_context(_collecting(layer))
         for batch in _batches(x, batch_size):
-            rows = len(keras.tree.flatten(batch)[0])
-            for layer in layers:
-                for name in _momenta(layer):
-                    setattr(layer, name, seen / (seen + rows))
             model(batch, training=False)
-            seen += rows
+            seen += len(keras.tree.flatten(batch)[0])
     if not seen:
         raise ValueError("`x` must have at least one row. Received: 0 rows")
     return model
@@ -72,12 +70,17 @@ def _is_normalization(layer):
 
 @contextlib.contextmanager
 def _collecting(layer):
-    """Let the layer update its statistics although the model is not training."""
-    momenta, call = _momenta(layer), layer.call
+    """Let the layer set its statistics to the average over its calls, although the model is not training."""
+    momenta, call, seen = _momenta(layer), layer.call, 0
 
     @functools.wraps(call)
-    def call_in_training(*args, **kwargs):
-        return call(*args, **{**kwargs, "training": True})
+    def call_in_training(inputs, *args, **kwargs):
+        nonlocal seen
+        rows = len(inputs)
+        for name in momenta:
+            setattr(layer, name, seen / max(seen + rows, 1))
+        seen += rows
+        return call(inputs, *args, **{**kwargs, "training": True})
 
     layer.call = call_in_training
     try:
@@ -96,7 +99,7 @@ def _momenta(layer):
 def _batches(x, batch_size):
     """Yield the batches of arrays, or the inputs of an iterable of batches."""
     if not (isinstance(x, (dict, list, tuple)) or hasattr(x, "shape")):
-        yield from (batch[0] if isinstance(batch, tuple) else batch for batch in x)
+        yield from (keras.utils.unpack_x_y_sample_weight(batch)[0] for batch in x)
         return
     x = keras.tree.map_structure(keras.ops.convert_to_numpy, x)
     rows = {len(each) for each in keras.tree.flatten(x)}

@@ -55,6 +55,7 @@ class Observer:
         model: A compiled `keras.Model`.
 
     Attributes:
+        reads_outputs: Whether `outputs` is wanted.
         outputs: The `Output`s of the step that was traced last; None before.
         on_outputs: None, or a callable that runs at every trace, before the loss is computed.
         terms: The `LossTerms`; None for a model without metrics.
@@ -65,12 +66,14 @@ class Observer:
         self.model = model
         self.terms = None
         self.on_outputs = None
+        self.reads_outputs = True
         self.outputs = None
         self.batch_size = None
         self._running = False
         self._shown = False
         self._owners = set()
         self._steps = {}
+        self._made_for = {}
         self._own = {}
         self._compute_loss = model.compute_loss
         # Not a bound method of the observer: Keras saves what the attributes of a model hold.
@@ -118,7 +121,10 @@ class Observer:
         own = getattr(self.model, name)
         if own is self._steps.get(name):
             return  # still there from a `fit` that was interrupted
-        if name not in self._steps:
+        # `compile` and `make_train_function(force=True)` ask for a new step.
+        made_for = (getattr(self.model, "_compile_config", None), own)
+        if name not in self._steps or any(a is not b for a, b in zip(self._made_for[name], made_for)):
+            self._made_for[name] = made_for
             self._steps[name] = self._observed(tracing.new_function(self.model, name.removesuffix("_function")))
         self._own[name] = own
         setattr(self.model, name, self._steps[name])
@@ -169,7 +175,7 @@ class Observer:
         if not self._running:
             return self._compute_loss(*args, **kwargs)
         named = dict(zip(("x", "y", "y_pred"), args)) | kwargs
-        if named.get("y_pred") is not None:
+        if self.reads_outputs and named.get("y_pred") is not None:
             self.outputs = outputs_of(named["y_pred"], getattr(self.model, "output_names", None))
         if self.on_outputs is not None:
             self.on_outputs()

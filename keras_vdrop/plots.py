@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_vdrop.functional import calibration, checks, detection, regression
 from keras_vdrop.montecarlo import Predictions
-from keras_vdrop.posterior import prunable_weights
+from keras_vdrop.posterior import some_prunable_weights
 from keras_vdrop.pruning import row_name
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -75,7 +75,7 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
         The `Axes`.
     """
     ax = _axes(ax)
-    weights = prunable_weights(model)
+    weights = some_prunable_weights(model)
     values = _numbers(weights, lambda weight: weight.log_alpha())
     # The log alpha of a weight that is 0, such as a pruned one, is huge: it is counted, but does not set the axis.
     zero = _numbers(weights, lambda weight: weight.mean()) == 0
@@ -108,7 +108,7 @@ def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
     """
     import matplotlib.pyplot as plt
 
-    weights = prunable_weights(model)
+    weights = some_prunable_weights(model)
     if ax is None:
         ax = plt.subplots(figsize=(6.4, 1.4 + 0.8 * len(weights)), layout="constrained")[1]
     values = [np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights]
@@ -152,7 +152,7 @@ def weight_histogram(model, threshold=None, ax=None, bins=60):
         The `Axes`.
     """
     ax = _axes(ax)
-    weights = prunable_weights(model)
+    weights = some_prunable_weights(model)
     values = _numbers(weights, lambda weight: weight.mean())
     alive = _numbers(weights, lambda weight: weight.mask)
     kept = ~np.concatenate([_pruned(weight, threshold) for weight in weights])[alive]
@@ -508,7 +508,9 @@ def regression_band(x, mean, aleatoric_variance=None, epistemic_variance=None, o
     ax = _axes(ax)
     if isinstance(mean, dict):
         x, mean, aleatoric_variance, epistemic_variance = _band_of(x, mean)
-    columns = checks.alike(x=x, mean=mean, aleatoric_variance=aleatoric_variance, epistemic_variance=epistemic_variance)
+    columns = checks.alike(
+        x=np.ravel(x), mean=mean, aleatoric_variance=aleatoric_variance, epistemic_variance=epistemic_variance
+    )
     order = np.argsort(columns[0])
     x, mean, aleatoric, epistemic = (column[order] for column in columns)
     model, both = (np.sqrt(np.maximum(v, 1e-300)) for v in (epistemic, epistemic + aleatoric))

@@ -74,9 +74,9 @@ class VariationalWeight(VariableLike, Posterior):
 
     Attributes:
         loc: Variable, the posterior mean, trainable.
-        log_variance: Trainable, `log_variance_rate` times the stored variable; of the shape of `loc`, or of one that
-            broadcasts to it. Both are float32 under every policy (float64 in a float64 layer), since a float16
-            variance would underflow below 6e-8.
+        log_variance: Trainable, `log_variance_rate` times the stored variable; its shape broadcasts to that of `loc`.
+            It is float32 under every policy (float64 in a float64 layer), as is `loc`: a float16 variance would
+            underflow below 6e-8.
         mask: Boolean variable of the shape of `loc`; False where pruned.
         prior: The `Prior`.
         prior_parameters: Dict of the variables of the prior; empty for most priors.
@@ -408,6 +408,21 @@ def prunable_weights(model_or_layer):
     """
     found = require_posteriors(model_or_layer)
     return [weight for weight in found if isinstance(weight, VariationalWeight) and weight.prunable]
+
+
+def some_prunable_weights(model):
+    """Return `prunable_weights`.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    weights = prunable_weights(model)
+    if not weights:
+        raise ValueError(
+            f"The model {model.name!r} has no weights that can be pruned. These are variational kernels and "
+            "tables, and the scales of `VariationalGaussianDropout`. Use such layers, with a prior."
+        )
+    return weights
 
 
 def learning_posteriors(model):

@@ -23,9 +23,8 @@ class Prior:
         groups: Dict, the groups of weights that are kept or pruned as a whole, as keywords of
             `functional.sparsity.log_alpha`. Empty for a prior over single weights.
         threshold: Float, the log alpha above which weights are pruned if the layer has no threshold of its own. It is 3
-            for single weights: such a weight is 95 % noise. It is 5 for groups: within a group, weights that are not
-            needed become as noisy as the shared s² allows, so a group with only a few needed weights also has a large
-            log alpha.
+            for single weights, which are then 95 % noise, and 5 for groups. The unneeded weights of a group become as
+            noisy as the shared s² allows, so its log alpha is large even if it has a few needed weights.
         start: Float, the initial log(variance / mean square of the initial weights) of a posterior whose layer has no
             `initial_log_variance`.
     """
@@ -59,8 +58,8 @@ class Prior:
         """Compute KL(N(loc, exp(log_variance)) ‖ p), elementwise, in nats.
 
         Args:
-            loc: float32 tensor, the posterior mean.
-            log_variance: float32 tensor of the same shape, the log of the posterior variance.
+            loc: Tensor, the posterior mean.
+            log_variance: Tensor that broadcasts to `loc`, the log of the posterior variance.
 
         Returns:
             Tensor of the same shape.

@@ -40,7 +40,7 @@ class _Scope:
             draw of these layers from call to call.
         held: The generator states to advance when the scope ends, by id.
         used: Whether anything was drawn.
-        around: Whether functions compiled within the scope outlive it, as it was opened outside of them.
+        around: Whether the scope was opened outside of compiled functions, which then outlive it.
         threads: The threads that were running when the scope was opened.
     """
 
@@ -63,8 +63,8 @@ def sampling(consistent: bool = False) -> Iterator[None]:
     within a scope raises an error, and one that was compiled before ignores the scope.
 
     Threads that start while the main thread is within the scope belong to it, and so do replicas
-    (`tf.distribute.Strategy.run`). Other threads do not, such as those that start while a thread other than the main
-    one is within the scope: open a scope in them.
+    (`tf.distribute.Strategy.run`). Open a scope in any other thread, even if it starts while a thread other than the
+    main one is within a scope.
 
     An RNN draws once per sequence. A recurrent cell that you call step by step draws again at every step, unless
     `consistent`.
@@ -127,8 +127,8 @@ def drawing(consistent=False, repeated=()):
 def _open_to_threads(scope):
     """Let threads that start from now on find the scope, if the main thread opens it.
 
-    Python does not tell which thread started another one. If any other thread could do this, threads that its siblings
-    start would find the scope too.
+    Python does not tell which thread started another one. If another thread could do this, threads that it did not
+    start would find its scope too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -297,8 +297,9 @@ class FixedSeeds(keras.random.SeedGenerator):
         self._draws = 0
 
     def next(self, ordered=True):
-        # Stay far from the states of other calls, which increase by one.
-        offset = ops.convert_to_tensor([self._salt, self._draws << 24], dtype=self._state.dtype)
+        # Stay far from the states of other calls, which increase by one, and within 31 bits.
+        salt, draw = self._salt ^ (self._draws >> 7), self._draws & 127
+        offset = ops.convert_to_tensor([salt, draw << 24], dtype=self._state.dtype)
         self._draws += 1
         return self._state + offset
 

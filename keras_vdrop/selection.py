@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_vdrop.checks import check_finite, check_non_negative
-from keras_vdrop.posterior import prunable_weights
+from keras_vdrop.posterior import some_prunable_weights
 from keras_vdrop.pruning import sparsity
 
 
@@ -135,12 +135,7 @@ def select_threshold(
     check_non_negative("tolerance", tolerance)
     if mode not in ("auto", "max", "min"):
         raise ValueError(f'`mode` must be "auto", "max" or "min". Received: mode={mode!r}')
-    weights = prunable_weights(model)
-    if not weights:
-        raise ValueError(
-            f"The model {model.name!r} has no weights that can be pruned. These are variational kernels and "
-            "tables, and the scales of `VariationalGaussianDropout`. Use such layers, with a prior."
-        )
+    weights = some_prunable_weights(model)
     thresholds = _candidates(weights) if thresholds is None else [*thresholds]
     if not thresholds:
         raise ValueError("`thresholds` must have at least one candidate. Received: thresholds=[]")

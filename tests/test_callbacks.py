@@ -428,3 +428,62 @@ def test_the_step_is_traced_once():
     before = Counted.calls
     model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)
     assert Counted.calls == before + 1
+
+
+@pytest.mark.parametrize("decay", [{"weight_decay": 1e5}, {"weight_decay": None}], ids=str)
+def test_optimizers_within_an_optimizer_do_not_decay_log_variances(model, decay):
+    sgd = keras.optimizers.SGD(1e-6, **decay)
+    model.compile(keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(sgd)), "mse")
+    log_variance = model.layers[0].kernel.log_variance
+    before = array(log_variance)
+    model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)
+    np.testing.assert_allclose(array(log_variance), before, rtol=1e-3)
+
+
+def test_muon_does_not_decay_log_variances(model):
+    model.compile(keras.optimizers.Muon(1e-6, weight_decay=None, adam_weight_decay=1e5, adam_lr_ratio=1.0), "mse")
+    log_variance = model.layers[1].bias.log_variance
+    before = array(log_variance)
+    model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)
+    np.testing.assert_allclose(array(log_variance), before, rtol=1e-3)
+
+
+def test_nested_outputs_with_labels_per_example():
+    inputs = keras.Input((4,))
+    h = kv.VariationalDense(2)(inputs)
+    model = keras.Model(inputs, {"a": {"x": h, "z": h + 1.0}})
+    model.compile("adam", {"a": {"x": "mse", "z": "mse"}})
+    y = {"a": {"x": X[:, :2], "z": X[:, :2]}}
+    model.fit(X, y, verbose=0, callbacks=[kv.ELBO(64, labels_per_example=2)])
+    assert float(array(model.layers[1].kl_weight)) == pytest.approx(1 / 128)
+
+
+class OwnMetrics(keras.Model):
+    """A model whose metrics `compile` does not make."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tracker = keras.metrics.Mean("loss")
+
+    @property
+    def metrics(self):
+        return [self.tracker]
+
+
+def test_compile_replaces_the_step_of_a_model_with_its_own_metrics():
+    inputs = keras.Input((4,))
+    body = kv.VariationalDense(8)
+    model = OwnMetrics(inputs, kv.VariationalDense(1)(body(inputs)))
+    before = array(body.kernel.loc)
+    for trainable in (False, True):
+        body.trainable = trainable
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.fit(X, Y, verbose=0, callbacks=[kv.ELBO(64)])
+        assert np.array_equal(array(body.kernel.loc), before) != trainable
+
+
+def test_sparsity_logger_of_a_model_without_prunable_weights():
+    model = keras.Sequential([keras.Input((4,)), kv.ConcreteDropout(keras.layers.Dense(1), kl_weight=0.1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="no weights that can be pruned"):
+        model.fit(X, Y, callbacks=[kv.SparsityLogger()], verbose=0)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import keras_vdrop as kv
+import keras_vdrop_cli
 from keras_vdrop_cli import main
 from tests.cases import array, stock
 
@@ -177,7 +178,7 @@ def test_read_only_target(command, saved, tmp_path, capsys, monkeypatch):
     if command == "report":
         assert not main([str(argument) for argument in arguments])
     else:
-        assert f"{tmp_path} can't be written to" in fails_in_one_line(arguments, capsys)
+        assert f"Cannot write to the folder {tmp_path}" in fails_in_one_line(arguments, capsys)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -216,3 +217,20 @@ def test_damaged_data(saved, tmp_path, capsys):
     (tmp_path / "x.npz").write_bytes(content[:60] + b"?" * 200 + content[260:])
     line = fails_in_one_line(["compact", saved, "-o", tmp_path / "small.keras", "--data", tmp_path / "x.npz"], capsys)
     assert str(tmp_path / "x.npz") in line
+
+
+def test_demo_takes_another_folder_if_a_file_has_its_name(tmp_path):
+    (tmp_path / "demo").write_text("")
+    assert keras_vdrop_cli._nearest_folder(tmp_path / "demo") == tmp_path
+
+
+def test_compact_a_variational_model_with_data(tmp_path):
+    block = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, "relu"), keras.layers.Dense(3)])
+    model = kv.Variational(block, kl_weight=0.1)
+    x = np.ones((20, 8), "float32")
+    model(x)
+    np.savez(tmp_path / "x.npz", x=x)
+    from keras_vdrop.cli import files
+
+    np.testing.assert_array_equal(files.load_inputs(tmp_path / "x.npz", model), x)
+    np.testing.assert_array_equal(files.load_inputs(tmp_path / "x.npz", object()), x)

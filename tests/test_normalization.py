@@ -140,3 +140,23 @@ def test_what_it_cannot_do_is_said():
     with pytest.raises(ValueError):  # of the model itself: the layers are as before after that too
         kv.update_batch_normalization(model, np.zeros((5, 7), "float32"))
     assert "call" not in vars(layer) and layer.momentum == 0.99
+
+
+def test_a_layer_that_is_called_several_times_averages_over_its_calls():
+    x = inputs(64)[:, None] + 10.0 * np.arange(5, dtype="float32")[:, None]  # (64, 5, 3): one call for each time step
+    normalization = layers.BatchNormalization()
+    model = keras.Sequential([keras.Input((5, 3)), layers.TimeDistributed(normalization)])
+    kv.update_batch_normalization(model, x, batch_size=16)
+    np.testing.assert_allclose(array(normalization.moving_mean), x.mean((0, 1)), rtol=1e-4)
+    variances = x.reshape(4, 16, 5, 3).var(1).mean((0, 1))
+    np.testing.assert_allclose(array(normalization.moving_variance), variances, rtol=1e-3)
+
+
+def test_batches_that_are_lists_are_inputs_and_targets_as_in_fit():
+    x = inputs(60)
+    one, other = network(), network()
+    other.set_weights(one.get_weights())
+    kv.update_batch_normalization(one, x, batch_size=20)
+    kv.update_batch_normalization(other, [[x[i : i + 20], np.zeros(20)] for i in (0, 20, 40)].__iter__())
+    for a, b in zip(one.weights, other.weights):
+        np.testing.assert_allclose(array(a), array(b), rtol=1e-6)

@@ -205,6 +205,7 @@ def test_regression_band():
     mean, aleatoric, epistemic = x**2, np.full(50, 0.09), np.full(50, 0.16)
     _, ax = plt.subplots()
     assert kv.plots.regression_band(x, mean, aleatoric, epistemic, observed=(x, mean), level=0.5, ax=ax) is ax
+    kv.plots.regression_band(x[:, None], mean, aleatoric, epistemic)
     assert texts(ax) == ["50 %, model and data", "50 %, model", "mean", "observed"]
     order = np.argsort(x)
     np.testing.assert_allclose(ax.lines[0].get_xydata(), np.stack([x, mean], axis=-1)[order])

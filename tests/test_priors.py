@@ -229,6 +229,14 @@ class TestTFP:
         again = keras.saving.load_model(tmp_path / "model.keras")
         np.testing.assert_allclose(array(again.layers[0].kernel.kl()), array(layer.kernel.kl()), rtol=1e-6)
 
+    def test_a_mixture_of_a_list_of_distributions_is_saved(self):
+        from tensorflow_probability import distributions as tfd
+
+        mixture = tfd.Mixture(tfd.Categorical(probs=[0.25, 0.75]), [tfd.Normal(0.0, 1.0), tfd.Laplace(0.0, 0.05)])
+        prior = priors.get(mixture)
+        again = priors.get(priors.serialize(prior))
+        np.testing.assert_allclose(array(again.kl(LOC, LOG_VARIANCE)), array(prior.kl(LOC, LOG_VARIANCE)), rtol=1e-6)
+
     def test_a_distribution_over_vectors_is_refused(self):
         from tensorflow_probability import distributions as tfd
 

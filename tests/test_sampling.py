@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import keras_vdrop as kv
+from keras_vdrop.sampling import FixedSeeds
 from tests.cases import array
 
 X, Y = np.random.default_rng(0).normal(size=(64, 4)).astype("float32"), np.zeros((64, 3), "float32")
@@ -480,3 +481,10 @@ with concurrent.futures.ThreadPoolExecutor(1) as pool:
 def test_replicas_draw_one_function_where_it_is_consistent_and_their_own_elsewhere():
     run = subprocess.run([sys.executable, "-c", REPLICAS], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32"])
+def test_fixed_seeds_of_many_draws_differ(dtype):
+    generator = FixedSeeds(keras.ops.cast([7, 0], dtype))
+    seeds = [tuple(keras.ops.convert_to_numpy(generator.next()).tolist()) for _ in range(600)]
+    assert len({(first % 2**32, second % 2**32) for first, second in seeds}) == 600

@@ -12,8 +12,8 @@ class Attention(Rule):
     """MultiHeadAttention: removes heads, and numbers that a head compares (`key_dim`) or carries (`value_dim`).
 
     What is the same for all keys, such as the key bias, adds the same number to all scores of a query, and softmax
-    ignores it. Query numbers that are constant and not 0 weight the key numbers by constants: one number of the head
-    can hold the sum. As the attention weights sum to 1, constant values come out unchanged, and the output bias
+    ignores it. Query numbers that are nonzero constants turn the key numbers into one weighted sum, which one number
+    of the head can hold. As attention weights sum to 1, constant values come out unchanged, and the output bias
     absorbs them.
     """
 

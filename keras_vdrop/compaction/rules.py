@@ -52,7 +52,7 @@ class Rule:
             mask[:1] |= not mask.any()
 
     def cut(self, known, ins, outs):
-        """Return a dict of the arguments that change, or a new layer; and the list of its weights."""
+        """Return the changed arguments as a dict, or a new layer; and the list of weights to set."""
         return {}, self.layer.get_weights()
 
 
@@ -118,11 +118,14 @@ class Normalization(PassThrough):
         return super().fits(layer, inputs) and layer.axis in (-1, len(inputs[0]) - 1)
 
     def of_constants(self, value):
-        *scale_and_offset, mean, variance = (weight.astype("float64") for weight in self.layer.get_weights())
-        value = (value - mean) / np.sqrt(variance + self.layer.epsilon)
-        if self.layer.scale:
-            value = value * scale_and_offset[0]
-        return value + scale_and_offset[-1] if self.layer.center else value
+        def array(variable):
+            return ops.convert_to_numpy(variable).astype("float64")
+
+        layer = self.layer
+        value = (value - array(layer.moving_mean)) / np.sqrt(array(layer.moving_variance) + layer.epsilon)
+        if layer.scale:
+            value = value * array(layer.gamma)
+        return value + array(layer.beta) if layer.center else value
 
     def cut(self, known, ins, outs):
         return {}, [weight[ins[0]] for weight in self.layer.get_weights()]
@@ -174,7 +177,7 @@ class Concatenation(Rule):
 
 
 class Places(Rule):
-    """Flatten and Reshape: the longer of the last axes before and after holds each channel of the shorter repeatedly.
+    """Flatten and Reshape: of the last axes before and after, the longer one repeats the channels of the shorter.
 
     The numbers keep their order, so a channel is an index modulo the length of the shorter axis.
     """

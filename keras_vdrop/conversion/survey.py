@@ -123,8 +123,8 @@ def _hold_all_kernels(some, layer):
 def _can_hold(layer, inner, has_counterpart):
     """Return whether the replacements of its sublayers work in a layer.
 
-    Only `TimeDistributed` can hold a `Variational`, which replaces a layer without a counterpart: other wrappers use
-    more of their layers than a call.
+    Only `TimeDistributed` can hold a `Variational`, which replaces a layer without a counterpart: other wrappers do
+    more than call their layers.
     """
     if isinstance(layer, layers.TimeDistributed):
         return True

@@ -65,15 +65,15 @@ def to_variational(
             this factor times its square, as in MOPED (0.01 is a standard deviation of 10 %).
         log_variance_rate, threshold: As in `VariationalDense`.
         empirical_bayes: Whether to center a normal prior on the trained weights instead of 0.
-        rank: Positive int: the kernels stay as they are, and a low-rank update of them,
-            W + lora_alpha / rank·A·B, is learned and has a posterior, as with `lora_rank` of `VariationalDense`. Its
-            prior is centered on 0. Layers that cannot have such an update are wrapped in a `Variational`, which can.
+        rank: Positive int. The kernels W stay fixed. A low-rank update, W + (lora_alpha / rank)·A·B, is learned and has
+            a posterior, as with `lora_rank` of `VariationalDense`. Its prior is centered on 0. Layers that cannot have
+            such an update are wrapped in a `Variational`, which can.
         lora_alpha: The factor of the update; None for `rank`.
         dropout: None leaves dropout layers as they are. "monte_carlo" replaces `Dropout` and `SpatialDropout` layers by
             `MonteCarloDropout`, and `GaussianDropout` by `VariationalGaussianDropout(alpha="fixed")`: the same noise,
             which can be sampled. "variational" replaces all of them by `VariationalGaussianDropout`, which learns its
-            noise. Within a layer that is wrapped in a `Variational`, both make `Dropout` and `SpatialDropout` drop as
-            before, and also where noise is sampled.
+            noise. Within a layer that is wrapped in a `Variational`, both keep `Dropout` and `SpatialDropout`, and make
+            them active within `sampling()`.
         print_fn: Called with each line of the report.
 
     Returns:

@@ -24,7 +24,7 @@ def quantile(scores, coverage=0.9):
     """Return the ⌈(n + 1)·coverage⌉-th smallest of n scores. A new score is at most that with probability ≥ coverage.
 
     Args:
-        scores: Array (n,), higher the less the truth of a calibration row conforms to its prediction.
+        scores: Array (n,), high where the truth of a calibration row is far from its prediction.
         coverage: Float in (0, 1).
 
     Raises:

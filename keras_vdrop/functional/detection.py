@@ -36,7 +36,7 @@ def auroc(inside, outside):
 
 
 def aupr(inside, outside):
-    """Compute the average precision, Σ over thresholds, from the highest, of (increase of recall)·precision.
+    """Compute the average precision, Σ (increase of recall)·precision over thresholds from the highest down.
 
     Rows outside are the positives. The result depends on their share: an uninformative score has M / (N + M). With rows
     inside as the positives, use `aupr(-outside, -inside)`.
@@ -56,7 +56,7 @@ def aupr(inside, outside):
 
 
 def fpr_at_tpr(inside, outside, tpr=0.95):
-    """Compute FPR95, the least fraction of rows inside that is flagged if at least 95 % of the rows outside are.
+    """Compute FPR95, the fraction of rows inside that is flagged when at least 95 % of rows outside are flagged.
 
     Rows outside are the positives. With rows inside as the positives, as in some papers, use
     `fpr_at_tpr(-outside, -inside)`.
@@ -106,7 +106,7 @@ def risk_coverage(uncertainty, loss):
 
 
 def aurc(uncertainty, loss):
-    """Compute AURC, the mean risk over the coverages 1/B ... 1. It is lower the better uncertainty ranks the losses.
+    """Compute AURC, the mean risk over the coverages 1/B ... 1. A better ranking of the losses gives a lower AURC.
 
     Args:
         uncertainty, loss: As for `risk_coverage`.

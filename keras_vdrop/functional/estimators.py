@@ -7,7 +7,7 @@ they draw, and so in cost and in the dependence between outputs:
 
 | estimator | draws | products | noise of different examples |
 | --- | --- | --- | --- |
-| `local_reparameterization` | one number for each output | 2 | independent, as of different outputs |
+| `local_reparameterization` | one number for each output | 2 | independent, also among outputs |
 | `flipout` | one weight for the batch, signs for each example | 2 | uncorrelated, but from one weight draw |
 | `reparameterization` | one weight for the batch | 1 | the same weight draw |
 

@@ -179,7 +179,7 @@ def ard(loc, log_variance, group_axis=None, blocks=1):
         group_axis, blocks: As for `functional.sparsity.log_alpha`.
 
     Returns:
-        Tensor of the same shape, in nats. For groups, only the sum over a group has a meaning: it is its KL.
+        Tensor of the same shape, in nats. With groups, only the sum over a group is a KL: that of the group.
 
     Reference:
         Variational Dropout via Empirical Bayes, Kharitonov, Molchanov, Vetrov, 2018,

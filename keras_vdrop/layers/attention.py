@@ -16,7 +16,7 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
 
     Q = query·W_q, K = key·W_k, V = value·W_v, and the output is the concatenation of the heads times W_o. This is
     Keras's `MultiHeadAttention` with a `VariationalEinsumDense` for each of the four projections (`query_dense`,
-    `key_dense`, `value_dense`, `output_dense`). The default estimator, flipout, gives each example its own draw;
+    `key_dense`, `value_dense`, `output_dense`). Flipout, the default for T > 1, gives each example its own draw;
     "reparameterization" makes one draw for the batch; "local_reparameterization" gives each token its own noise, which
     is not a draw of the weights.
 

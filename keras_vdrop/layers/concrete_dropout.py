@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_vdrop.checks import check_positive, check_rate
 from keras_vdrop.functional import noise
+from keras_vdrop.functional.tensors import is_float
 from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.posterior import KLPenalty, Posterior
 from keras_vdrop.sampling import mask_shape
@@ -118,6 +119,8 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
         return self.layer(self._drop(inputs) if self._noisy(training) else inputs)
 
     def _drop(self, x):
+        if not is_float(x):
+            x = ops.cast(x, self.compute_dtype)
         shape = ops.shape(x)
         if self.spatial:
             kept = (0, self._channel_axis() % len(shape))

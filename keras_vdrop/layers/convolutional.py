@@ -287,8 +287,7 @@ class VariationalDepthwiseConv2D(ConvolutionLayer, keras.layers.DepthwiseConv2D)
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D):
-    """y = activation((x ∗ W)·V + b), W and V ~ N(loc, exp(log_variance)): `keras.layers.SeparableConv2D` with two
-    random kernels.
+    """y = activation((x ∗ W)·V + b), W and V ~ N(loc, exp(log_variance)): a `SeparableConv2D` with random kernels.
 
     The layer applies a depthwise convolution and then a product at every position. In training (and within
     `sampling()`) it draws both kernels, `layer.depthwise_kernel` and `layer.pointwise_kernel`, as in

@@ -26,14 +26,15 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
             a `priors.Prior`, a TFP distribution, or None for a plain kernel.
         bias_prior: The same for the bias; None for a plain bias.
         estimator: "local_reparameterization", "flipout" or "reparameterization" (see `functional.estimators`); or
-            "auto": the first for inputs (B, D), and flipout for inputs (B, ..., D), whose positions share the kernel.
+            "auto": the first for inputs (B, D), else flipout.
+        lora_rank, lora_alpha: As in `Variational`.
         kl_weight: Float ≥ 0, 1 / (number of training examples); None if the `ELBO` callback sets it.
         initial_log_variance: Float, the initial log_variance. None sets the standard deviation to 5 % (22 % with a
             normal prior) of the root mean square of the initial weights, which counts as 0.1 if they are all 0.
         log_variance_rate: Float > 0. A step of an optimizer such as Adam moves log_variance by about this many learning
             rates; SGD moves it by the gradient times the learning rate times log_variance_rate².
-        threshold: Float, the log alpha above which `sparsity` and `prune` drop a weight; None for that of the prior:
-            3, or 5 if the prior keeps or drops weights in groups.
+        threshold: Float, the log alpha above which a weight is pruned; None for that of the prior: 3, or 5 if the prior
+            keeps or prunes weights in groups.
         seed: Int for the same noise in every run, or None.
         **kwargs: `name`, `dtype`, `trainable`.
 

@@ -12,8 +12,8 @@ from keras_vdrop.layers.weights import VariationalLayer
 class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
     """y = E[x], E ~ N(loc, exp(log_variance)): `keras.layers.Embedding` with a distribution for a table.
 
-    In training (and within `sampling()`) the table is random. The default estimator, flipout, draws one table for the
-    batch, with random signs for each example; "reparameterization" draws one table for the whole batch;
+    In training (and within `sampling()`) the table is random. For several indices per example the default is flipout:
+    one table for the batch, with signs for each example. "reparameterization" draws one for the batch;
     "local_reparameterization" draws a row for each occurrence of a word, which is not a draw of the table. Otherwise
     E = loc, and 0 where pruned. The KL of the whole table counts once, however many words a batch looks up.
 
@@ -24,7 +24,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
             apply to the table's mean.
         mask_zero: As in `keras.layers.Embedding`: whether index 0 is padding, to be masked.
         weights: Optional array (V, U), the initial mean.
-        kernel_prior: The prior of the table; `priors.ARD(group_axis=0)` drops whole words.
+        kernel_prior: The prior of the table; `priors.ARD(group_axis=0)` prunes words.
         estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -48,6 +48,8 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
         Bayesian Compression for Natural Language Processing, Chirkova, Lobacheva, Vetrov, 2018,
         https://arxiv.org/abs/1810.10927
     """
+
+    _looks_up = True
 
     def __init__(self, *args, **kwargs):
         # Given `weights`, Keras's constructor would build the layer before our constructor has finished.

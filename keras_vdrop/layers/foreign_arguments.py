@@ -42,7 +42,7 @@ ANSWERS = {
     "num_examples": _KL,
     "temperature": "Pass `temperature` to the callback `keras_vdrop.ELBO`.",
     "beta": "Pass `temperature` to the callback `keras_vdrop.ELBO`.",
-    "initial_rate": "Pass `initial_log_variance`; log α = log variance - log mean².",
+    "initial_rate": "Pass `initial_log_variance`: log alpha + log(loc²).",
 }
 
 

@@ -33,7 +33,7 @@ class VariationalGaussianDropout(StochasticLayer):
             kept at or below 1 (also initially), where its cubic KL is valid, so nothing is pruned.
         axis: Int, the axis of the units in the input.
         kl_weight: Float ≥ 0, 1 / (number of training examples); None if the `ELBO` callback sets it.
-        threshold: Float, the log alpha above which `sparsity` and `prune` drop a unit.
+        threshold: Float, the log alpha above which a unit is pruned.
         seed: Int for the same noise in every run, or None.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -130,6 +130,8 @@ class VariationalGaussianDropout(StochasticLayer):
 
     def call(self, inputs, training=False):
         noisy = self._noisy(training)
+        if noisy and not is_float(inputs):
+            inputs = ops.cast(inputs, self.compute_dtype)
         if self.alpha == "fixed":
             return self._fixed(inputs) if noisy else inputs
         shape = [1] * len(inputs.shape)

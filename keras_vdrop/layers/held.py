@@ -2,6 +2,8 @@
 
 from keras import ops
 
+from keras_vdrop.functional.tensors import is_float
+
 
 class Product:
     """The function x ↦ x·W + b for the gates of a cell, side by side, with the same W, b and masks at every step.
@@ -25,6 +27,8 @@ class Product:
 
     def __call__(self, x, first=0, last=None):
         """Return the products of the gates `first` to `last` − 1 (all by default), side by side."""
+        if not is_float(x):
+            x = ops.cast(x, self.matrix.dtype)
         last = self.gates if last is None else last
         if len(self.masks) > 1:
             every = [self._cut_product(x * self.masks[gate], gate, gate + 1) for gate in range(first, last)]

@@ -194,7 +194,7 @@ class StochasticLayer(Rematerialized):
 
     @property
     def free_bits(self):
-        """The KL that costs nothing, in nats per element of a posterior, averaged over its elements; assignable."""
+        """The KL per kept element of a posterior that costs nothing, in nats; assignable; None before `build`."""
         return self._free_bits
 
     @free_bits.setter

@@ -36,7 +36,7 @@ class Variational(StochasticLayer, keras.Model):
         kl_weight: Float ≥ 0, 1 / (number of training examples); None if the `ELBO` callback sets it.
         initial_log_variance, log_variance_rate, threshold: As in `VariationalDense`.
         lora_rank: Positive int, r. Each weight W then stays fixed, and the layer draws and learns an update of it:
-            W + lora_alpha / r·A·B, with A ~ N(loc, exp(log_variance)) of shape (..., r), and a plain B of shape (r, U)
+            W + (lora_alpha / r)·A·B with A ~ N(loc, exp(log_variance)) of shape (..., r) and a plain B of shape (r, U)
             that starts at 0. None for distributions over the weights themselves.
         lora_alpha: Float, the factor in the update; None for r.
         seed: Int for the same noise in every run, or None.
@@ -207,12 +207,21 @@ class Variational(StochasticLayer, keras.Model):
     # Calling
 
     def call(self, *args, training=None, **kwargs):
+        # Quantization replaces the variables that are drawn. Keras quantizes the layers within without asking this one.
+        for each in self.layer._flatten_layers():
+            check_policy(each.dtype_policy)
         # The wrapped layer gets `training` from the context of this call.
         noisy = self._noisy(training)
         values = [self._value(weight, noisy) for weight in self.drawn.values()]
         with _Drawn(values, collect_losses=True, initialize_variables=False) as scope:
             outputs = self.layer(*args, **kwargs)
+        drawn = {id(variable) for variable, _ in values} if noisy else ()
         for variable in scope.updated.values():
+            if id(variable) in drawn:
+                raise ValueError(
+                    f"The layer {self.layer.name!r} assigns to its weight {variable.path!r} in training. A weight that "
+                    "is drawn cannot be assigned to. Leave it out by `exclude`, or use a variational layer within."
+                )
             variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:
             self.add_loss(loss + 0.0)  # a new tensor: Keras recognizes the wrapped layer's losses by identity

@@ -38,8 +38,8 @@ class VariationalLayer(DropIn, StochasticLayer):
             normal prior) of the root mean square of the initial weights, which counts as 0.1 if they are all 0.
         log_variance_rate: Float > 0. A step of an optimizer such as Adam moves log_variance by about this many learning
             rates; SGD moves it by the gradient times the learning rate times log_variance_rate².
-        threshold: Float, the log alpha above which `sparsity` and `prune` drop a weight; None for that of the prior:
-            3, or 5 if the prior keeps or drops weights in groups.
+        threshold: Float, the log alpha above which a weight is pruned; None for that of the prior: 3, or 5 if the prior
+            keeps or prunes weights in groups.
         seed: As for `StochasticLayer`.
         **kwargs: The arguments of the Keras layer.
     """
@@ -173,6 +173,8 @@ class VariationalLayer(DropIn, StochasticLayer):
         self._posterior_size += weight.size
         return weight
 
+    _looks_up = False  # whether integer inputs are indices into the weights
+
     def _dtype_with(self, x):
         """Return the dtype in which Keras's layer would compute with x: not its policy's if `TimeDistributed` calls."""
         weight = plain_variable(self.variable_dtype).dtype
@@ -185,7 +187,7 @@ class VariationalLayer(DropIn, StochasticLayer):
     def _apply(self, weight, linear, x, noisy, estimator=None, sign_axes=None):
         """Return `linear(x, weight)` for a plain or a variational weight."""
         dtype = self._dtype_with(x)
-        if is_float(x):
+        if not self._looks_up:  # integers are numbers, as in Keras's matrix product, and not indices
             x = ops.cast(x, dtype)
         if not isinstance(weight, VariationalWeight):
             return linear(x, ops.cast(weight, dtype))
@@ -219,7 +221,7 @@ class VariationalLayer(DropIn, StochasticLayer):
     def enable_lora(self, rank, a_initializer="he_uniform", b_initializer="zeros", lora_alpha=None):
         """Add a low-rank update to the kernel. Keras's `build` calls this if `lora_rank` is set; a later call fails.
 
-        The kernel W stays fixed, and the layer learns an update of it: W + lora_alpha / lora_rank·A·B. A has a
+        The kernel W stays fixed, and the layer learns an update: W + (lora_alpha / lora_rank)·A·B. A has a
         posterior N(loc, exp(log_variance)), in which the weights of one input share a variance. B is plain and starts
         at 0.
 

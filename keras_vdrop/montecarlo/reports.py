@@ -15,7 +15,7 @@ _ENOUGH = 30
 
 
 def of(readings):
-    """Return the reports that the readings of a model's outputs, by name, call for."""
+    """Return the reports for the readings of a model's outputs, given by name."""
     return [Finite(), *filter(None, (_of_output(name, reading) for name, reading in readings.items()))]
 
 

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 
 import keras_vdrop as kv
 from tests.cases import array, randomize
@@ -53,3 +54,16 @@ def test_sampling_scope_draws_without_training(case):
         one, other = array(case.call(layer, x)), array(case.call(layer, x, training=False))
     assert not np.array_equal(one, other) and not np.array_equal(one, mean)
     np.testing.assert_array_equal(array(case.call(layer, x)), mean)
+
+
+def test_integers_give_what_equal_floats_give(case):
+    """Integers are numbers. In a table they are indices, and Keras's `Dropout` does not take them."""
+    if "embedding" in case.name or issubclass(case.cls, keras.layers.Dropout):
+        pytest.skip("no numbers")
+    numbers = np.random.default_rng(0).integers(-3, 4, case.inputs().shape)
+    outputs = []
+    for x in (numbers.astype("int32"), numbers.astype("float32")):
+        layer = case.built(seed=1)
+        randomize(layer)
+        outputs.append(array(case.call(layer, x, training=True)))
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)

@@ -382,3 +382,26 @@ def test_relative_variances_of_zeros_are_finite():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         kv.Variational(**{"layer": layers.Dense(3), **arguments})(X)
+
+
+def test_quantization_within_is_refused():
+    """Keras quantizes the layers within a `Variational`, which replaces the variables that it draws."""
+    block = keras.Sequential([keras.Input((4,)), layers.Dense(8, "relu"), layers.Dense(3)])
+    model = keras.Sequential([keras.Input((4,)), kv.Variational(block, kl_weight=0.1)])
+    x = np.ones((2, 4), "float32")
+    model(x)
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="quantized"):
+        model(x, training=True)
+
+
+def test_a_layer_that_assigns_to_a_weight_that_is_drawn_is_refused():
+    layer = kv.Variational(layers.SpectralNormalization(layers.Dense(4)), kl_weight=0.1)
+    x = np.ones((2, 3), "float32")
+    layer(x)
+    with pytest.raises(ValueError, match="exclude"):
+        layer(x, training=True)
+    block = keras.Sequential([layers.SpectralNormalization(layers.Dense(4), name="normalized"), layers.Dense(2)])
+    without = kv.Variational(block, kl_weight=0.1, exclude="normalized")
+    without(x)
+    assert not np.array_equal(array(without(x, training=True)), array(without(x, training=True)))
