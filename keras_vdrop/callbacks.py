@@ -87,12 +87,12 @@ class ELBO(keras.callbacks.Callback):
 
     Warns:
         Each once: if it replaces a `kl_weight` that a layer was given; if a variational layer is called that does not
-        belong to the model; if `num_examples` does not fit the first epoch. At the beginning of `fit`: what
-        is wrong with outputs whose loss is one of `losses`. At the end of `fit`, with figures: if the
-        posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights, BatchNormalization has seen the
-        noise, β was never above 0, or training was stopped before β = 1. The first, second and fourth need 50 optimizer
-        steps under one KL weight, or 200 if the `fit` has one epoch or the KL has halved; the third 5 epochs.
-        Several `fit`s that continue one schedule count as one.
+        belong to the model; if the training step does not compute the KL; if `num_examples` does not fit the first
+        epoch. At the beginning of `fit`: what is wrong with outputs whose loss is one of `losses`. At the end of `fit`,
+        with figures: if the posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights,
+        BatchNormalization has seen the noise, β was never above 0, or training was stopped before β = 1. The first,
+        second and fourth need 50 optimizer steps under one KL weight, or 200 if the `fit` has one epoch or the KL has
+        halved; the third 5 epochs. Several `fit`s that continue one schedule count as one.
 
     Example:
         >>> import keras, keras_vdrop as kv, numpy as np

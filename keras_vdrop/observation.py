@@ -12,7 +12,7 @@ from keras import ops
 from keras_vdrop.functional import tracing
 from keras_vdrop.layers.stochastic import kl_costs, watched
 from keras_vdrop.objective import outputs_of
-from keras_vdrop.posterior import posteriors
+from keras_vdrop.posterior import learning_posteriors, posteriors, witnessed_kls
 from keras_vdrop.warning import warn
 
 
@@ -71,6 +71,7 @@ class Observer:
         self.batch_size = None
         self._running = False
         self._shown = False
+        self._witness = self._kl_in_loss = None
         self._owners = set()
         self._steps = {}
         self._made_for = {}
@@ -125,7 +126,8 @@ class Observer:
         made_for = (getattr(self.model, "_compile_config", None), own)
         if name not in self._steps or any(a is not b for a, b in zip(self._made_for[name], made_for)):
             self._made_for[name] = made_for
-            self._steps[name] = self._observed(tracing.new_function(self.model, name.removesuffix("_function")))
+            function = tracing.new_function(self.model, name.removesuffix("_function"))
+            self._steps[name] = self._observed(function, trains=name == "train_function")
         self._own[name] = own
         setattr(self.model, name, self._steps[name])
 
@@ -145,16 +147,34 @@ class Observer:
             return None  # on JAX, variables are up to date only at the end of an epoch
         return float(ops.convert_to_numpy(self.terms.examples))
 
-    def _observed(self, function):
+    def _observed(self, function, trains):
+        is_traced = False  # only the first call runs the Python code
+
         def run(*args, **kwargs):
+            nonlocal is_traced
             self._running = self._shown = True
+            self._kl_in_loss = None
+            judged, is_traced = trains and not is_traced, True
             try:
-                with watched(self._watch):
-                    return function(*args, **kwargs)
+                with watched(self._watch), witnessed_kls() as self._witness:
+                    results = function(*args, **kwargs)
             finally:
                 self._running = False
+            if judged:
+                self._check_kl(self._witness if self._kl_in_loss is None else self._kl_in_loss)
+            return results
 
         return run
+
+    def _check_kl(self, is_in_loss):
+        """Warn if a training step of the user's own leaves out the KL."""
+        if not is_in_loss and learning_posteriors(self.model):
+            warn(
+                f"The training step of {self.model.name!r} does not compute the KL, so the loss lacks it, and the "
+                "posterior becomes too certain. Add `sum(self.losses)` to the loss in your `train_step` or "
+                "`compute_loss`; `ELBO` sets its weight.",
+                RuntimeWarning,
+            )
 
     def _watch(self, layer):
         """Warn if the model calls a layer that is not one of its own: Keras trains only layers that it finds."""
@@ -181,6 +201,7 @@ class Observer:
             self.on_outputs()
         with kl_costs() as costs:
             loss = self._compute_loss(*args, **kwargs)
+            self._kl_in_loss = bool(self._witness)
             penalties = _penalties(self.model)
         if self.terms is None or loss is None:
             return loss

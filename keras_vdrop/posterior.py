@@ -1,5 +1,6 @@
 """`VariationalWeight`, a weight with a posterior, and functions that find the posteriors of a model."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -431,6 +432,27 @@ def learning_posteriors(model):
     return [each for each in posteriors(model) if any(id(variable) in trainable for variable in each.variables)]
 
 
+# Sets to which every computation of a KL adds itself. Not a context variable, which threads of replicas would not see.
+_witnesses = []
+
+
+@contextlib.contextmanager
+def witnessed_kls():
+    """Open a scope that yields a set, which is empty until a KL is computed in any thread."""
+    witness = set()
+    _witnesses.append(witness)
+    try:
+        yield witness
+    finally:
+        _witnesses.remove(witness)
+
+
+def note_kl():
+    """Tell the open scopes of `witnessed_kls` that a KL is computed."""
+    for witness in _witnesses:
+        witness.add("KL")
+
+
 def kl_divergence(model_or_layer: keras.Model | keras.layers.Layer) -> Any:
     """Compute the unweighted sum of KL(posterior ‖ prior) over all posteriors: a scalar tensor, in nats.
 
@@ -440,4 +462,5 @@ def kl_divergence(model_or_layer: keras.Model | keras.layers.Layer) -> Any:
     Raises:
         ValueError: If it has no posterior.
     """
+    note_kl()
     return sum(posterior.kl() for posterior in require_posteriors(model_or_layer))

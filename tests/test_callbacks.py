@@ -1,5 +1,8 @@
 """The schedule of the KL weight, and what the callbacks log."""
 
+import contextlib
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -487,3 +490,57 @@ def test_sparsity_logger_of_a_model_without_prunable_weights():
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="no weights that can be pruned"):
         model.fit(X, Y, callbacks=[kv.SparsityLogger()], verbose=0)
+
+
+def own_step(with_kl):
+    """Return a model with a `train_step` as in Keras's guide, for TensorFlow and PyTorch."""
+
+    class OwnStep(keras.Model):
+        def loss_of(self, x, y):
+            loss = keras.ops.mean(keras.ops.square(self(x, training=True) - y))
+            return loss + sum(self.losses) if with_kl else loss
+
+        def train_step(self, data):
+            x, y = data
+            if keras.backend.backend() == "torch":
+                self.zero_grad()
+                loss = self.loss_of(x, y)
+                loss.backward()
+                gradients = [v.value.grad for v in self.trainable_weights]
+            else:
+                import tensorflow as tf
+
+                with tf.GradientTape() as tape:
+                    loss = self.loss_of(x, y)
+                gradients = tape.gradient(loss, self.trainable_weights)
+            self.optimizer.apply(gradients, self.trainable_weights)
+            return {"loss": loss}
+
+    inputs = keras.Input((4,))
+    return OwnStep(inputs, kv.VariationalDense(1)(inputs))
+
+
+def own_loss(with_kl):
+    """Return a model with a `compute_loss` of its own."""
+
+    class OwnLoss(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            loss = keras.ops.mean(keras.ops.square(y_pred - y))
+            return loss + sum(self.losses) if with_kl else loss
+
+    inputs = keras.Input((4,))
+    return OwnLoss(inputs, kv.VariationalDense(1)(inputs))
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="a step on JAX computes the KL before its loss")
+@pytest.mark.parametrize("with_kl", [False, True])
+@pytest.mark.parametrize("make", [own_step, own_loss])
+def test_a_step_without_the_kl_is_said(make, with_kl):
+    model = make(with_kl)
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    scope = contextlib.nullcontext() if with_kl else pytest.warns(RuntimeWarning, match="does not compute the KL")
+    for again in range(2):
+        with warnings.catch_warnings(), scope if not again else contextlib.nullcontext():
+            if with_kl or again:
+                warnings.filterwarnings("error", "The training step", RuntimeWarning)
+            model.fit(X, Y, callbacks=[kv.ELBO(64, labels_per_example=1)], verbose=0, epochs=2)

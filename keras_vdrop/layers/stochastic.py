@@ -14,7 +14,7 @@ from keras import ops
 from keras_vdrop.checks import check_non_negative, check_policy
 from keras_vdrop.layers.foreign_arguments import check_arguments
 from keras_vdrop.layers.rematerialization import Rematerialized
-from keras_vdrop.posterior import VariationalWeight, posteriors
+from keras_vdrop.posterior import VariationalWeight, note_kl, posteriors
 from keras_vdrop.sampling import is_sampling, seed_generator, seeds, use_scope
 from keras_vdrop.warning import warn
 
@@ -209,6 +209,7 @@ class StochasticLayer(Rematerialized):
 
     def kl_cost(self, posterior):
         """Return the cost of one of the layer's posteriors before weighting: max(KL, free_bits·kept), in nats."""
+        note_kl()
         costs = _costs.get()
         if costs is not None and posterior in costs:
             return costs[posterior]
