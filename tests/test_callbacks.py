@@ -183,6 +183,8 @@ EXACT = {
 @pytest.mark.parametrize("arguments", EXACT.values(), ids=EXACT)
 def test_nll_is_exact(model, arguments, steps_per_execution, jit):
     """A metric of Keras's own is the measure, while the KL falls fast and the last batch is smaller."""
+    if steps_per_execution > 1 and keras.backend.backend() == "torch":
+        pytest.skip("Keras takes one step at a time on PyTorch")
     mse = keras.metrics.MeanSquaredError(name="exact")
     optimizer = keras.optimizers.Adam(0.05)
     model.compile(optimizer, "mse", metrics=[mse], steps_per_execution=steps_per_execution, jit_compile=jit)
