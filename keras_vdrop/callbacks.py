@@ -211,6 +211,8 @@ class ELBO(keras.callbacks.Callback):
 
     # c, the factor between the NLL of an example and the loss; None until it is known.
     _factor = None
+    # The shapes of the outputs, without the batch, in the first batch that was seen.
+    _shapes = None
 
     @property
     def _full_weight(self):
@@ -237,13 +239,36 @@ class ELBO(keras.callbacks.Callback):
         return likelihood_factor(outputs, self.model.loss, self._loss_weights, self.likelihood_scale)
 
     def _see(self):
-        """Finish the setup for a model that its first step builds. The step calls this while it is traced."""
+        """Finish the setup for a model that its first step builds. The step calls this while it is traced.
+
+        Raises:
+            ValueError: If a later batch has another c.
+        """
         if not self._pending:
+            self._check_factor()
             return
         self._factor = self._find_factor(self._observer.outputs)
+        self._check_factor()
         if keras.backend.backend() != "jax":  # on JAX, the step already holds its weights; they are set after the batch
             with _eagerly():
                 self._start()
+
+    def _check_factor(self):
+        """Raise if a batch of training has longer or shorter sequences than the first, and so another c."""
+        outputs = self._observer.outputs
+        if outputs is None:
+            return
+        shapes = [output.shape[1:] for output in outputs]
+        self._shapes = self._shapes or shapes
+        if shapes == self._shapes:
+            return
+        factor = self._find_factor(outputs)
+        if not math.isclose(factor, self._factor, rel_tol=1e-6):
+            raise ValueError(
+                "`ELBO` cannot determine the weight of the KL: the batches differ in the number of labels per example. "
+                "Pass the average of this number over the examples as `labels_per_example`, or use a loss of "
+                f"`keras_vdrop.losses`. Received: outputs of shapes {shapes} after {self._shapes}, without the batch"
+            )
 
     def _start(self):
         """Do everything that needs the model's weights before the first step."""
@@ -304,6 +329,7 @@ class ELBO(keras.callbacks.Callback):
         is_given = self.labels_per_example is not None
         self._observer.reads_outputs = not is_given
         self._factor = self._find_factor(None if is_given else _symbolic_outputs(self.model) or self._observer.outputs)
+        self._shapes = None
         self._observer.attach()
         self._observer.on_outputs = self._see
         self._observer.observe("train_function")

@@ -56,7 +56,7 @@ class Observer:
 
     Attributes:
         reads_outputs: Whether `outputs` is wanted.
-        outputs: The `Output`s of the step that was traced last; None before.
+        outputs: The `Output`s of the training step that was traced last; None before.
         on_outputs: None, or a callable that runs at every trace, before the loss is computed.
         terms: The `LossTerms`; None for a model without metrics.
         batch_size: The number of examples in that step; None if it varies.
@@ -66,6 +66,7 @@ class Observer:
         self.model = model
         self.terms = None
         self.on_outputs = None
+        self._trains = False
         self.reads_outputs = True
         self.outputs = None
         self.batch_size = None
@@ -153,6 +154,7 @@ class Observer:
         def run(*args, **kwargs):
             nonlocal is_traced
             self._running = self._shown = True
+            self._trains = trains
             self._kl_in_loss = None
             judged, is_traced = trains and not is_traced, True
             try:
@@ -195,7 +197,7 @@ class Observer:
         if not self._running:
             return self._compute_loss(*args, **kwargs)
         named = dict(zip(("x", "y", "y_pred"), args)) | kwargs
-        if self.reads_outputs and named.get("y_pred") is not None:
+        if self.reads_outputs and self._trains and named.get("y_pred") is not None:
             self.outputs = outputs_of(named["y_pred"], getattr(self.model, "output_names", None))
         if self.on_outputs is not None:
             self.on_outputs()

@@ -40,7 +40,10 @@ def last_layer(model, name=None):
 
 
 def last_activation(layer):
-    """Return Keras's name of the activation of a layer; None if it has none, or one that Keras does not know."""
+    """Return Keras's name of the activation of a layer or operation; None if it has none, or one unknown to Keras."""
+    if layer is not None and not isinstance(layer, layers.Layer):  # `keras.ops.softmax` of an output, for example
+        name = type(layer).__name__.lower()
+        return name if callable(getattr(keras.activations, name, None)) else None
     for cls in (layers.Softmax, layers.ReLU, layers.LeakyReLU, layers.ELU):
         if isinstance(layer, cls):
             return cls.__name__.lower()

@@ -463,6 +463,45 @@ def test_nested_outputs_with_labels_per_example():
     assert float(array(model.layers[1].kl_weight)) == pytest.approx(1 / 128)
 
 
+class Tagger(keras.Model):
+    """A label for each step of sequences of any length; nothing but the outputs shows how long they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = kv.VariationalDense(1)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+class Sequences(keras.utils.PyDataset):
+    """Batches of 8 sequences of the given lengths."""
+
+    def __init__(self, lengths):
+        super().__init__()
+        self.lengths = lengths
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        steps = self.lengths[index]
+        return np.ones((8, steps, 4), "float32"), np.ones((8, steps, 1), "float32")
+
+
+def test_batches_of_sequences_of_different_lengths():
+    for lengths, arguments in (([5, 3, 5], {}), ([5, 5, 5], {}), ([5, 3, 5], {"labels_per_example": 13 / 3})):
+        model = Tagger()
+        model.compile("adam", "mse", jit_compile=False)
+        elbo = kv.ELBO(24, **arguments)
+        if len(set(lengths)) > 1 and not arguments:
+            with pytest.raises(ValueError, match="labels_per_example"):
+                model.fit(Sequences(lengths), callbacks=[elbo], verbose=0, shuffle=False)
+        else:
+            model.fit(Sequences(lengths), validation_data=Sequences([2]), callbacks=[elbo], verbose=0, shuffle=False)
+            assert float(array(model.dense.kl_weight)) == pytest.approx(1 / (24 * np.mean(lengths)))
+
+
 class OwnMetrics(keras.Model):
     """A model whose metrics `compile` does not make."""
 

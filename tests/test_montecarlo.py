@@ -453,6 +453,66 @@ def test_logits_for_probabilities_and_the_other_way_round():
             kv.MonteCarlo(network(), 2, likelihood=likelihood, from_logits=False).predict(10 * X, verbose=0)
 
 
+class Ending(keras.Model):
+    """A subclassed model, whose last operation nothing shows but its outputs."""
+
+    def __init__(self, function, units=2):
+        super().__init__()
+        self.function, self.inner = function, kv.VariationalDense(units)
+
+    def call(self, x):
+        return self.function(self.inner(x))
+
+
+def ending(function, likelihood, x, units=2):
+    model = Ending(function, units)
+    model(x)
+    return kv.MonteCarlo(model, 2, likelihood)
+
+
+@pytest.mark.parametrize("entry", ["arrays", "batch", "dataset", "evaluate"])
+def test_probabilities_of_a_subclassed_model_are_not_taken_for_logits(entry):
+    import tensorflow as tf
+
+    sampler = ending(ops.softmax, "categorical", X)
+    sampler.compile()
+    call = {
+        "arrays": lambda: sampler.predict(X, verbose=0),
+        "batch": lambda: sampler.predict_on_batch(X),
+        "dataset": lambda: sampler.predict(tf.data.Dataset.from_tensors(X), verbose=0),
+        "evaluate": lambda: sampler.evaluate(X, np.zeros(3), verbose=0),
+    }[entry]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"sum to 1.*from_logits=False"):
+            call()
+    right = kv.MonteCarlo(sampler.model, 2, "categorical", from_logits=False)
+    right.predict(X, verbose=0)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_logits_of_a_subclassed_model_are_taken_for_logits():
+    for likelihood in ("categorical", "bernoulli"):
+        ending(lambda x: 2.0 * x, likelihood, X).predict(X, verbose=0)
+
+
+def test_probabilities_of_a_binary_subclassed_model_are_noticed():
+    x = np.random.default_rng(0).normal(size=(50, 4)).astype("float32")
+    with pytest.warns(UserWarning, match=r"32 of them lie between 0 and 1.*from_logits=False"):
+        ending(ops.sigmoid, "bernoulli", x, 1).predict(x, verbose=0)
+
+
+def test_a_functional_model_may_end_with_an_operation():
+    inputs = keras.Input((4,))
+    h = kv.VariationalDense(2)(inputs)
+    for function, likelihood in ((ops.softmax, "categorical"), (ops.sigmoid, "bernoulli")):
+        with pytest.raises(ValueError, match="from_logits=False"):
+            kv.MonteCarlo(keras.Model(inputs, function(h)), 2, likelihood)
+    kv.MonteCarlo(keras.Model(inputs, 2.0 * h), 2, "categorical").predict(X, verbose=0)
+    two = keras.Model(inputs, {"a": layers.Reshape((2,))(ops.softmax(h)), "b": h})
+    with pytest.raises(ValueError, match=r"'a'.*sum to 1"):
+        kv.MonteCarlo(two, 2, {"a": "categorical", "b": None}).predict(X, verbose=0)
+
+
 def predictions(likelihood):
     return kv.MonteCarlo(network(), 16, likelihood=likelihood, seed=3).predict(X, verbose=0)
 
@@ -729,6 +789,24 @@ def test_evaluate_refuses_y_and_weights_of_another_layout(likelihood, loss):
         sampler = compiled()
         with pytest.raises(ValueError, match="sample_weight or mask of shape"):
             sampler.evaluate(x, np.zeros((3, 5)), sample_weight=np.ones((3, 4)), verbose=0)
+
+
+@pytest.mark.parametrize("likelihood", [None, "categorical", "normal"])
+def test_masked_steps_count_neither_in_uncertainty_nor_in_bald(likelihood):
+    x = np.random.default_rng(0).normal(size=(6, 5, 4)).astype("float32")
+    mask = np.arange(5) < np.arange(1, 6).repeat([1, 1, 1, 1, 2])[:, None]
+    sampler = kv.MonteCarlo(sequence_model(2), 8, likelihood, seed=0)
+    found = sampler.predict(x * mask[..., None], verbose=0)
+    np.testing.assert_array_equal(found.mask, mask)
+    total = {
+        None: lambda: found.variance.sum(-1),
+        "categorical": lambda: found.predictive_entropy,
+        "normal": lambda: found.aleatoric_variance + found.epistemic_variance,
+    }[likelihood]()
+    np.testing.assert_allclose(found.uncertainty(), (total * mask).sum(1), rtol=1e-5)
+    if likelihood == "categorical":
+        np.testing.assert_allclose(found.bald(), (found.mutual_information * mask).sum(1), rtol=1e-5)
+    assert "mask" not in kv.MonteCarlo(sequence_model(2, masked=False), 2, likelihood).predict(x, verbose=0)
 
 
 @pytest.mark.slow

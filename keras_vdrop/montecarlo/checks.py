@@ -29,6 +29,10 @@ _KERAS_NOISE = (
 
 # The lowest and highest of the values that should be probabilities, and the lowest and highest of their sums.
 ENDS = ("low", "high", "least", "most")
+# The number of rows whose outputs are looked at.
+ROWS = 32
+# The fewest different outputs from which a warning says that they look like probabilities.
+_FEW = 20
 
 
 def check_built(model):
@@ -116,6 +120,40 @@ def check_outputs(model, readings):
             )
         if reading.likelihood == "normal" or isinstance(reading.likelihood, NegativeLogLikelihood):
             check_activation(model, name)
+
+
+def need_outputs(model, readings):
+    """Return the readings of logits, by name, for which only outputs can show whether they are probabilities."""
+    if any(getattr(layer, "stateful", False) for layer in model._flatten_layers()):
+        return {}  # such layers take whole batches only
+    return {
+        name: reading
+        for name, reading in readings.items()
+        if reading.is_classes and reading.from_logits and not hasattr(last_layer(model, name), "activation")
+    }
+
+
+def check_logits(outputs, likelihood, where):
+    """Raise if outputs that should be logits are certainly probabilities; warn if they probably are.
+
+    Args:
+        outputs: Array (n, ..., C), or (n, ...) for "bernoulli", of a few rows.
+        likelihood: "categorical" or "bernoulli".
+        where: Str for the message, the output's name.
+    """
+    way_out = f"If the model returns probabilities{where}, pass `from_logits=False`."
+    if outputs.size == 0 or not ((outputs >= 0) & (outputs <= 1)).all():
+        return
+    if likelihood == "categorical" and np.allclose(outputs.sum(axis=-1), 1.0, rtol=0, atol=1e-3):
+        raise ValueError(
+            f"With `from_logits=True` the outputs must be logits, but those of a row{where} lie between 0 and 1 and "
+            f"sum to 1. {way_out}"
+        )
+    if likelihood == "bernoulli" and len(np.unique(outputs)) >= _FEW:
+        warn(
+            f"With `from_logits=True` the outputs should be logits, but {outputs.size} of them{where} lie between 0 "
+            f"and 1. {way_out}"
+        )
 
 
 def check_metrics(metrics, readings):

@@ -1,4 +1,4 @@
-"""Inputs and data sets without rows, of which no backend can draw."""
+"""The first rows of data, and data without rows, of which no backend can draw."""
 
 import keras
 import numpy as np
@@ -19,18 +19,36 @@ def has_no_batch(data):
     return callable(cardinality) and int(cardinality()) == 0
 
 
+def first_rows(data, count):
+    """Return at most `count` inputs of arrays, or of the first batch of a data set; None if they cannot be taken."""
+    is_batch = _are_arrays(data)
+    batch = data if is_batch else _first_batch(data)
+    if batch is None or has_no_rows(batch):
+        return None
+    inputs = batch if is_batch else keras.utils.unpack_x_y_sample_weight(batch)[0]
+    have_rows = all(getattr(each, "shape", ()) and hasattr(each, "__getitem__") for each in keras.tree.flatten(inputs))
+    return keras.tree.map_structure(lambda each: each[:count], inputs) if have_rows else None
+
+
 def gives_no_rows(data):
     """Return whether a data set that can be read again has no batch, or a first batch of 0 rows."""
-    if any(hasattr(each, "shape") for each in keras.tree.flatten(data)):
+    if _are_arrays(data):
         return False
+    first = _first_batch(data, otherwise=data)
+    return first is not data and (first is None or has_no_rows(first))
+
+
+def _are_arrays(data):
+    return any(hasattr(each, "shape") for each in keras.tree.flatten(data))
+
+
+def _first_batch(data, otherwise=None):
+    """Return the first batch of a data set, None if it has none, or `otherwise` if it cannot be read again."""
     try:
         batches = iter(data)
     except TypeError:
-        return False
-    if batches is data:  # a generator, for which Keras raises a clear error itself
-        return False
-    first = next(batches, None)
-    return first is None or has_no_rows(first)
+        return otherwise
+    return otherwise if batches is data else next(batches, None)
 
 
 def nothing_to_evaluate(x):

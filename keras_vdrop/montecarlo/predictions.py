@@ -12,7 +12,8 @@ from keras_vdrop.functional.checks import fraction
 class Predictions(dict):
     """The statistics that `MonteCarlo.predict` returns, a dict of arrays, with methods that act on them.
 
-    The statistics are attributes as well: `predicted.mean` is `predicted["mean"]`.
+    The statistics are attributes as well: `predicted.mean` is `predicted["mean"]`. If the model masks steps, `mask` is
+    one of them, and the methods that add up the values of a row leave out the masked ones.
 
     Example:
         >>> import keras, keras_vdrop as kv, numpy as np
@@ -85,13 +86,14 @@ class Predictions(dict):
     def uncertainty(self):
         """Return the total uncertainty of each row, (B,), due to data and model (the model alone without a likelihood).
 
-        It is the predictive entropy, in nats, or the variance, in squared units of y, summed over all values of a row.
+        It is the predictive entropy, in nats, or the variance, in squared units of y, summed over all values of a row
+        that are not masked.
         """
         if "predictive_entropy" in self:
-            return _each_row(self["predictive_entropy"])
+            return self._of_rows(self["predictive_entropy"])
         if "variance" in self:
-            return sum(_each_row(variance) for variance in keras.tree.flatten(self["variance"]))
-        return _each_row(self["aleatoric_variance"] + self["epistemic_variance"])
+            return sum(self._of_rows(variance) for variance in keras.tree.flatten(self["variance"]))
+        return self._of_rows(self["aleatoric_variance"] + self["epistemic_variance"])
 
     def abstain(self, coverage=0.95):
         """Return a boolean array (B,), True for the rows to hand to a person: the most uncertain, NaN first.
@@ -118,7 +120,7 @@ class Predictions(dict):
 
         In active learning, label the rows with the highest values. For classes, it is the mutual information. For
         numbers, it is ½·log(1 + epistemic / aleatoric variance), which holds if both parts are normal. It is summed
-        over all values of a row.
+        over all values of a row that are not masked.
 
         Raises:
             ValueError: Without a likelihood, since only that tells which part of the variance is due to the data.
@@ -128,17 +130,20 @@ class Predictions(dict):
             2011, https://arxiv.org/abs/1112.5745
         """
         if "mutual_information" in self:
-            return _each_row(self["mutual_information"])
+            return self._of_rows(self["mutual_information"])
         if "variance" in self:
             raise ValueError(
                 "`bald` requires a likelihood, which tells how noisy labels are. Pass `likelihood` to `MonteCarlo`."
             )
-        return _each_row(0.5 * np.log1p(self["epistemic_variance"] / self["aleatoric_variance"]))
+        return self._of_rows(0.5 * np.log1p(self["epistemic_variance"] / self["aleatoric_variance"]))
 
-
-def _each_row(values):
-    """Sum over all axes but the first."""
-    return flat_rows(np.asarray(values)).sum(axis=1)
+    def _of_rows(self, values):
+        """Sum over all axes but the first, without masked steps."""
+        values = np.asarray(values)
+        if "mask" in self:
+            mask = np.asarray(self["mask"], bool)
+            values = np.where(mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim)), values, 0.0)
+        return flat_rows(values).sum(axis=1)
 
 
 def flat_rows(values):

@@ -52,7 +52,7 @@ class Finite(Report):
         self.rows, self.wrong = self._add("rows"), self._add("wrong")
 
     def update_state(self, found, rows):
-        arrays = keras.tree.flatten(found)
+        arrays = [each for each in keras.tree.flatten(found) if keras.backend.standardize_dtype(each.dtype) != "bool"]
         wrong = False
         for values in arrays:
             flat = ops.reshape(values, (ops.shape(values)[0], -1))

@@ -55,6 +55,7 @@ class MonteCarlo(keras.Model):
             "normal": outputs (B, ..., 2), the loc and the raw scale, as `losses.NormalNLL` takes them: `mean`,
                 `aleatoric_variance` and `epistemic_variance`.
             A loss of `losses`, or any object with `moments(outputs)` -> (mean, variance) of y: the same three.
+            If an output has a mask, `mask` is among them: a boolean array (B, T), False for the steps to ignore.
             For a model with several outputs, a dict of these by the names of the outputs: the keys of a model's dict of
                 outputs, or `model.output_names` if the model returns a list.
         from_logits: Whether the outputs of a categorical or bernoulli model are logits; or a dict of bools by name.
@@ -73,16 +74,17 @@ class MonteCarlo(keras.Model):
 
     Raises:
         ValueError: For a value out of range; for a model in which nothing is drawn; for probabilities where logits are
-            expected, as far as the last layer's activation shows, or the reverse; for a dict whose names are not those
-            of the outputs. In a call, for outputs whose size does not fit the likelihood. In `compile`, for metrics
-            that take a distribution's parameters or logits. In `evaluate`, for y or weights whose layout does not match
-            the outputs, or for data without rows.
+            expected, or the reverse, as far as the last layer or, in `predict` and `evaluate`, the first outputs show;
+            for a dict whose names are not those of the outputs. In a call, for outputs whose size does not fit the
+            likelihood. In `compile`, for metrics that take a distribution's parameters or logits. In `evaluate`, for y
+            or weights whose layout does not match the outputs, or for data without rows.
 
     Warns:
         UserWarning: If a layer was trained with noise that no draw of its weights can produce; if Keras's own dropout
-            stays off; if there is an activation before a raw scale. In `predict` and `evaluate`, if rows contain NaN or
-            infinity, with their number. In `evaluate`, if numbers are predicted worse than by the mean and variance of
-            y, as happens if y was not standardised.
+            stays off; if there is an activation before a raw scale. In `predict` and `evaluate`, if the first logits
+            of a binary classifier all lie between 0 and 1; if rows contain NaN or infinity, with their number. In
+            `evaluate`, if numbers are predicted worse than by the mean and variance of y, as happens if y was not
+            standardised.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -133,6 +135,7 @@ class MonteCarlo(keras.Model):
         self.output_kind = output
         self._readings = readings
         self._reports = reports.of(readings)
+        self._unchecked = checks.need_outputs(model, readings)
         self.consistent = bool(consistent)
         if in_tensorflow():
             self.jit_compile = False
@@ -281,15 +284,21 @@ class MonteCarlo(keras.Model):
         return keras.tree.flatten(self._by_name(outputs, "outputs") if self._is_named else outputs)
 
     def _masked(self, found, masks):
-        """Attach the masks of the outputs to the statistics that y is compared with, for `evaluate`."""
+        """Add the masks of the outputs, and attach them to the statistics that y is compared with, for `evaluate`."""
         if not masks:
             return found
         places = itertools.count()
 
         def keep(found):
-            key = point_name(found)
-            point = keras.tree.map_structure(lambda each: with_mask(each, masks.get(next(places))), found[key])
-            return {**found, key: point}
+            key, first = point_name(found), next(places)
+            if ops.is_tensor(found[key]):
+                mask = masks.get(first)
+                return found if mask is None else {**found, key: with_mask(found[key], mask), "mask": mask}
+            indices = itertools.chain([first], places)
+            return {
+                **found,
+                key: keras.tree.map_structure(lambda each: with_mask(each, masks.get(next(indices))), found[key]),
+            }
 
         return {name: keep(found[name]) for name in sorted(found)} if self._is_named else keep(found)
 
@@ -341,6 +350,7 @@ class MonteCarlo(keras.Model):
         """
         if empty.has_no_rows(x):
             return self.predict_on_batch(x)
+        self._check_logits(x)
         try:
             with self._restored():
                 result = super().predict(x, *args, **kwargs)
@@ -354,8 +364,23 @@ class MonteCarlo(keras.Model):
     def predict_on_batch(self, x):
         """Predict one batch; otherwise as `predict`."""
         if not empty.has_no_rows(x):
+            self._check_logits(x)
             return self._as_predictions(super().predict_on_batch(x))
         return self._as_predictions(empty.without_rows(super().predict_on_batch(empty.one_row_of(x))))
+
+    def _check_logits(self, data):
+        """Look for probabilities in the first outputs, where the last layer does not show what they are."""
+        if not self._unchecked or self.output_kind == "samples":
+            return
+        rows = empty.first_rows(data, checks.ROWS)
+        if rows is None:
+            return
+        with keras.StatelessScope(state_mapping=[(v, ops.convert_to_tensor(v)) for v in self.model.variables]):
+            outputs = self.model(rows, training=False)
+        outputs = self._by_name(outputs, "outputs") if self._is_named else {None: outputs}
+        for name, reading in self._unchecked.items():
+            checks.check_logits(ops.convert_to_numpy(outputs[name]), reading.likelihood, reading.where)
+        self._unchecked = {}
 
     def _as_predictions(self, result):
         """Check the arrays, and return them in the form that `predict` documents."""
@@ -374,6 +399,7 @@ class MonteCarlo(keras.Model):
         """
         if empty.has_no_rows(x) or empty.has_no_batch(x):
             raise ValueError(empty.nothing_to_evaluate(x))
+        self._check_logits(x)
         try:
             with self._restored():
                 result = super().evaluate(x, *args, **kwargs)

@@ -11,20 +11,24 @@ LEARNING = [case for case in CASES if case.has_kl]
 FEED_FORWARD = [case for case in LEARNING if not (case.is_rnn or case.is_cell or case.is_wrapper)]
 
 
+# A step of the whole gradient can raise a log variance until its KL overflows. Dividing by a power of two is exact.
+RATE = 2.0**-6
+
+
 def compiled(model, jit=False):
-    model.compile(keras.optimizers.SGD(1.0), "mse", jit_compile=jit)
+    model.compile(keras.optimizers.SGD(RATE), "mse", jit_compile=jit)
     return model
 
 
 def step(model, x):
-    """Return the gradients of one step of `fit` by path: the change that SGD with learning rate 1 subtracts."""
+    """Return the gradients of one step of `fit` by path, from the change that SGD made."""
     before = [array(v) for v in model.trainable_variables]
     y = np.ones((len(x), *model.output_shape[1:]), "float32")
     elbo = ELBO(len(x), labels_per_example=y[0].size)  # `ELBO` cannot infer the number for a masked output
     history = model.fit(x, y, batch_size=len(x), callbacks=[elbo], verbose=0).history
     assert set(history) == {"loss", "kl", "beta", "nll", "elbo_loss"}
     assert np.isfinite(list(history.values())).all()
-    return {v.path: b - array(v) for v, b in zip(model.trainable_variables, before)}
+    return {v.path: (b - array(v)) / RATE for v, b in zip(model.trainable_variables, before)}
 
 
 STARTS = ("random", "zero", "pruned", "no_variance", "zero_input")
