@@ -52,6 +52,12 @@ def test_consistent_draws_have_the_moments_of_the_posterior(estimator):
     assert_variance(draws, X**2 @ np.exp(array(kernel.log_variance)))
 
 
+def test_one_draw_has_no_spread():
+    with pytest.warns(UserWarning, match="num_samples=1"):
+        kv.MonteCarlo(network(), 1)
+    kv.MonteCarlo(network(), 1, output="samples")
+
+
 @pytest.mark.slow
 def test_seed():
     model = network()

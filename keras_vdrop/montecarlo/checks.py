@@ -47,6 +47,15 @@ def check_built(model):
         )
 
 
+def check_num_samples(count, output):
+    """Warn if statistics are to be taken from one draw."""
+    if count == 1 and output == "statistics":
+        warn(
+            "One draw does not show how much draws differ: the variance over the draws and the mutual information are "
+            "0. Pass a larger `num_samples`; 32 is the default. Received: num_samples=1",
+        )
+
+
 def check_draws(model):
     """Raise if nothing in the model is drawn, and warn of noise that is active in training only."""
     off = _keras_noise(model)

@@ -80,11 +80,11 @@ class MonteCarlo(keras.Model):
             or weights whose layout does not match the outputs, or for data without rows.
 
     Warns:
-        UserWarning: If a layer was trained with noise that no draw of its weights can produce; if Keras's own dropout
-            stays off; if there is an activation before a raw scale. In `predict` and `evaluate`, if the first logits
-            of a binary classifier all lie between 0 and 1; if rows contain NaN or infinity, with their number. In
-            `evaluate`, if numbers are predicted worse than by the mean and variance of y, as happens if y was not
-            standardised.
+        UserWarning: For statistics of one draw; if a layer was trained with noise that no draw of its weights can
+            produce; if Keras's own dropout stays off; if there is an activation before a raw scale. In `predict` and
+            `evaluate`, if the first logits of a binary classifier all lie between 0 and 1; if rows contain NaN or
+            infinity, with their number. In `evaluate`, if numbers are predicted worse than by the mean and variance of
+            y, as happens if y was not standardised.
 
     Example:
         >>> import keras, keras_vdrop as kv
@@ -118,6 +118,7 @@ class MonteCarlo(keras.Model):
                 f"{model.name!r} is already a MonteCarlo. Pass the model that it wraps, its attribute `model`."
             )
         readings = readings_of(likelihood, from_logits)
+        checks.check_num_samples(num_samples, output)
         checks.check_built(model)
         checks.check_draws(model)
         checks.check_noise_is_a_draw(model)
