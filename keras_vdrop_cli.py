@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import pathlib
+import re
 import runpy
 import sys
 import zipfile
@@ -34,7 +35,8 @@ def main(arguments=None):
         check(options, commands.choices[options.command])
         return run(options)
     except (OSError, ValueError) as error:
-        print(f"{parser.prog} {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        message = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Keras colours its messages
+        print(f"{parser.prog} {options.command}: {' '.join(message.split())}", file=sys.stderr)
         return 1
 
 

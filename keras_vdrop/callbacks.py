@@ -86,15 +86,16 @@ class ELBO(keras.callbacks.Callback):
             the batch if `fit` resumes at a later epoch and the number of batches before it is unknown.
 
     Warns:
-        Each once: if it replaces a `kl_weight` that a layer was given; if a variational layer is called that does not
-        belong to the model; if the training step does not compute the KL; if `num_examples` does not fit the first
-        epoch. At the beginning of `fit`: what is wrong with outputs whose loss is one of `losses`. At the end of `fit`,
-        with figures: if the posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights,
-        BatchNormalization has seen the noise, β was never above 0, or training was stopped before β = 1. The first,
-        second and fourth need 50 optimizer steps under one KL weight, or 200 if the `fit` has one epoch or the KL has
-        halved; the third 5 epochs. Several `fit`s that continue one schedule count as one.
+        RuntimeWarning: Each once: if it replaces a `kl_weight` that a layer was given; if a variational layer is called
+            that does not belong to the model; if the training step does not compute the KL; if `num_examples` does not
+            fit the first epoch. At the end of `fit`, with figures: if the posterior has hardly moved, the KL dwarfs the
+            NLL, a layer has lost all weights, BatchNormalization has seen the noise, β was never above 0, or training
+            was stopped before β = 1. The first, second and fourth need 50 optimizer steps under one KL weight, or 200
+            if the `fit` has one epoch or the KL has halved; the third 5 epochs. Several `fit`s that continue one
+            schedule count as one.
+        UserWarning: At the beginning of `fit`, for mistakes with outputs whose loss is one of `losses`.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv, numpy as np
         >>> x, y = np.ones((8, 3)), np.ones((8, 1))
         >>> model = keras.Sequential([keras.Input((3,)), kv.VariationalDense(1)])
@@ -162,11 +163,13 @@ class ELBO(keras.callbacks.Callback):
 
     # Batches per epoch; None until Keras knows them, or the first epoch is over.
     _steps = None
-    # The epochs of which the warm-up is a share, those trained before epoch 0 of this `fit`, the number of the next
-    # epoch, and a weak reference to the model.
+    # Number of epochs from which the default warm-up is computed.
     _epochs = None
+    # Number of epochs of the schedule before epoch 0 of this `fit`.
     _before = 0
+    # Number of epochs of the schedule that are over.
     _next = 0
+    # Weak reference to the model that was trained last.
     _fitted = staticmethod(lambda: None)
 
     def beta(self, epoch, batch=0):

@@ -117,7 +117,7 @@ class NormalNLL(NegativeLogLikelihood):
         y_true: Numbers (B, ...) or (B, ..., 1).
         y_pred: Outputs (B, ..., 2).
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv, numpy as np
         >>> model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(2, kl_weight=1 / 8)])
         >>> model.compile("adam", kv.losses.NormalNLL())
@@ -305,7 +305,7 @@ def learned_scale(loc, name="raw_scale"):
     Returns:
         Symbolic tensor (B, ..., D, 2).
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> x = keras.Input((4,))
         >>> model = keras.Model(x, kv.losses.learned_scale(kv.VariationalDense(1)(x)))

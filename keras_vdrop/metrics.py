@@ -35,7 +35,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         y_pred: Probabilities or logits (B, ..., C); with C = 1, those of class 1.
         sample_weight: Optional, one for each class number or each row: how many rows it counts as.
 
-    Example:
+    Examples:
         >>> import keras_vdrop as kv
         >>> metric = kv.metrics.ExpectedCalibrationError()
         >>> metric.update_state([0, 0, 1, 1], [[0.75, 0.25]] * 4)
@@ -106,7 +106,7 @@ class BrierScore(_Mean):
     Call arguments:
         y_true, y_pred, sample_weight: As for `ExpectedCalibrationError`.
 
-    Example:
+    Examples:
         >>> import keras_vdrop as kv
         >>> metric = kv.metrics.BrierScore()
         >>> metric.update_state([0, 1], [[0.5, 0.5], [0.0, 1.0]])
@@ -243,7 +243,7 @@ class RootMeanSquaredError(_OfParameters):
         y_pred: The parameters; (B, ..., 2) for `NormalNLL`.
         sample_weight: Optional, one for each number, step or row.
 
-    Example:
+    Examples:
         >>> import keras_vdrop as kv
         >>> metric = kv.metrics.RootMeanSquaredError()
         >>> metric.update_state([1.0, 2.0], [[1.0, -5.0], [4.0, 5.0]])

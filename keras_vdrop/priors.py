@@ -383,12 +383,12 @@ class Distribution(Prior):
 _BY_NAME = {"log_uniform": LogUniform, "ard": ARD, "normal": Normal, "scale_mixture": ScaleMixture}
 _BY_CLASS = {cls.__name__: cls for cls in (LogUniform, ARD, Normal, ScaleMixture, Distribution)}
 
-# The KL of these has the shape of the weight, whatever the shape, so `Prior.check` need not infer it.
+# The KL of these priors always has the shape of the weight, so `Prior.check` skips the shape inference.
 _ELEMENTWISE = (LogUniform, ARD, Normal, ScaleMixture)
 
 
 def get(identifier):
-    """Return the prior that `identifier` stands for, or None, which means a plain weight, for None.
+    """Return the prior for an identifier; None, for a plain weight, stays None.
 
     Args:
         identifier: A `Prior`, its config, "log_uniform", "ard", "normal", "scale_mixture", a

@@ -159,7 +159,7 @@ def sparsity(model: keras.Model | keras.layers.Layer, threshold: float | None = 
     Raises:
         ValueError: If the threshold is not finite, or the model has no posterior.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> model = keras.Sequential([keras.Input((8, 8, 1)), kv.VariationalConv2D(4, 3)])
         >>> report = kv.sparsity(model, threshold=50.0)

@@ -78,7 +78,7 @@ def sampling(consistent: bool = False) -> Iterator[None]:
         ValueError: If a function that is not Keras's is compiled within the scope; or, when the scope ends, if nothing
             was drawn in it.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalDense(1, initial_log_variance=0.0, seed=0)
         >>> x = keras.ops.ones((1, 4))

@@ -47,7 +47,7 @@ def compact(model: keras.Model, threshold: float | None = None, x: Any = None) -
         RuntimeError: If the predictions differ by more than 1e-5 of the largest output (1e-2 with layers that compute
             in float16, 5e-2 in bfloat16).
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(8), kv.VariationalDense(2)])
         >>> noisy = model.layers[0].kernel.log_variance

@@ -47,7 +47,7 @@ class Rule:
             mask[:] = True
 
     def settle(self, outs):
-        """Set to True, in `outs`, what shapes need once all other needs are met: one channel in each tensor."""
+        """Keep one channel of each output of which nothing else is needed, since a size cannot be 0."""
         for mask in outs:
             mask[:1] |= not mask.any()
 
@@ -177,7 +177,7 @@ class Concatenation(Rule):
 
 
 class Places(Rule):
-    """Flatten and Reshape: of the last axes before and after, the longer one repeats the channels of the shorter.
+    """Flatten and Reshape: if the last axis changes its length, the longer one repeats the channels of the shorter.
 
     The numbers keep their order, so a channel is an index modulo the length of the shorter axis.
     """

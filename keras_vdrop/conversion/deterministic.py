@@ -48,7 +48,7 @@ def to_deterministic(model: keras.Model, sample: bool = False, seed: int | None 
             subclass of one of our layers, a layer with a function that is not registered, or a lookup layer that has
             learned its vocabulary.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(3, kl_weight=1 / 1000)])
         >>> x = keras.ops.ones((2, 4))

@@ -83,7 +83,7 @@ def to_variational(
         ValueError: For a value that is out of range; a model that has not been built, is quantized, or has nothing to
             convert; `layers` that fit no layer; or a layer that cannot be made again from its config.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="head")])
         >>> bayesian = kv.to_variational(model, kl_weight=1 / 1000)

@@ -101,7 +101,7 @@ def expected_calibration_error(probability, labels, num_bins=15, binning="width"
             rows, where equal confidences share a bin.
         debiased: Whether to return sign(v)·√|v|. A bin of one row has no variance estimate and counts as 0.
 
-    Example:
+    Examples:
         >>> from keras_vdrop.functional import calibration
         >>> calibration.expected_calibration_error([[0.75, 0.25]] * 4, [0, 0, 1, 1])
         0.25
@@ -223,7 +223,7 @@ def fit_temperature(logits, labels, bounds=(0.01, 100.0)):
     Raises:
         ValueError: For NaN, infinity, labels outside [0, C), or bounds that are not 0 < least < greatest.
 
-    Example:
+    Examples:
         >>> from keras_vdrop.functional import calibration
         >>> round(calibration.fit_temperature([[8.0, 0.0]] * 4, [0, 0, 0, 1]), 3)  # 3 of 4: 8 / log 3
         7.282

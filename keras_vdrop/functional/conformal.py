@@ -30,7 +30,7 @@ def quantile(scores, coverage=0.9):
     Raises:
         ValueError: For NaN, or fewer than coverage / (1 − coverage) scores, too few for this coverage.
 
-    Example:
+    Examples:
         >>> from keras_vdrop.functional import conformal
         >>> conformal.quantile([0.3, 0.1, 0.2, 0.9], coverage=0.6)  # the 3rd of 4
         0.3
@@ -65,7 +65,7 @@ def set_threshold(probability, labels, coverage=0.9, score="lac"):
     Raises:
         ValueError: As for `quantile`; for logits, and for labels outside [0, C).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from keras_vdrop.functional import conformal
         >>> probability = np.array([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.7, 0.3]])
@@ -130,7 +130,7 @@ def prediction_intervals(prediction, threshold, scale=None):
     Returns:
         Two arrays (B,): lower, upper.
 
-    Example:
+    Examples:
         >>> from keras_vdrop.functional import conformal
         >>> threshold = conformal.interval_threshold([1.0, 2.0, 3.0], [1.5, 2.0, 2.0], coverage=0.5)
         >>> lower, upper = conformal.prediction_intervals([4.0], threshold)

@@ -20,7 +20,7 @@ def auroc(inside, outside):
         inside: Array (N,), scores of rows inside.
         outside: Array (M,), scores of rows outside.
 
-    Example:
+    Examples:
         >>> from keras_vdrop.functional import detection
         >>> detection.auroc(inside=[0.1, 0.2, 0.5], outside=[0.5, 0.9])
         0.9166666666666666

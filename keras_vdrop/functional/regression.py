@@ -98,7 +98,7 @@ def normal_interval(loc, scale, level=0.9):
     Returns:
         Two arrays of that shape: lower, upper.
 
-    Example:
+    Examples:
         >>> from keras_vdrop.functional import regression
         >>> lower, upper = regression.normal_interval([0.0], [1.0], level=0.95)
         >>> round(float(upper[0]), 2)

@@ -41,7 +41,7 @@ def by_name(summaries):
     Args:
         summaries: Dict from names to `Summary`.
 
-    Example:
+    Examples:
         >>> from keras import ops
         >>> from keras_vdrop.functional import uncertainty
         >>> both = uncertainty.by_name({"a": uncertainty.MOMENTS, "b": uncertainty.CATEGORICAL})

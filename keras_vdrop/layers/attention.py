@@ -23,10 +23,11 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
     Args:
         num_heads: Positive int, H.
         key_dim: Positive int, the size of each head.
-        value_dim, dropout, use_bias, output_shape, attention_axes, sliding_window, flash_attention, use_gate,
-            kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer,
-            kernel_constraint, bias_constraint: As in `keras.layers.MultiHeadAttention`. `dropout` is Keras's own
-            dropout of attention scores.
+        value_dim, dropout, use_bias, output_shape, attention_axes: As in `keras.layers.MultiHeadAttention`.
+        sliding_window, flash_attention, use_gate, kernel_initializer: As in `keras.layers.MultiHeadAttention`.
+        bias_initializer, kernel_regularizer, bias_regularizer: As in `keras.layers.MultiHeadAttention`.
+        activity_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.MultiHeadAttention`. `dropout` is
+            Keras's own dropout of attention scores.
         seed: Int for the same noise in every run, or None.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold: As in
             `VariationalDense`, for all projections.
@@ -42,7 +43,7 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
     Raises:
         ValueError: For a value that is out of range, or for shapes that do not fit each other.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalMultiHeadAttention(num_heads=2, key_dim=3, kl_weight=1 / 1000)
         >>> x = keras.ops.ones((2, 5, 4))

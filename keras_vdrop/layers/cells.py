@@ -242,7 +242,7 @@ class VariationalLSTMCell(RecurrentCell, keras.layers.LSTMCell):
     Raises:
         ValueError: For a value that is out of range.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = keras.layers.RNN(kv.VariationalLSTMCell(6, kl_weight=1 / 1000))
         >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 6)
@@ -279,8 +279,8 @@ class VariationalGRUCell(RecurrentCell, keras.layers.GRUCell):
 
     Args:
         *args: The arguments of `keras.layers.GRUCell`, in their order: `units`, U, ..., `reset_after`, `seed`.
-        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
-            initial_log_variance, log_variance_rate, threshold, **kwargs: As in `VariationalLSTMCell`.
+        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator: As in `VariationalLSTMCell`.
+        kl_weight, initial_log_variance, log_variance_rate, threshold, **kwargs: As in `VariationalLSTMCell`.
 
     Input shape:
         (B, D), and the state h, (B, U).
@@ -291,7 +291,7 @@ class VariationalGRUCell(RecurrentCell, keras.layers.GRUCell):
     Raises:
         ValueError: For a value that is out of range.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = keras.layers.RNN(kv.VariationalGRUCell(6, kl_weight=1 / 1000))
         >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 6)
@@ -328,8 +328,8 @@ class VariationalSimpleRNNCell(RecurrentCell, keras.layers.SimpleRNNCell):
 
     Args:
         *args: The arguments of `keras.layers.SimpleRNNCell`, in their order: `units`, U, ..., `seed`.
-        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
-            initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
+        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator: As in `VariationalLSTMCell`.
+        kl_weight, initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:
@@ -341,7 +341,7 @@ class VariationalSimpleRNNCell(RecurrentCell, keras.layers.SimpleRNNCell):
     Raises:
         ValueError: For a value that is out of range.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = keras.layers.RNN(kv.VariationalSimpleRNNCell(6, kl_weight=1 / 1000))
         >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 6)

@@ -45,7 +45,7 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
     Raises:
         ValueError: For a value that is out of range, a layer without a kernel, or a kernel that already has a prior.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.ConcreteDropout(keras.layers.Dense(3), kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5))).shape == (2, 3)

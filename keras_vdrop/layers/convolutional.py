@@ -56,9 +56,10 @@ class VariationalConv1D(ConvolutionLayer, keras.layers.Conv1D):
 
     Args:
         filters: Positive int, U.
-        kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
-            bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
-            bias_constraint: As in `keras.layers.Conv1D`; those of the kernel apply to its mean.
+        kernel_size, strides, padding, data_format, dilation_rate, groups, activation: As in `keras.layers.Conv1D`.
+        use_bias, kernel_initializer, bias_initializer, kernel_regularizer: As in `keras.layers.Conv1D`.
+        bias_regularizer, activity_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.Conv1D`; those
+            of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -73,7 +74,7 @@ class VariationalConv1D(ConvolutionLayer, keras.layers.Conv1D):
         ValueError: For a value that is out of range, groups that do not divide the channels, or inputs whose channels
             are unknown.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalConv1D(8, 3, padding="causal", kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 5, 8)
@@ -104,9 +105,10 @@ class VariationalConv2D(ConvolutionLayer, keras.layers.Conv2D):
 
     Args:
         filters: Positive int, U.
-        kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
-            bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
-            bias_constraint: As in `keras.layers.Conv2D`; those of the kernel apply to its mean.
+        kernel_size, strides, padding, data_format, dilation_rate, groups, activation: As in `keras.layers.Conv2D`.
+        use_bias, kernel_initializer, bias_initializer, kernel_regularizer: As in `keras.layers.Conv2D`.
+        bias_regularizer, activity_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.Conv2D`; those
+            of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -121,7 +123,7 @@ class VariationalConv2D(ConvolutionLayer, keras.layers.Conv2D):
         ValueError: For a value that is out of range, groups that do not divide the channels, or inputs whose channels
             are unknown.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalConv2D(8, 3, activation="relu", kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5, 5, 1))).shape == (2, 3, 3, 8)
@@ -141,9 +143,10 @@ class VariationalConv3D(ConvolutionLayer, keras.layers.Conv3D):
 
     Args:
         filters: Positive int, U.
-        kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
-            bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
-            bias_constraint: As in `keras.layers.Conv3D`; those of the kernel apply to its mean.
+        kernel_size, strides, padding, data_format, dilation_rate, groups, activation: As in `keras.layers.Conv3D`.
+        use_bias, kernel_initializer, bias_initializer, kernel_regularizer: As in `keras.layers.Conv3D`.
+        bias_regularizer, activity_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.Conv3D`; those
+            of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -158,7 +161,7 @@ class VariationalConv3D(ConvolutionLayer, keras.layers.Conv3D):
         ValueError: For a value that is out of range, groups that do not divide the channels, or inputs whose channels
             are unknown.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalConv3D(8, 3, kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5, 5, 5, 1))).shape == (2, 3, 3, 3, 8)
@@ -178,10 +181,10 @@ class VariationalConv1DTranspose(TransposedConvolutionLayer, keras.layers.Conv1D
 
     Args:
         filters: Positive int, U.
-        kernel_size, strides, padding, output_padding, data_format, dilation_rate, activation, use_bias,
-            kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer,
-            kernel_constraint, bias_constraint: As in `keras.layers.Conv1DTranspose`; those of the kernel apply to its
-            mean.
+        kernel_size, strides, padding, output_padding, data_format, dilation_rate: As in `keras.layers.Conv1DTranspose`.
+        activation, use_bias, kernel_initializer, bias_initializer: As in `keras.layers.Conv1DTranspose`.
+        kernel_regularizer, bias_regularizer, activity_regularizer: As in `keras.layers.Conv1DTranspose`.
+        kernel_constraint, bias_constraint: As in `keras.layers.Conv1DTranspose`; those of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -195,7 +198,7 @@ class VariationalConv1DTranspose(TransposedConvolutionLayer, keras.layers.Conv1D
     Raises:
         ValueError: For a value that is out of range, or inputs whose channels are unknown.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalConv1DTranspose(8, 2, strides=2, kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 10, 8)
@@ -215,10 +218,10 @@ class VariationalConv2DTranspose(TransposedConvolutionLayer, keras.layers.Conv2D
 
     Args:
         filters: Positive int, U.
-        kernel_size, strides, padding, output_padding, data_format, dilation_rate, activation, use_bias,
-            kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer,
-            kernel_constraint, bias_constraint: As in `keras.layers.Conv2DTranspose`; those of the kernel apply to its
-            mean.
+        kernel_size, strides, padding, output_padding, data_format, dilation_rate: As in `keras.layers.Conv2DTranspose`.
+        activation, use_bias, kernel_initializer, bias_initializer: As in `keras.layers.Conv2DTranspose`.
+        kernel_regularizer, bias_regularizer, activity_regularizer: As in `keras.layers.Conv2DTranspose`.
+        kernel_constraint, bias_constraint: As in `keras.layers.Conv2DTranspose`; those of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -232,7 +235,7 @@ class VariationalConv2DTranspose(TransposedConvolutionLayer, keras.layers.Conv2D
     Raises:
         ValueError: For a value that is out of range, or inputs whose channels are unknown.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalConv2DTranspose(8, 2, strides=2, kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5, 5, 4))).shape == (2, 10, 10, 8)
@@ -251,10 +254,11 @@ class VariationalDepthwiseConv2D(ConvolutionLayer, keras.layers.DepthwiseConv2D)
     In training (and within `sampling()`) W is drawn as in `VariationalConv2D`; otherwise W = loc, and 0 where pruned.
 
     Args:
-        kernel_size, strides, padding, depth_multiplier, data_format, dilation_rate, activation, use_bias,
-            depthwise_initializer, bias_initializer, depthwise_regularizer, bias_regularizer, activity_regularizer,
-            depthwise_constraint, bias_constraint: As in `keras.layers.DepthwiseConv2D`; those of the kernel apply to
-            its mean.
+        kernel_size, strides, padding, depth_multiplier, data_format: As in `keras.layers.DepthwiseConv2D`.
+        dilation_rate, activation, use_bias, depthwise_initializer: As in `keras.layers.DepthwiseConv2D`.
+        bias_initializer, depthwise_regularizer, bias_regularizer: As in `keras.layers.DepthwiseConv2D`.
+        activity_regularizer, depthwise_constraint, bias_constraint: As in `keras.layers.DepthwiseConv2D`; those of the
+            kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -268,7 +272,7 @@ class VariationalDepthwiseConv2D(ConvolutionLayer, keras.layers.DepthwiseConv2D)
     Raises:
         ValueError: For a value that is out of range, or inputs whose channels are unknown.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalDepthwiseConv2D(3, depth_multiplier=2, kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5, 5, 4))).shape == (2, 3, 3, 8)
@@ -295,10 +299,12 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
 
     Args:
         filters: Positive int, U.
-        kernel_size, strides, padding, data_format, dilation_rate, depth_multiplier, activation, use_bias,
-            depthwise_initializer, pointwise_initializer, bias_initializer, depthwise_regularizer,
-            pointwise_regularizer, bias_regularizer, activity_regularizer, depthwise_constraint, pointwise_constraint,
-            bias_constraint: As in `keras.layers.SeparableConv2D`; those of a kernel apply to its mean.
+        kernel_size, strides, padding, data_format, dilation_rate: As in `keras.layers.SeparableConv2D`.
+        depth_multiplier, activation, use_bias, depthwise_initializer: As in `keras.layers.SeparableConv2D`.
+        pointwise_initializer, bias_initializer, depthwise_regularizer: As in `keras.layers.SeparableConv2D`.
+        pointwise_regularizer, bias_regularizer, activity_regularizer: As in `keras.layers.SeparableConv2D`.
+        depthwise_constraint, pointwise_constraint, bias_constraint: As in `keras.layers.SeparableConv2D`; those of a
+            kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -312,7 +318,7 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
     Raises:
         ValueError: For a value that is out of range, or inputs whose channels are unknown.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalSeparableConv2D(8, 3, kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5, 5, 4))).shape == (2, 3, 3, 8)

@@ -19,9 +19,9 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
 
     Args:
         units: Positive int, U.
-        activation, use_bias, kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
-            activity_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.Dense`; those of the kernel
-            apply to its mean.
+        activation, use_bias, kernel_initializer, bias_initializer, kernel_regularizer: As in `keras.layers.Dense`.
+        bias_regularizer, activity_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.Dense`; those of
+            the kernel apply to its mean.
         kernel_prior: "log_uniform" (prunes hardest), "ard" (prunes, and is a proper prior), "normal",
             a `priors.Prior`, a TFP distribution, or None for a plain kernel.
         bias_prior: The same for the bias; None for a plain bias.
@@ -47,7 +47,7 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
     Raises:
         ValueError: For a value that is out of range, or inputs whose last dimension is unknown.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalDense(3, kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 4))).shape == (2, 3)
@@ -73,9 +73,9 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
     otherwise. Without noise W = loc, and 0 where pruned.
 
     Args:
-        equation, output_shape, activation, bias_axes, kernel_initializer, bias_initializer, kernel_regularizer,
-            bias_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.EinsumDense`; those of the kernel
-            apply to its mean.
+        equation, output_shape, activation, bias_axes, kernel_initializer: As in `keras.layers.EinsumDense`.
+        bias_initializer, kernel_regularizer, bias_regularizer, kernel_constraint: As in `keras.layers.EinsumDense`.
+        bias_constraint: As in `keras.layers.EinsumDense`; those of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`, `activity_regularizer`.
@@ -90,7 +90,7 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
         ValueError: For a value that is out of range, an equation that does not fit the inputs, or an axis of unknown
             size that the kernel shares with the inputs.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalEinsumDense("btd,dhk->bthk", (None, 2, 3), bias_axes="hk", kl_weight=1e-3)
         >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 5, 2, 3)

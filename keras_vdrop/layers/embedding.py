@@ -38,7 +38,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
     Raises:
         ValueError: For a value that is out of range.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv, numpy as np
         >>> layer = kv.VariationalEmbedding(100, 8, mask_zero=True, kl_weight=1 / 1000)
         >>> layer(np.array([[3, 1, 4], [1, 5, 0]])).shape == (2, 3, 8)

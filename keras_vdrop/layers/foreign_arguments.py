@@ -11,6 +11,7 @@ _NOISE = (
     "The layer learns the noise of its weights. For noise on its inputs, put `keras_vdrop.VariationalGaussianDropout` "
     "or `MonteCarloDropout` in front of it."
 )
+_OF_RECURRENT = "Pass `dropout` for the inputs, and `recurrent_dropout` for the state."
 _SHAPE = "As in Keras, the layer finds the shape of its inputs by itself."
 
 ANSWERS = {
@@ -21,19 +22,23 @@ ANSWERS = {
     **dict.fromkeys(["kernel_divergence_fn", "bias_divergence_fn"], _KL + " The KL itself is in closed form."),
     "kl_use_exact": "The KL is in closed form wherever the prior allows it.",
     # bayesian-torch, blitz
-    **dict.fromkeys(["prior_mean", "prior_variance", "prior_sigma_1", "prior_sigma_2", "prior_pi"], _PRIOR),
-    **dict.fromkeys(["posterior_mu_init", "posterior_rho_init"], _INITIAL),
+    **dict.fromkeys(["prior_mean", "prior_variance", "prior_mu", "prior_sigma", "prior_sigma_1", "prior_sigma_2", "prior_pi"], _PRIOR),
+    **dict.fromkeys(["posterior_mu_init", "posterior_rho_init", "log_sigma2"], _INITIAL),
     # torch.nn
     **dict.fromkeys(["in_features", "in_channels", "input_size"], _SHAPE),
     "out_features": "Pass `units`.",
     "out_channels": "Pass `filters`.",
     "hidden_size": "Pass `units`.",
+    "bias": "Pass `use_bias`.",
+    "stride": "Pass `strides`.",
+    "num_layers": "Stack layers, all but the last with `return_sequences=True`.",
+    "bidirectional": "Wrap the layer in `keras.layers.Bidirectional`.",
     "batch_first": "The axes are (batch, time, channel).",
     "p": "Pass `rate`, the share that is dropped, to a dropout layer. " + _NOISE,
     # Dropout of Keras and of snippets for PyTorch
     **dict.fromkeys(["rate", "dropout", "dropout_rate"], _NOISE),
     "dropouti": "Pass `dropout`.",
-    "dropoutw": "Pass `weight_dropout`.",
+    **dict.fromkeys(["dropoutw", "weight_drop", "wdrop"], "Pass `weight_dropout`."),
     "dropouto": "Pass `output_dropout`.",
     # Names of this package, in the wrong place
     "prior": _PRIOR,
@@ -54,8 +59,13 @@ def check_arguments(cls, names):
         names: Names of given arguments.
     """
     for name in names:
-        if name in ANSWERS and not any(name in _parameters(base) for base in cls.__mro__):
-            raise ValueError(f"{cls.__name__} has no argument `{name}`. {ANSWERS[name]}")
+        if name in ANSWERS and not _takes(cls, name):
+            answer = _OF_RECURRENT if name in ("rate", "p") and _takes(cls, "recurrent_dropout") else ANSWERS[name]
+            raise ValueError(f"{cls.__name__} has no argument `{name}`. {answer}")
+
+
+def _takes(cls, name):
+    return any(name in _parameters(base) for base in cls.__mro__)
 
 
 def _parameters(cls):

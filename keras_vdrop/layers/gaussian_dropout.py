@@ -46,7 +46,7 @@ class VariationalGaussianDropout(StochasticLayer):
     Raises:
         ValueError: For a value that is out of range, or an unknown number of units.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalGaussianDropout(0.2, kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5))).shape == (2, 5)

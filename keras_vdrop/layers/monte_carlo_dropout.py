@@ -33,7 +33,7 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
     Raises:
         ValueError: For a value that is out of range.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.MonteCarloDropout(0.5, seed=0)
         >>> x = keras.ops.ones((2, 8))

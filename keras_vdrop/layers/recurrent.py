@@ -75,8 +75,8 @@ class VariationalLSTM(RecurrentLayer, keras.layers.LSTM):
 
     Args:
         *args: The arguments of `keras.layers.LSTM`, in their order: `units`, U, ..., `unroll`.
-        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
-            initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
+        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator: As in `VariationalLSTMCell`.
+        kl_weight, initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
         use_cudnn: "auto" or False, both of which mean False: a cuDNN kernel cannot add the noise.
         **kwargs: `zero_output_for_mask`, `implementation`, `name`, `dtype`, `trainable`.
 
@@ -89,7 +89,7 @@ class VariationalLSTM(RecurrentLayer, keras.layers.LSTM):
     Raises:
         ValueError: For a value that is out of range, or for `unroll` if T is unknown.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalLSTM(6, return_sequences=True, kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 5, 6)
@@ -111,8 +111,8 @@ class VariationalGRU(RecurrentLayer, keras.layers.GRU):
 
     Args:
         *args: The arguments of `keras.layers.GRU`, in their order: `units`, U, ..., `reset_after`.
-        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
-            initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
+        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator: As in `VariationalLSTMCell`.
+        kl_weight, initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
         use_cudnn, **kwargs: As in `VariationalLSTM`.
 
     Input shape:
@@ -124,7 +124,7 @@ class VariationalGRU(RecurrentLayer, keras.layers.GRU):
     Raises:
         ValueError: As for `VariationalLSTM`.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalGRU(6, kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 6)
@@ -146,8 +146,8 @@ class VariationalSimpleRNN(RecurrentLayer, keras.layers.SimpleRNN):
 
     Args:
         *args: The arguments of `keras.layers.SimpleRNN`, in their order: `units`, U, ..., `seed`.
-        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator, kl_weight,
-            initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
+        output_dropout, weight_dropout, tied_masks, kernel_prior, bias_prior, estimator: As in `VariationalLSTMCell`.
+        kl_weight, initial_log_variance, log_variance_rate, threshold: As in `VariationalLSTMCell`.
         **kwargs: `zero_output_for_mask`, `name`, `dtype`, `trainable`.
 
     Input shape:
@@ -159,7 +159,7 @@ class VariationalSimpleRNN(RecurrentLayer, keras.layers.SimpleRNN):
     Raises:
         ValueError: As for `VariationalLSTM`.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> layer = kv.VariationalSimpleRNN(6, kl_weight=1 / 1000)
         >>> layer(keras.ops.ones((2, 5, 4))).shape == (2, 6)

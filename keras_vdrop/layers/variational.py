@@ -54,7 +54,7 @@ class Variational(StochasticLayer, keras.Model):
         ValueError: For a value that is out of range, for a quantized layer, for an expression that matches no path, or
             if `include` and `exclude` leave no weight of the layer to draw.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> block = keras.Sequential([keras.layers.Dense(8, activation="relu"), keras.layers.Dense(3)])
         >>> layer = kv.Variational(block, kl_weight=1 / 1000)

@@ -1,4 +1,4 @@
-"""The first rows of data, and data without rows, of which no backend can draw."""
+"""Take the first rows of data, and handle data without rows, which no backend can predict."""
 
 import keras
 import numpy as np

@@ -15,7 +15,7 @@ class Predictions(dict):
     The statistics are attributes as well: `predicted.mean` is `predicted["mean"]`. If the model masks steps, `mask` is
     one of them, and the methods that add up the values of a row leave out the masked ones.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv, numpy as np
         >>> model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(3, initial_log_variance=-2.0)])
         >>> drawn = kv.MonteCarlo(model, likelihood="categorical").predict(np.ones((20, 4)), verbose=0)
@@ -68,7 +68,7 @@ class Predictions(dict):
         Raises:
             ValueError: For a coverage out of range, or for classes.
 
-        Example:
+        Examples:
             >>> import numpy as np
             >>> from keras_vdrop.montecarlo import Predictions
             >>> zero, half = np.zeros(1), np.full(1, 0.5)

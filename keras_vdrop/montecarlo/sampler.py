@@ -86,7 +86,7 @@ class MonteCarlo(keras.Model):
             infinity, with their number. In `evaluate`, if numbers are predicted worse than by the mean and variance of
             y, as happens if y was not standardised.
 
-    Example:
+    Examples:
         >>> import keras, keras_vdrop as kv
         >>> model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(3)])
         >>> statistics = kv.MonteCarlo(model, num_samples=8)(keras.ops.ones((2, 4)))

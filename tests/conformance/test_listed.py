@@ -18,7 +18,7 @@ def test_every_public_layer_has_a_case():
 
 def test_every_public_layer_has_a_public_docstring():
     for case in CASES:
-        for part in ("Args:", "Input shape:", "Output shape:", "Raises:", "Example:", "Reference:"):
+        for part in ("Args:", "Input shape:", "Output shape:", "Raises:", "Examples:", "Reference:"):
             assert part in case.cls.__doc__, f"{case.cls.__name__} lacks {part}"
 
 
