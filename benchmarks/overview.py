@@ -95,7 +95,7 @@ def draw(rows, regression, path, colors):
         ratios = np.exp(np.mean(np.log([row["ratios"] for row in rows]), axis=0))
         accuracies = 100 * np.array([row["accuracies"] for row in rows])
         blue, orange = kv.plots.COLORS[0], kv.plots.COLORS[1]
-        one.fill_between(ratios, accuracies.min(0), accuracies.max(0), color=blue, alpha=0.3, linewidth=0)
+        one.fill_between(ratios, accuracies.min(0), accuracies.max(0), color=blue, alpha=0.3, linewidth=0, label="its seeds")
         one.plot(ratios, accuracies.mean(0), "o-", color=blue, markersize=4, label="variational, pruned")
         plain = 100 * np.mean([row["plain"] for row in rows])
         one.axhline(plain, color=orange, linestyle="--", label="plain, all weights")
@@ -109,7 +109,10 @@ def draw(rows, regression, path, colors):
         one.legend(loc="lower left")
         columns = (regression[name] for name in ("x", "mean", "aleatoric_variance", "epistemic_variance"))
         kv.plots.regression_band(*columns, ax=other)
-        other.plot(*regression["observed"], ".", color=colors["text.color"], markersize=3, alpha=0.6)
+        for line in other.lines:
+            line.set_color(colors["text.color"])  # the bands are blue, and so dark on a dark page
+        other.plot(*regression["observed"], ".", color=colors["text.color"], markersize=3, alpha=0.6, label="data")
+        other.legend(loc="upper center", ncols=2)
         other.set_title("Uncertainty of the data and of the model")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, transparent=True, metadata={"Date": None})

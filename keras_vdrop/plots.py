@@ -353,8 +353,9 @@ def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=No
     ax.errorbar(
         bins.confidence, bins.accuracy, [low, high], color=COLORS[0], marker="o", markersize=5, capsize=2, label=label
     )
-    ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy", title="Reliability diagram")
-    ax.legend(loc="best")
+    ax.set(xlim=(0, 1), ylim=(0, 1.25), xlabel="confidence", ylabel="accuracy", title="Reliability diagram")
+    ax.set_yticks(np.linspace(0, 1, 6))  # above is room for the legend
+    ax.legend(loc="upper center", ncols=2)
     return ax
 
 

@@ -22,7 +22,10 @@ ANSWERS = {
     **dict.fromkeys(["kernel_divergence_fn", "bias_divergence_fn"], _KL + " The KL itself is in closed form."),
     "kl_use_exact": "The KL is in closed form wherever the prior allows it.",
     # bayesian-torch, blitz
-    **dict.fromkeys(["prior_mean", "prior_variance", "prior_mu", "prior_sigma", "prior_sigma_1", "prior_sigma_2", "prior_pi"], _PRIOR),
+    **dict.fromkeys(
+        ["prior_mean", "prior_variance", "prior_mu", "prior_sigma", "prior_sigma_1", "prior_sigma_2", "prior_pi"],
+        _PRIOR,
+    ),
     **dict.fromkeys(["posterior_mu_init", "posterior_rho_init", "log_sigma2"], _INITIAL),
     # torch.nn
     **dict.fromkeys(["in_features", "in_channels", "input_size"], _SHAPE),
