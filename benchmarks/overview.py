@@ -95,7 +95,8 @@ def draw(rows, regression, path, colors):
         ratios = np.exp(np.mean(np.log([row["ratios"] for row in rows]), axis=0))
         accuracies = 100 * np.array([row["accuracies"] for row in rows])
         blue, orange = kv.plots.COLORS[0], kv.plots.COLORS[1]
-        one.fill_between(ratios, accuracies.min(0), accuracies.max(0), color=blue, alpha=0.3, linewidth=0, label="its seeds")
+        band = {"color": blue, "alpha": 0.3, "linewidth": 0, "label": "its seeds"}
+        one.fill_between(ratios, accuracies.min(0), accuracies.max(0), **band)
         one.plot(ratios, accuracies.mean(0), "o-", color=blue, markersize=4, label="variational, pruned")
         plain = 100 * np.mean([row["plain"] for row in rows])
         one.axhline(plain, color=orange, linestyle="--", label="plain, all weights")
