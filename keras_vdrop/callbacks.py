@@ -230,6 +230,7 @@ class ELBO(keras.callbacks.Callback):
         kl_weight = 0.0 if self._factor is None else self._full_weight * beta
         for owner in _owners(self.model):
             owner.kl_weight = kl_weight
+            owner.full_kl_weight = None if self._factor is None else self._full_weight
             owner.free_bits = self.free_bits
 
     def _find_factor(self, outputs):

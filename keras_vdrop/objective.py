@@ -8,7 +8,9 @@ the negative ELBO.
 import collections
 import math
 
+import numpy as np
 from keras import losses as keras_losses
+from keras import ops
 
 from keras_vdrop.losses import NegativeLogLikelihood
 from keras_vdrop.outputs import compile_config
@@ -162,8 +164,14 @@ def labels_of(loss, output):
     if cls is not None and issubclass(cls, _SUMS):
         return 1
     if cls is None:
-        if _size(output.shape[1:]) == 1:
+        if _size(output.shape[1:]) == 1 and not _adds_up(loss, output.shape):
             return 1
+        if _size(output.shape[1:]) == 1:
+            raise ValueError(
+                "`ELBO` requires a loss that is a mean over the batch, and this one adds up its examples, so the KL "
+                "would weigh too little. Return one number for each example, or their mean. If the loss is meant to be "
+                f"a sum, {_WAY_OUT[0].lower()}{_WAY_OUT[1:]}. Received: loss={loss!r}"
+            )
         raise ValueError(
             f"`ELBO` cannot determine over how many terms of an example a custom loss is a mean. {_WAY_OUT}. "
             f"Received: loss={loss!r} for the output {output.name!r} of shape {output.shape}"
@@ -211,6 +219,23 @@ def require_loss(model):
 def _size(sizes):
     """Return the product of sizes; None if one of them is unknown."""
     return None if None in sizes else math.prod(sizes)
+
+
+def _adds_up(loss, shape):
+    """Return whether a custom loss returns a sum over the batch; False if that cannot be found out."""
+    if not callable(loss) or isinstance(loss, keras_losses.Loss):
+        return False  # a `Loss` says it by its `reduction`
+
+    def of(rows):
+        ones = np.ones((rows, *(size or 1 for size in shape[1:])), "float32")
+        value = loss(ops.convert_to_tensor(ones), ops.convert_to_tensor(0.3 * ones))
+        return np.asarray(ops.convert_to_numpy(value), "float64")
+
+    try:
+        few, many = of(2), of(8)
+    except Exception:  # it takes other values, or runs in a graph, whose tensors have no value
+        return False
+    return few.shape == many.shape == () and few != 0 and math.isclose(many / few, 4.0, rel_tol=1e-3)
 
 
 def _resolved(loss, shape):

@@ -313,3 +313,10 @@ def seed_generator(seed, *salt):
 def generator_states(model):
     """Return the state variables of all generators of noise in a model; they change when its layers draw."""
     return [variable for variable in model.non_trainable_variables if f"{_GENERATOR_NAME}/" in variable.path]
+
+
+def foreign_states(model):
+    """Return the state variables of all other generators in a model: those of Keras's layers and of a user's own."""
+    own = {id(state) for state in generator_states(model)}
+    states = [v for v in model.non_trainable_variables if v.path.split("/")[-1] == "seed_generator_state"]
+    return [state for state in states if id(state) not in own]

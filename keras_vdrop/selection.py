@@ -1,7 +1,7 @@
 """Choice of the threshold for pruning, by what it costs in a metric on validation data."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import keras
@@ -130,7 +130,7 @@ def select_threshold(
 
     Raises:
         ValueError: For a tolerance or a threshold out of range; for an unknown metric, or one whose better direction is
-            unknown; or for a model without prunable weights.
+            unknown; for a generator; or for a model without prunable weights.
     """
     check_non_negative("tolerance", tolerance)
     if mode not in ("auto", "max", "min"):
@@ -149,6 +149,12 @@ def select_threshold(
                 'Pass mode="max" if they are, or mode="min" if not.'
             )
         mode = "min" if less else "max"
+
+    if isinstance(x, Iterator):
+        raise ValueError(
+            "`x` is evaluated once for every threshold, and a generator can be read only once. Pass arrays, a "
+            f"`tf.data.Dataset` or a `keras.utils.PyDataset`. Received: x={x!r}"
+        )
 
     def evaluate():
         if prepare is not None:

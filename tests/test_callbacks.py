@@ -6,6 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import keras_vdrop as kv
 from tests.cases import array, posteriors
@@ -461,6 +462,17 @@ def test_nested_outputs_with_labels_per_example():
     y = {"a": {"x": X[:, :2], "z": X[:, :2]}}
     model.fit(X, y, verbose=0, callbacks=[kv.ELBO(64, labels_per_example=2)])
     assert float(array(model.layers[1].kl_weight)) == pytest.approx(1 / 128)
+
+
+def test_a_custom_loss_that_adds_up_its_examples_is_refused(model):
+    for loss in (lambda y, p: ops.sum(ops.square(y - p)), lambda y, p: -ops.sum(-ops.abs(y - p))):
+        model.compile("sgd", loss)
+        with pytest.raises(ValueError, match="adds up its examples"):
+            model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)
+    for loss in (lambda y, p: ops.mean(ops.square(y - p)), lambda y, p: ops.square(y - p)[:, 0]):
+        model.compile("sgd", loss)
+        model.fit(X, Y, callbacks=[kv.ELBO(64)], verbose=0)
+        assert float(array(model.layers[0].kl_weight)) == pytest.approx(1 / 64)
 
 
 class Tagger(keras.Model):

@@ -58,6 +58,47 @@ def test_one_draw_has_no_spread():
     kv.MonteCarlo(network(), 1, output="samples")
 
 
+class Noise(layers.Layer):
+    """A user's layer that draws random numbers."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seed_generator = keras.random.SeedGenerator(0)
+
+    def call(self, x):
+        return x + keras.random.normal(ops.shape(x), seed=self.seed_generator)
+
+
+def test_a_users_own_noise_is_drawn_anew_for_every_draw():
+    inputs = keras.Input((1,))
+    h = kv.VariationalDense(1, initial_log_variance=-1.0, kernel_initializer="ones")(inputs)
+    model = keras.Model(inputs, Noise()(h))
+    before = array(model.layers[-1].seed_generator.state)
+    drawn = samples(model, np.ones((500, 1), "float32"), 64)[..., 0].astype("float64")
+    flat = drawn.reshape(-1, 1)
+    assert_mean(flat, np.ones(1))
+    assert_variance(flat, np.array([1.0 + np.exp(-1.0)]))
+    # Neither draws, nor examples, nor batches, of which there are 16, share a number.
+    assert len(np.unique(drawn)) > 0.99 * drawn.size
+    np.testing.assert_array_equal(before, array(model.layers[-1].seed_generator.state))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_posterior_from_within_the_warm_up_is_said(share, tmp_path):
+    model = network()
+    model.compile("sgd", "mse")
+    model.fit(X, np.ones((3, 2)), epochs=2, verbose=0, callbacks=[kv.ELBO(3, warmup_epochs=0)])
+    layer = model.layers[0]
+    layer.kl_weight = share * float(array(layer.kl_weight))  # as a callback that restores an early epoch does
+    with pytest.warns(UserWarning, match=rf"\['{layer.name}'\].* has {share:.2g} of its full weight.*val_loss"):
+        kv.MonteCarlo(model, 2)
+    model.save(tmp_path / "early.keras")
+    loaded = keras.saving.load_model(tmp_path / "early.keras")
+    if share == 0.0:
+        with pytest.warns(UserWarning, match="of its full weight"):
+            kv.MonteCarlo(loaded, 2)
+
+
 @pytest.mark.slow
 def test_seed():
     model = network()

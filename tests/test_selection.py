@@ -91,6 +91,12 @@ def test_bad_input_to_select_threshold(arguments, message, judged):
         kv.select_threshold(*judged, **arguments)
 
 
+def test_a_generator_is_refused(judged):
+    model, x, y = judged
+    with pytest.raises(ValueError, match="read only once"):
+        kv.select_threshold(model, ((x, y) for _ in range(3)))
+
+
 def test_what_prepares_the_model_runs_before_each_evaluation_and_is_put_back():
     model = keras.Sequential(
         [keras.Input((4,)), kv.VariationalDense(6, kl_weight=0.1), keras.layers.BatchNormalization()]

@@ -106,6 +106,8 @@ class StochasticLayer(Rematerialized):
         self._free_bits = None
         self._posterior_size = 0
 
+    # The weight that `ELBO` gives the KL in the end; None without `ELBO`.
+    full_kl_weight = None
     # The generator of the noise, once the layer is built; None if the layer draws nothing.
     seed_generator = None
 

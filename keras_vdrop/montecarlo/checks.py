@@ -5,7 +5,7 @@ import numbers
 
 import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 from keras_vdrop import costs
 from keras_vdrop.layers.drop_in import DropIn
@@ -14,6 +14,7 @@ from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.losses import NegativeLogLikelihood
 from keras_vdrop.montecarlo.predictions import flat_rows
 from keras_vdrop.outputs import check_activation, last_activation, last_layer, output_names
+from keras_vdrop.posterior import learning_posteriors
 from keras_vdrop.warning import warn
 
 # Keras layers whose noise is active in training only.
@@ -91,6 +92,24 @@ def _keras_noise(model):
         if not any(map(takes_part, layer._flatten_layers())):
             found.append(layer.name)
     return found
+
+
+def check_kl_weight(model):
+    """Warn of a posterior that was learned or saved while the KL did not have its full weight in the loss."""
+    owners = {id(posterior.owner): posterior.owner for posterior in learning_posteriors(model)}.values()
+    names, least = [], 1.0
+    for owner in owners:
+        weight, full = (float(ops.convert_to_numpy(each)) for each in (owner.kl_weight, owner.full_kl_weight or 0.0))
+        if weight == 0.0 or weight < 0.99 * full:
+            names.append(owner.name)
+            least = min(least, weight / full if full else 0.0)
+    if names:
+        warn(
+            f"In the layers {names} of {model.name!r}, the KL has {least:.2g} of its full weight, so the posterior is "
+            "too certain. Either training ended within the warm-up, or a callback chose an epoch within it: "
+            "`EarlyStopping(restore_best_weights=True)` and `ModelCheckpoint(save_best_only=True)` need "
+            '`monitor="val_loss"`, which has the KL at its full weight.',
+        )
 
 
 def check_noise_is_a_draw(model):

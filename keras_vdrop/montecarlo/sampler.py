@@ -14,7 +14,7 @@ from keras_vdrop.functional.tracing import in_tensorflow, side_by_side, traced_o
 from keras_vdrop.montecarlo import checks, empty, reports
 from keras_vdrop.montecarlo.readings import point_name, readings_of, serialized
 from keras_vdrop.outputs import output_names
-from keras_vdrop.sampling import FixedSeeds, drawing, generator_states, seed_generator, take_part
+from keras_vdrop.sampling import FixedSeeds, drawing, foreign_states, generator_states, seed_generator, take_part
 from keras_vdrop.targets import mask_of, with_mask
 
 _OUTPUTS = ("statistics", "samples")
@@ -27,7 +27,8 @@ class MonteCarlo(keras.Model):
 
     All draws run inside one compiled graph: `sample_batch_size` of them side by side, and these groups one after the
     other. The memory for activations therefore does not depend on S. The wrapped model does not change and stays
-    deterministic, and everything in it that is not variational stays in inference mode. A stateful RNN starts every
+    deterministic, and everything in it that is not variational stays in inference mode. A layer of your own that draws
+    random numbers there, with a `keras.random.SeedGenerator`, draws anew for every draw. A stateful RNN starts every
     draw from its current state, and keeps that state. Masked time steps get statistics like all others, but `evaluate`
     ignores them. Saving a `MonteCarlo` saves the wrapped model, without that model's compile configuration.
 
@@ -81,10 +82,10 @@ class MonteCarlo(keras.Model):
 
     Warns:
         UserWarning: For statistics of one draw; if a layer was trained with noise that no draw of its weights can
-            produce; if Keras's own dropout stays off; if there is an activation before a raw scale. In `predict` and
-            `evaluate`, if the first logits of a binary classifier all lie between 0 and 1; if rows contain NaN or
-            infinity, with their number. In `evaluate`, if numbers are predicted worse than by the mean and variance of
-            y, as happens if y was not standardised.
+            produce, or without the full weight of its KL; if Keras's own dropout stays off; if there is an activation
+            before a raw scale. In `predict` and `evaluate`, if the first logits of a binary classifier all lie between
+            0 and 1; if rows contain NaN or infinity, with their number. In `evaluate`, if numbers are predicted worse
+            than by the mean and variance of y, as happens if y was not standardised.
 
     Examples:
         >>> import keras, keras_vdrop as kv
@@ -122,6 +123,7 @@ class MonteCarlo(keras.Model):
         checks.check_built(model)
         checks.check_draws(model)
         checks.check_noise_is_a_draw(model)
+        checks.check_kl_weight(model)
         checks.check_outputs(model, readings)
         # The dtype of the statistics and of the inputs that are passed on. The wrapped model has its own policy.
         kwargs.setdefault("dtype", "float64" if model.compute_dtype == "float64" else "float32")
@@ -163,13 +165,13 @@ class MonteCarlo(keras.Model):
         )
 
     def _seeds(self):
-        """Draw one seed for each draw and each of the G generators of noise.
+        """Draw one seed for each draw and each of the G generators of random numbers.
 
         Returns:
             The seeds of the first group of draws, (s, G), and those of n more groups of k draws each, (n, k, G), or
             None if n = 0. k is the number of draws side by side, and s is the remainder of S / k, or k where that is 0.
         """
-        shape = self.num_samples, len(generator_states(self.model))
+        shape = self.num_samples, len(self._states())
         generator = FixedSeeds(self.seed_generator.state) if self.consistent else self.seed_generator
         seeds = keras.random.randint(shape, 0, 2**31 - 1, seed=generator)
         # XLA cannot tell where a loop ends, such as an RNN's, once TensorFlow has vectorised it.
@@ -179,12 +181,16 @@ class MonteCarlo(keras.Model):
             return seeds, None
         return seeds[:first], ops.reshape(seeds[first:], (-1, together, shape[1]))
 
+    def _states(self):
+        """Return the states of all generators in the model: those of its noise, and those of a user's own layers."""
+        return [*generator_states(self.model), *foreign_states(self.model)]
+
     def _draws_of(self, inputs):
         """Return a function from seeds (s, G) to the outputs (s, B, ...) under s draws, computed side by side.
 
         The function also returns the masks (B, ...) of the outputs that have one, by the index of the output.
         """
-        states = generator_states(self.model)
+        states = self._states()
         ids = {id(state) for state in states}
         # An example keeps its draw of a layer that it uses more than once. Only the code of a user's layer tells how
         # often it calls its sublayers, so these count as well. Layers with local reparameterization do not: they
