@@ -17,7 +17,7 @@ from keras_vdrop.functional import likelihoods
 from keras_vdrop.functional.calibration import EDGE
 from keras_vdrop.losses import NegativeLogLikelihood as Likelihood
 from keras_vdrop.losses import NormalNLL
-from keras_vdrop.targets import aligned, mask_of, targets, weights_of
+from keras_vdrop.targets import aligned, mask_of, outside, targets, weights_of
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -29,9 +29,10 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         from_logits: Whether the model returns logits.
         name: The name in the logs.
         dtype: The dtype of the sums.
+        ignore_class: Int, a label that does not count, such as 255 for pixels without a label; or None.
 
     Call arguments:
-        y_true: Class numbers (B, ...) or (B, ..., 1).
+        y_true: Class numbers (B, ...) or (B, ..., 1), in [0, C). The result is NaN if another number counts.
         y_pred: Probabilities or logits (B, ..., C); with C = 1, those of class 1.
         sample_weight: Optional, one for each class number or each row: how many rows it counts as.
 
@@ -43,9 +44,10 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         0.25
     """
 
-    def __init__(self, num_bins=15, from_logits=False, name="ece", dtype=None):
+    def __init__(self, num_bins=15, from_logits=False, name="ece", dtype=None, ignore_class=None):
         check_positive_int("num_bins", num_bins)
         super().__init__(name=name, dtype=dtype)
+        self.ignore_class = ignore_class
         self.num_bins = num_bins
         self.from_logits = from_logits
         self._direction = "down"
@@ -55,6 +57,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
     def update_state(self, y_true, y_pred, sample_weight=None):
         labels, probability = _classification(y_true, y_pred, self.from_logits, self.dtype)
         weight = _weight(labels, y_pred, sample_weight, self.dtype)
+        weight = _weight_of_labels(labels, probability.shape[-1], weight, self.ignore_class)
         confidence = ops.max(probability, axis=-1)
         correct = ops.cast(ops.equal(ops.cast(ops.argmax(probability, axis=-1), labels.dtype), labels), self.dtype)
         bins = ops.cast(ops.ceil(confidence * self.num_bins - EDGE), "int32") - 1
@@ -67,7 +70,8 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         return ops.divide_no_nan(ops.sum(ops.abs(self.gaps)), self.rows)
 
     def get_config(self):
-        return {**super().get_config(), "num_bins": self.num_bins, "from_logits": self.from_logits}
+        own = {"num_bins": self.num_bins, "from_logits": self.from_logits, "ignore_class": self.ignore_class}
+        return {**super().get_config(), **own}
 
 
 class _Mean(keras.metrics.Metric):
@@ -84,9 +88,13 @@ class _Mean(keras.metrics.Metric):
     def values(self, y_true, y_pred):
         raise NotImplementedError
 
+    def weight(self, y_true, y_pred, weight):
+        """Return the weight of each value, given that by masks and sample weights."""
+        return weight
+
     def update_state(self, y_true, y_pred, sample_weight=None):
         values = self.values(y_true, y_pred)
-        weight = _weight(values, y_pred, sample_weight, self.dtype)
+        weight = self.weight(y_true, y_pred, _weight(values, y_pred, sample_weight, self.dtype))
         self.total.assign_add(ops.sum(weight * values))
         self.rows.assign_add(ops.sum(weight))
 
@@ -102,6 +110,7 @@ class BrierScore(_Mean):
         from_logits: Whether the model returns logits.
         name: The name in the logs.
         dtype: The dtype of the sums.
+        ignore_class: As for `ExpectedCalibrationError`.
 
     Call arguments:
         y_true, y_pred, sample_weight: As for `ExpectedCalibrationError`.
@@ -114,18 +123,24 @@ class BrierScore(_Mean):
         0.25
     """
 
-    def __init__(self, from_logits=False, name="brier", dtype=None):
+    def __init__(self, from_logits=False, name="brier", dtype=None, ignore_class=None):
         super().__init__(name, dtype)
         self.from_logits = from_logits
+        self.ignore_class = ignore_class
         self._direction = "down"
 
     def values(self, y_true, y_pred):
         labels, probability = _classification(y_true, y_pred, self.from_logits, self.dtype)
-        truth = ops.one_hot(labels, probability.shape[-1], dtype=self.dtype)
+        # Not `ops.one_hot`, which on PyTorch refuses labels that are ignored.
+        truth = ops.cast(ops.equal(labels[..., None], ops.arange(probability.shape[-1])), self.dtype)
         return ops.sum(ops.square(probability - truth), axis=-1)
 
+    def weight(self, y_true, y_pred, weight):
+        labels, probability = _classification(y_true, y_pred, self.from_logits, self.dtype)
+        return _weight_of_labels(labels, probability.shape[-1], weight, self.ignore_class)
+
     def get_config(self):
-        return {**super().get_config(), "from_logits": self.from_logits}
+        return {**super().get_config(), "from_logits": self.from_logits, "ignore_class": self.ignore_class}
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -314,6 +329,14 @@ def _classification(y_true, y_pred, from_logits, dtype):
         positive = ops.sigmoid(y_pred) if from_logits else y_pred
         return ops.cast(labels, "int32"), ops.concatenate([1.0 - positive, positive], axis=-1)
     return ops.cast(labels, "int32"), ops.softmax(y_pred) if from_logits else y_pred
+
+
+def _weight_of_labels(labels, num_classes, weight, ignore_class):
+    """Return 0 for ignored labels and NaN for those that are no class and count, else the weight."""
+    if ignore_class is not None:
+        weight = ops.where(ops.equal(labels, ignore_class), ops.zeros_like(weight), weight)
+    wrong = ops.logical_and(outside(labels, num_classes), ops.not_equal(weight, 0.0))
+    return ops.where(wrong, ops.full_like(weight, math.nan), weight)
 
 
 def _standardised(y_true, y_pred, dtype):

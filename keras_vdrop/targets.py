@@ -16,6 +16,11 @@ def targets(y_true, y_pred, what, size=None):
     return y
 
 
+def outside(labels, num_classes):
+    """Return where labels are not class numbers in [0, C)."""
+    return ops.logical_or(ops.less(labels, 0), ops.greater_equal(labels, num_classes))
+
+
 def aligned(y, shape, sizes=None):
     """Return `y` in the given shape, or None if it has another one.
 

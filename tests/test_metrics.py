@@ -236,3 +236,17 @@ def test_what_is_refused():
         for cls in (kv.metrics.RootMeanSquaredError, kv.metrics.NegativeLogLikelihood):
             with pytest.raises(ValueError, match=r"parameters \(B, \.\.\., 2\)"):
                 cls().update_state(np.zeros(4), np.zeros((4, size)))
+
+
+@pytest.mark.parametrize("metric", [kv.metrics.BrierScore, kv.metrics.ExpectedCalibrationError])
+def test_labels_that_are_no_classes(metric):
+    probability = np.array([[0.9, 0.1], [0.8, 0.2]], "float32")
+    right = metric()
+    right.update_state([0], probability[:1])
+    for strange in (255, -1, 2):
+        strict, ignoring, weighed = metric(), metric(ignore_class=strange), metric()
+        strict.update_state([0, strange], probability)
+        assert np.isnan(value(strict))
+        ignoring.update_state([0, strange], probability)
+        weighed.update_state([0, strange], probability, sample_weight=[1.0, 0.0])
+        assert value(ignoring) == value(weighed) == pytest.approx(value(right))

@@ -856,6 +856,21 @@ def test_masked_steps_count_neither_in_uncertainty_nor_in_bald(likelihood):
     assert "mask" not in kv.MonteCarlo(sequence_model(2, masked=False), 2, likelihood).predict(x, verbose=0)
 
 
+def test_labels_that_are_no_classes_are_refused_or_ignored():
+    x = np.random.default_rng(0).normal(size=(8, 5, 4)).astype("float32")
+    labels = np.random.default_rng(1).integers(0, 2, (8, 5))
+    sampler = kv.MonteCarlo(sequence_model(2, masked=False), 2, "categorical", seed=0, consistent=True)
+    sampler.compile(weighted_metrics=[kv.metrics.BrierScore()])
+    weight = np.ones((8, 5))
+    weight[:, :2] = 0.0
+    right = sampler.evaluate(x, labels, sample_weight=weight, verbose=0)
+    for strange in (255, -1):
+        labels[:, :2] = strange
+        np.testing.assert_allclose(sampler.evaluate(x, labels, sample_weight=weight, verbose=0), right, rtol=1e-5)
+        with pytest.raises(ValueError, match=r"from 0 to C − 1.*16 labels"):
+            sampler.evaluate(x, labels, verbose=0)
+
+
 @pytest.mark.slow
 def test_evaluate_sees_logits_and_rows_with_nan():
     x = np.tile(10 * X, (3, 1))

@@ -181,6 +181,8 @@ class Reading:
         if self.likelihood == "bernoulli":
             return keras.losses.BinaryCrossentropy()(ops.expand_dims(y, -1), _a_number_each(point), weight)
         one_hot = len(y.shape) == len(point.shape)
+        if not one_hot:  # the report `Labels` counts the labels that are no classes
+            y = ops.clip(y, 0, point.shape[-1] - 1)
         loss = keras.losses.CategoricalCrossentropy if one_hot else keras.losses.SparseCategoricalCrossentropy
         return loss()(y, point, weight)
 

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_vdrop.montecarlo.checks import ENDS, check_probabilities, range_of, report_not_finite
 from keras_vdrop.montecarlo.readings import MomentsNLL, moments
-from keras_vdrop.targets import mask_of, weights_of
+from keras_vdrop.targets import mask_of, outside, weights_of
 from keras_vdrop.warning import warn
 
 # The fewest values of y for which `evaluate` may warn that predictions are worse than the mean and variance of y.
@@ -16,16 +16,17 @@ _ENOUGH = 30
 
 def of(readings):
     """Return the reports for the readings of a model's outputs, given by name."""
-    return [Finite(), *filter(None, (_of_output(name, reading) for name, reading in readings.items()))]
+    return [Finite(), *(report for name, reading in readings.items() for report in _of_output(name, reading))]
 
 
 def _of_output(name, reading):
-    """Return the report on an output, or None."""
+    """Return the reports on an output."""
     if reading.likelihood is None:
-        return None
+        return []
     if not reading.is_classes:
-        return Fit(name, reading)
-    return None if reading.from_logits else Probabilities(name, reading.likelihood)
+        return [Fit(name, reading)]
+    labels = [Labels(name, reading)] if reading.likelihood == "categorical" else []
+    return labels if reading.from_logits else [*labels, Probabilities(name, reading.likelihood)]
 
 
 class Report(keras.metrics.Metric):
@@ -67,6 +68,37 @@ class Finite(Report):
 
     def report(self):
         report_not_finite(int(self._number(self.wrong)), self.count)
+
+
+class Labels(Report):
+    """The number of labels that count and are not class numbers."""
+
+    def __init__(self, name, reading):
+        super().__init__(name="labels", dtype="float32")
+        self.output, self.reading = name, reading
+        self.wrong = self._add("wrong")
+
+    def update_state(self, found, rows):
+        if self.output not in rows:
+            return
+        y, found, weight = rows[self.output]
+        y, weight = self.reading.laid_out(y, found, weight)
+        point = found["probability"]
+        if len(y.shape) == len(point.shape):
+            return  # one-hot
+        wrong = ops.cast(outside(y, point.shape[-1]), "float32")
+        for each in (weight, mask_of(point)):
+            if each is not None:
+                wrong *= weights_of(ops.cast(ops.not_equal(ops.cast(each, "float32"), 0.0), "float32"), wrong)
+        self.wrong.assign_add(ops.sum(wrong))
+
+    def report(self):
+        wrong = int(self._number(self.wrong))
+        if wrong:
+            raise ValueError(
+                f"Labels{self.reading.where} must be ints from 0 to C − 1. Give those that are to be ignored the "
+                f"`sample_weight` 0. Received: {wrong} labels out of this range"
+            )
 
 
 class Probabilities(Report):
