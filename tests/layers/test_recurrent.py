@@ -156,7 +156,7 @@ def test_flipout_signs_are_exact_and_each_examples_own(drawn):
 def test_estimators_have_the_mean_and_variance_of_the_pre_activations(options, drawn):
     layer = rnn(bias_prior="normal", **options)
     cell = layer.cell
-    for _ in range(400):
+    for _ in range(200):
         layer(X[:, :1], training=True)
     draws = np.stack([in_numpy(product)(X[:, 0]) for product in drawn[::2]])
     assert_mean(draws, X[:, 0] @ array(cell.kernel.loc) + array(cell.bias.loc))
