@@ -64,7 +64,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    text = "slow(keep=0): without --full, only the first `keep` parameter sets of the test run"
+    text = "slow(keep=0): without --full, only the first `keep` parameter sets of the test run; one on JAX and PyTorch"
     config.addinivalue_line("markers", text)
     text = "any_backend: without --full, the test runs on TensorFlow only; it does not depend on the backend"
     config.addinivalue_line("markers", text)
@@ -114,7 +114,10 @@ def _quick(items):
         return []
     typical = [item for item in items if not any(_is_rare(value) for value in _parameters(item))] or items[:1]
     slow = items[0].get_closest_marker("slow")
-    return typical if slow is None else typical[: slow.kwargs.get("keep", 0)]
+    if slow is None:
+        return typical
+    keep = slow.kwargs.get("keep", 0)
+    return typical[: min(keep, 1) if _is_other_backend() else keep]
 
 
 def _parameters(item):
