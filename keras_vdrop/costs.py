@@ -1,8 +1,10 @@
 """The cost of weights without noise: multiplications per example, and bytes."""
 
 import gzip
+import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 import keras
 
@@ -12,7 +14,7 @@ from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.layers.weights import VariationalLayer
 
 
-def places(model_or_layer):
+def places(model_or_layer: keras.Model | keras.layers.Layer) -> dict[int, int | None]:
     """Count, for every layer, the positions of one example at which each weight is multiplied, over all calls.
 
     The graph of a Functional or Sequential model tells which layers it calls, how often, and on what shapes. A layer
@@ -31,7 +33,9 @@ def places(model_or_layer):
     }
 
 
-def used_repeatedly(model_or_layer, calls_within=1):
+def used_repeatedly(
+    model_or_layer: keras.Model | keras.layers.Layer, calls_within: int | None = 1
+) -> list[tuple[VariationalLayer | Variational, bool]]:
     """Find the layers whose weights one example uses more than once: at several positions, lookups or calls.
 
     Args:
@@ -69,18 +73,18 @@ def _all_calls(model_or_layer, cls, calls_within=1):
 _CALL_ONCE = ("keras", "keras_vdrop")
 
 
-def known_sum(numbers):
+def known_sum(numbers: Iterable[int | None]) -> int | None:
     """Return the sum, or None if a number is None, which means unknown."""
     numbers = list(numbers)
     return None if None in numbers else sum(numbers)
 
 
-def itemsize(dtype):
+def itemsize(dtype: str) -> int:
     """Return the number of bytes per value of a dtype: 4 for "float32"."""
     return int(re.match(r"[a-z]+(\d+)", dtype)[1]) // 8
 
 
-def file_sizes(path):
+def file_sizes(path: str | os.PathLike) -> tuple[int, int]:
     """Return the bytes of a file, or of all files below a folder, and their bytes if each is compressed with gzip."""
     path = pathlib.Path(path)
     files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]

@@ -14,12 +14,18 @@ Keras's metrics treat the outputs as predictions, so `metrics=["mse"]` also comp
 as `metrics.RootMeanSquaredError` compare y with the mean.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
 import keras
 from keras import layers, ops
 
 from keras_vdrop.checks import check_finite, check_positive_int
 from keras_vdrop.functional import likelihoods
 from keras_vdrop.targets import aligned, mask_of, targets, weights_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "DistributionNLL",
@@ -30,6 +36,8 @@ __all__ = [
     "StudentTNLL",
     "learned_scale",
 ]
+
+_ReductionName: TypeAlias = Literal["sum_over_batch_size", "sum", "mean", "mean_with_sample_weight", "none"] | None
 
 
 class _Reduction(keras.losses.Loss):
@@ -64,12 +72,17 @@ class NegativeLogLikelihood(keras.losses.Loss):
         ValueError: If the shape of y, the weights or the mask does not match that of the outputs.
     """
 
-    num_parameters = 2
+    num_parameters: int | None = 2
 
-    def __init__(self, name=None, reduction="sum_over_batch_size", dtype=None):
+    def __init__(
+        self,
+        name: str | None = None,
+        reduction: _ReductionName = "sum_over_batch_size",
+        dtype: str | keras.DTypePolicy | None = None,
+    ):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         mask = mask_of(y_pred)
         if mask is None and sample_weight is None:
             return super().__call__(y_true, y_pred)
@@ -85,21 +98,21 @@ class NegativeLogLikelihood(keras.losses.Loss):
             totals = ops.expand_dims(ops.divide_no_nan(ops.sum(totals), ops.sum(examples)), axis=0)
         return _Reduction(self.name, self.reduction, self.dtype)(totals, totals)
 
-    def log_prob(self, y, parameters):
+    def log_prob(self, y: Any, parameters: Any) -> Any:
         """Compute log p of each number: a tensor of the shape of y, (B, ...)."""
         raise NotImplementedError(f"{type(self).__name__} must define log_prob(y, parameters).")
 
-    def moments(self, parameters):
+    def moments(self, parameters: Any) -> tuple[Any, Any]:
         """Compute the mean and the variance of each number: two tensors (B, ...)."""
         raise NotImplementedError(f"{type(self).__name__} must define moments(parameters).")
 
-    def values(self, y_true, y_pred):
+    def values(self, y_true: Any, y_pred: Any) -> Any:
         """Compute −log p of each number, (B, ...), from `y_true` and `y_pred` as tensors."""
         what = f"`y_true` (B, ...) and parameters (B, ..., {self.num_parameters})"
         y = targets(y_true, y_pred, what, self.num_parameters)
         return -self.log_prob(y, y_pred)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
         return _total(self.values(y_true, y_pred))
 
 
@@ -128,10 +141,10 @@ class NormalNLL(NegativeLogLikelihood):
         https://doi.org/10.1109/ICNN.1994.374138
     """
 
-    def log_prob(self, y, parameters):
+    def log_prob(self, y: Any, parameters: Any) -> Any:
         return likelihoods.normal(y, parameters[..., 0], likelihoods.scale_of(parameters[..., 1]))
 
-    def moments(self, parameters):
+    def moments(self, parameters: Any) -> tuple[Any, Any]:
         return parameters[..., 0], ops.square(likelihoods.scale_of(parameters[..., 1]))
 
 
@@ -147,10 +160,10 @@ class LaplaceNLL(NegativeLogLikelihood):
         y_pred: Outputs (B, ..., 2).
     """
 
-    def log_prob(self, y, parameters):
+    def log_prob(self, y: Any, parameters: Any) -> Any:
         return likelihoods.laplace(y, parameters[..., 0], likelihoods.scale_of(parameters[..., 1]))
 
-    def moments(self, parameters):
+    def moments(self, parameters: Any) -> tuple[Any, Any]:
         return parameters[..., 0], 2.0 * ops.square(likelihoods.scale_of(parameters[..., 1]))
 
 
@@ -172,22 +185,28 @@ class StudentTNLL(NegativeLogLikelihood):
         ValueError: If `df` is not above 0.
     """
 
-    def __init__(self, df=4.0, name=None, reduction="sum_over_batch_size", dtype=None):
+    def __init__(
+        self,
+        df: float = 4.0,
+        name: str | None = None,
+        reduction: _ReductionName = "sum_over_batch_size",
+        dtype: str | keras.DTypePolicy | None = None,
+    ):
         check_finite("df", df)
         if df <= 0:
             raise ValueError(f"`df` must be above 0. Received: df={df!r}")
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.df = float(df)
 
-    def log_prob(self, y, parameters):
+    def log_prob(self, y: Any, parameters: Any) -> Any:
         return likelihoods.student_t(y, self.df, parameters[..., 0], likelihoods.scale_of(parameters[..., 1]))
 
-    def moments(self, parameters):
+    def moments(self, parameters: Any) -> tuple[Any, Any]:
         if self.df <= 2:
             raise ValueError(f"`df` must be above 2, or the variance is infinite. Received: df={self.df:g}")
         return parameters[..., 0], self.df / (self.df - 2.0) * ops.square(likelihoods.scale_of(parameters[..., 1]))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "df": self.df}
 
 
@@ -207,27 +226,33 @@ class NormalMixtureNLL(NegativeLogLikelihood):
         Mixture Density Networks, Bishop, 1994, https://publications.aston.ac.uk/id/eprint/373/
     """
 
-    def __init__(self, num_components, name=None, reduction="sum_over_batch_size", dtype=None):
+    def __init__(
+        self,
+        num_components: int,
+        name: str | None = None,
+        reduction: _ReductionName = "sum_over_batch_size",
+        dtype: str | keras.DTypePolicy | None = None,
+    ):
         check_positive_int("num_components", num_components)
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.num_components = num_components
 
     @property
-    def num_parameters(self):
+    def num_parameters(self) -> int:
         return 3 * self.num_components
 
-    def log_prob(self, y, parameters):
+    def log_prob(self, y: Any, parameters: Any) -> Any:
         logits, loc, raw_scale = ops.split(parameters, 3, axis=-1)
         return likelihoods.normal_mixture(y, logits, loc, likelihoods.scale_of(raw_scale))
 
-    def moments(self, parameters):
+    def moments(self, parameters: Any) -> tuple[Any, Any]:
         logits, loc, raw_scale = ops.split(parameters, 3, axis=-1)
         share = ops.softmax(logits, axis=-1)
         mean = ops.sum(share * loc, axis=-1, keepdims=True)
         variance = ops.square(likelihoods.scale_of(raw_scale)) + ops.square(loc - mean)
         return ops.squeeze(mean, axis=-1), ops.sum(share * variance, axis=-1)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "num_components": self.num_components}
 
 
@@ -254,7 +279,13 @@ class DistributionNLL(NegativeLogLikelihood):
 
     num_parameters = None
 
-    def __init__(self, distribution_fn, name=None, reduction="sum_over_batch_size", dtype=None):
+    def __init__(
+        self,
+        distribution_fn: Callable[[Any], Any],
+        name: str | None = None,
+        reduction: _ReductionName = "sum_over_batch_size",
+        dtype: str | keras.DTypePolicy | None = None,
+    ):
         if not callable(distribution_fn):
             raise ValueError(
                 "`distribution_fn` must be a callable that takes the outputs. "
@@ -263,10 +294,10 @@ class DistributionNLL(NegativeLogLikelihood):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.distribution_fn = distribution_fn
 
-    def log_prob(self, y, parameters):
+    def log_prob(self, y: Any, parameters: Any) -> Any:
         return self.distribution_fn(parameters).log_prob(y)
 
-    def values(self, y_true, y_pred):
+    def values(self, y_true: Any, y_pred: Any) -> Any:
         distribution = self.distribution_fn(y_pred)
         drawn = (*distribution.batch_shape, *distribution.event_shape)
         sizes = ops.concatenate([distribution.batch_shape_tensor(), distribution.event_shape_tensor()])
@@ -278,22 +309,22 @@ class DistributionNLL(NegativeLogLikelihood):
             )
         return -distribution.log_prob(y)
 
-    def moments(self, parameters):
+    def moments(self, parameters: Any) -> tuple[Any, Any]:
         """Return the mean and the variance of the distribution."""
         distribution = self.distribution_fn(parameters)
         return distribution.mean(), distribution.variance()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         function = keras.saving.serialize_keras_object(self.distribution_fn)
         return {**super().get_config(), "distribution_fn": function}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "Self":
         function = keras.saving.deserialize_keras_object(config["distribution_fn"])
         return cls(**{**config, "distribution_fn": function})
 
 
-def learned_scale(loc, name="raw_scale"):
+def learned_scale(loc: Any, name: str = "raw_scale") -> Any:
     """Make outputs (loc, raw scale) with one learned raw scale for each of D outputs, shared by all inputs.
 
     Use it with `NormalNLL` and similar losses if all data have the same noise level. It consists of stock Keras layers.

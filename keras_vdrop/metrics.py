@@ -8,6 +8,7 @@ parameters; the metrics here compare y with the mean of the distribution.
 
 import math
 import statistics
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
@@ -18,6 +19,9 @@ from keras_vdrop.functional.calibration import EDGE
 from keras_vdrop.losses import NegativeLogLikelihood as Likelihood
 from keras_vdrop.losses import NormalNLL
 from keras_vdrop.targets import aligned, mask_of, outside, targets, weights_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -44,7 +48,14 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         0.25
     """
 
-    def __init__(self, num_bins=15, from_logits=False, name="ece", dtype=None, ignore_class=None):
+    def __init__(
+        self,
+        num_bins: int = 15,
+        from_logits: bool = False,
+        name: str = "ece",
+        dtype: str | keras.DTypePolicy | None = None,
+        ignore_class: int | None = None,
+    ):
         check_positive_int("num_bins", num_bins)
         super().__init__(name=name, dtype=dtype)
         self.ignore_class = ignore_class
@@ -54,7 +65,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         self.gaps = self.add_variable((num_bins,), initializer="zeros", name="gaps")
         self.rows = self.add_variable((), initializer="zeros", name="rows")
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         labels, probability = _classification(y_true, y_pred, self.from_logits, self.dtype)
         weight = _weight(labels, y_pred, sample_weight, self.dtype)
         weight = _weight_of_labels(labels, probability.shape[-1], weight, self.ignore_class)
@@ -66,10 +77,10 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         self.gaps.assign_add(ops.segment_sum(gaps, ops.reshape(bins, (-1,)), num_segments=self.num_bins))
         self.rows.assign_add(ops.sum(weight))
 
-    def result(self):
+    def result(self) -> Any:
         return ops.divide_no_nan(ops.sum(ops.abs(self.gaps)), self.rows)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         own = {"num_bins": self.num_bins, "from_logits": self.from_logits, "ignore_class": self.ignore_class}
         return {**super().get_config(), **own}
 
@@ -80,25 +91,25 @@ class _Mean(keras.metrics.Metric):
     # For a metric that takes the parameters of a distribution: how to compute the same from `MonteCarlo`'s predictions.
     of_prediction = None
 
-    def __init__(self, name, dtype=None):
+    def __init__(self, name: str, dtype: str | keras.DTypePolicy | None = None):
         super().__init__(name=name, dtype=dtype)
         self.total = self.add_variable((), initializer="zeros", name="total")
         self.rows = self.add_variable((), initializer="zeros", name="rows")
 
-    def values(self, y_true, y_pred):
+    def values(self, y_true: Any, y_pred: Any) -> Any:
         raise NotImplementedError
 
-    def weight(self, y_true, y_pred, weight):
+    def weight(self, y_true: Any, y_pred: Any, weight: Any) -> Any:
         """Return the weight of each value, given that by masks and sample weights."""
         return weight
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         values = self.values(y_true, y_pred)
         weight = self.weight(y_true, y_pred, _weight(values, y_pred, sample_weight, self.dtype))
         self.total.assign_add(ops.sum(weight * values))
         self.rows.assign_add(ops.sum(weight))
 
-    def result(self):
+    def result(self) -> Any:
         return ops.divide_no_nan(self.total, self.rows)
 
 
@@ -123,23 +134,29 @@ class BrierScore(_Mean):
         0.25
     """
 
-    def __init__(self, from_logits=False, name="brier", dtype=None, ignore_class=None):
+    def __init__(
+        self,
+        from_logits: bool = False,
+        name: str = "brier",
+        dtype: str | keras.DTypePolicy | None = None,
+        ignore_class: int | None = None,
+    ):
         super().__init__(name, dtype)
         self.from_logits = from_logits
         self.ignore_class = ignore_class
         self._direction = "down"
 
-    def values(self, y_true, y_pred):
+    def values(self, y_true: Any, y_pred: Any) -> Any:
         labels, probability = _classification(y_true, y_pred, self.from_logits, self.dtype)
         # Not `ops.one_hot`, which on PyTorch refuses labels that are ignored.
         truth = ops.cast(ops.equal(labels[..., None], ops.arange(probability.shape[-1])), self.dtype)
         return ops.sum(ops.square(probability - truth), axis=-1)
 
-    def weight(self, y_true, y_pred, weight):
+    def weight(self, y_true: Any, y_pred: Any, weight: Any) -> Any:
         labels, probability = _classification(y_true, y_pred, self.from_logits, self.dtype)
         return _weight_of_labels(labels, probability.shape[-1], weight, self.ignore_class)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "from_logits": self.from_logits, "ignore_class": self.ignore_class}
 
 
@@ -159,11 +176,11 @@ class NormalCRPS(_Mean):
 
     of_prediction = "Call `functional.regression.normal_crps(predicted.mean, predicted.stddev(), y)`."
 
-    def __init__(self, name="crps", dtype=None):
+    def __init__(self, name: str = "crps", dtype: str | keras.DTypePolicy | None = None):
         super().__init__(name, dtype)
         self._direction = "down"
 
-    def values(self, y_true, y_pred):
+    def values(self, y_true: Any, y_pred: Any) -> Any:
         scale, z = _standardised(y_true, y_pred, self.dtype)
         density = ops.exp(-0.5 * ops.square(z)) / math.sqrt(2.0 * math.pi)
         return scale * (z * ops.erf(z / math.sqrt(2.0)) + 2.0 * density - 1.0 / math.sqrt(math.pi))
@@ -186,24 +203,24 @@ class NormalCoverage(_Mean):
 
     of_prediction = "Call `functional.regression.interval_coverage(*predicted.interval(level), y)`."
 
-    def __init__(self, level=0.9, name="coverage", dtype=None):
+    def __init__(self, level: float = 0.9, name: str = "coverage", dtype: str | keras.DTypePolicy | None = None):
         if not 0.0 < level < 1.0:
             raise ValueError(f"`level` must be between 0 and 1, such as 0.9. Received: level={level}")
         super().__init__(name, dtype)
         self.level = level
 
-    def values(self, y_true, y_pred):
+    def values(self, y_true: Any, y_pred: Any) -> Any:
         _, z = _standardised(y_true, y_pred, self.dtype)
         return ops.cast(ops.abs(z) <= statistics.NormalDist().inv_cdf(0.5 + 0.5 * self.level), self.dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "level": self.level}
 
 
 class _OfParameters(_Mean):
     """A mean over numbers y, for outputs that are the parameters of a distribution of y."""
 
-    def __init__(self, likelihood, name, dtype=None):
+    def __init__(self, likelihood: Likelihood | None, name: str, dtype: str | keras.DTypePolicy | None = None):
         likelihood = NormalNLL() if likelihood is None else likelihood
         if not isinstance(likelihood, Likelihood):
             raise ValueError(
@@ -214,13 +231,13 @@ class _OfParameters(_Mean):
         self.likelihood = likelihood
         self._direction = "down"
 
-    def values(self, y_true, y_pred):
+    def values(self, y_true: Any, y_pred: Any) -> Any:
         return self.score(ops.cast(y_true, self.dtype), ops.cast(y_pred, self.dtype))
 
-    def score(self, y_true, y_pred):
+    def score(self, y_true: Any, y_pred: Any) -> Any:
         raise NotImplementedError
 
-    def errors(self, y_true, y_pred):
+    def errors(self, y_true: Any, y_pred: Any) -> Any:
         """Return y − mean for each number."""
         size = self.likelihood.num_parameters
         if size is None:
@@ -236,11 +253,11 @@ class _OfParameters(_Mean):
             mean, _ = self.likelihood.moments(y_pred)
         return y - mean
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "likelihood": keras.losses.serialize(self.likelihood)}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "Self":
         return cls(**{**config, "likelihood": keras.losses.deserialize(config["likelihood"])})
 
 
@@ -268,13 +285,15 @@ class RootMeanSquaredError(_OfParameters):
 
     of_prediction = "Use `keras.metrics.RootMeanSquaredError()`."
 
-    def __init__(self, likelihood=None, name="rmse", dtype=None):
+    def __init__(
+        self, likelihood: Likelihood | None = None, name: str = "rmse", dtype: str | keras.DTypePolicy | None = None
+    ):
         super().__init__(likelihood, name, dtype)
 
-    def score(self, y_true, y_pred):
+    def score(self, y_true: Any, y_pred: Any) -> Any:
         return ops.square(self.errors(y_true, y_pred))
 
-    def result(self):
+    def result(self) -> Any:
         return ops.sqrt(super().result())
 
 
@@ -291,10 +310,12 @@ class MeanAbsoluteError(_OfParameters):
 
     of_prediction = "Use `keras.metrics.MeanAbsoluteError()`."
 
-    def __init__(self, likelihood=None, name="mae", dtype=None):
+    def __init__(
+        self, likelihood: Likelihood | None = None, name: str = "mae", dtype: str | keras.DTypePolicy | None = None
+    ):
         super().__init__(likelihood, name, dtype)
 
-    def score(self, y_true, y_pred):
+    def score(self, y_true: Any, y_pred: Any) -> Any:
         return ops.abs(self.errors(y_true, y_pred))
 
 
@@ -314,10 +335,15 @@ class NegativeLogLikelihood(_OfParameters):
 
     of_prediction = "Remove it: the loss that `evaluate` returns is the NLL, summed over the numbers of an example."
 
-    def __init__(self, likelihood=None, name="negative_log_likelihood", dtype=None):
+    def __init__(
+        self,
+        likelihood: Likelihood | None = None,
+        name: str = "negative_log_likelihood",
+        dtype: str | keras.DTypePolicy | None = None,
+    ):
         super().__init__(likelihood, name, dtype)
 
-    def score(self, y_true, y_pred):
+    def score(self, y_true: Any, y_pred: Any) -> Any:
         return self.likelihood.values(y_true, y_pred)
 
 

@@ -53,7 +53,7 @@ def update_batch_normalization(model: keras.Model, x: Any, batch_size: int = 128
     return model
 
 
-def normalizations_of_noise(model):
+def normalizations_of_noise(model: keras.Model) -> list[str]:
     """Return the names of BatchNormalizations that are not frozen and come after a posterior in the model's layers."""
     owners = {id(posterior.owner) for posterior in posteriors(model)}
     names, noisy = [], False

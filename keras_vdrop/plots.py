@@ -3,19 +3,30 @@
 Functions of predictions take arrays, or the `Predictions` that `MonteCarlo.predict` returns.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import keras
 import numpy as np
 from keras import ops
+from numpy.typing import ArrayLike
 
 from keras_vdrop.functional import calibration, checks, detection, regression
 from keras_vdrop.montecarlo import Predictions
-from keras_vdrop.posterior import some_prunable_weights
+from keras_vdrop.posterior import VariationalWeight, some_prunable_weights
 from keras_vdrop.pruning import row_name
+from keras_vdrop.selection import ThresholdChoice
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def _axes(ax):
+def _axes(ax: Axes | None) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.subplots(layout="constrained")[1] if ax is None else ax
@@ -62,7 +73,7 @@ def _class_rows(probability, labels):
     return values.reshape(-1, values.shape[-1]), labels.ravel()
 
 
-def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
+def log_alpha_histogram(model: keras.Model, threshold: float = 3.0, ax: Axes | None = None, bins: int = 60) -> Axes:
     """Plot a histogram of log alpha = log(variance / loc²) of the weights, and the threshold for pruning.
 
     Args:
@@ -91,7 +102,9 @@ def log_alpha_histogram(model, threshold=3.0, ax=None, bins=60):
     return ax
 
 
-def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
+def log_alpha_by_layer(
+    model: keras.Model, threshold: float | None = None, ax: Axes | None = None, bins: int = 60
+) -> Axes:
     """Plot a histogram of log alpha for each prunable weight tensor, one below the other, and its threshold.
 
     All histograms have the same height. Grey weights are pruned at the threshold; those that are 0 already are not
@@ -138,7 +151,9 @@ def log_alpha_by_layer(model, threshold=None, ax=None, bins=60):
     return ax
 
 
-def weight_histogram(model, threshold=None, ax=None, bins=60):
+def weight_histogram(
+    model: keras.Model, threshold: float | None = None, ax: Axes | None = None, bins: int = 60
+) -> Axes:
     """Plot a histogram of the posterior means of all weights, and of those that pruning would keep.
 
     Args:
@@ -169,7 +184,7 @@ def weight_histogram(model, threshold=None, ax=None, bins=60):
     return ax
 
 
-def posterior_intervals(weight, num_weights=60, ax=None):
+def posterior_intervals(weight: VariationalWeight, num_weights: int = 60, ax: Axes | None = None) -> Axes:
     """Plot posterior mean ± standard deviation of the weights of a tensor, by falling signal-to-noise ratio.
 
     Args:
@@ -206,7 +221,10 @@ def posterior_intervals(weight, num_weights=60, ax=None):
     return ax
 
 
-def training_curves(history, axes=None):
+def training_curves(
+    history: keras.callbacks.History | Mapping[str, Sequence[float]],
+    axes: Sequence[Axes] | np.ndarray | None = None,
+) -> list[Axes]:
     """Plot the logs of `fit` over the epochs: the NLL, the KL, β and the share of kept weights, one below the other.
 
     Args:
@@ -261,7 +279,7 @@ def training_curves(history, axes=None):
     return axes
 
 
-def metric_against_ratio(choice, ax=None):
+def metric_against_ratio(choice: ThresholdChoice, ax: Axes | None = None) -> Axes:
     """Plot a metric against weights ÷ weights kept, and mark the chosen threshold.
 
     Args:
@@ -288,7 +306,14 @@ def metric_against_ratio(choice, ax=None):
     return ax
 
 
-def metric_against_weights(left, samples, mean=None, chosen=None, metric="accuracy", ax=None):
+def metric_against_weights(
+    left: ArrayLike,
+    samples: ArrayLike,
+    mean: ArrayLike | None = None,
+    chosen: int | None = None,
+    metric: str = "accuracy",
+    ax: Axes | None = None,
+) -> Axes:
     """Plot a metric, with its spread over Monte Carlo draws, against the number of weights kept.
 
     Args:
@@ -322,7 +347,13 @@ def metric_against_weights(left, samples, mean=None, chosen=None, metric="accura
     return ax
 
 
-def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=None):
+def reliability_diagram(
+    probability: ArrayLike | Predictions,
+    labels: ArrayLike,
+    num_bins: int = 10,
+    binning: Literal["width", "mass"] = "width",
+    ax: Axes | None = None,
+) -> Axes:
     """Plot accuracy against confidence for bins of rows. A calibrated model is on the diagonal.
 
     Error bars extend two standard errors each way: a bin whose bar crosses the diagonal may deviate by chance. With
@@ -359,7 +390,13 @@ def reliability_diagram(probability, labels, num_bins=10, binning="width", ax=No
     return ax
 
 
-def entropy_histogram(inside, outside, name=None, ax=None, bins=40):
+def entropy_histogram(
+    inside: ArrayLike | Predictions,
+    outside: ArrayLike | Predictions,
+    name: str | None = None,
+    ax: Axes | None = None,
+    bins: int = 40,
+) -> Axes:
     """Plot histograms of an uncertainty on data like the training data and on other data, with the AUROC between them.
 
     Args:
@@ -395,7 +432,12 @@ def entropy_histogram(inside, outside, name=None, ax=None, bins=40):
     return ax
 
 
-def uncertainty_map(uncertainty, image=None, name=None, ax=None):
+def uncertainty_map(
+    uncertainty: ArrayLike | Predictions,
+    image: ArrayLike | None = None,
+    name: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Plot the uncertainty of each pixel of an image, over the image in grey if it is given.
 
     Args:
@@ -443,7 +485,13 @@ def _of_places(predictions):
     return Predictions(predictions).stddev() ** 2
 
 
-def risk_coverage(uncertainty, loss, label="model", name="error", ax=None):
+def risk_coverage(
+    uncertainty: ArrayLike | Predictions,
+    loss: ArrayLike,
+    label: str = "model",
+    name: str = "error",
+    ax: Axes | None = None,
+) -> Axes:
     """Plot the mean loss of the least uncertain rows against their share of all rows, also for the best order.
 
     A further call with the same `Axes` adds another curve.
@@ -491,7 +539,15 @@ def _band_of(x, predictions):
     return (np.ravel(each) for each in (x, mean, *variances))
 
 
-def regression_band(x, mean, aleatoric_variance=None, epistemic_variance=None, observed=None, level=0.9, ax=None):
+def regression_band(
+    x: ArrayLike,
+    mean: ArrayLike | Predictions,
+    aleatoric_variance: ArrayLike | None = None,
+    epistemic_variance: ArrayLike | None = None,
+    observed: Sequence[ArrayLike] | None = None,
+    level: float = 0.9,
+    ax: Axes | None = None,
+) -> Axes:
     """Plot a predicted mean over one input, with a band for the model's uncertainty and a wider one for model and data.
 
     Args:

@@ -2,13 +2,15 @@
 
 import contextlib
 import math
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import keras
 from keras import ops
 
 from keras_vdrop import layouts
 from keras_vdrop.functional import estimators, sparsity
+from keras_vdrop.priors import Prior
 from keras_vdrop.sampling import is_consistent
 from keras_vdrop.variables import LogScaleOf, Scaled, VariableLike
 
@@ -27,20 +29,20 @@ class Posterior:
         size: Int, the number of random variables.
     """
 
-    def __init__(self, owner, size):
-        self.owner = owner
+    def __init__(self, owner: keras.layers.Layer, size: int):
+        self.owner: Any = owner
         self.size = size
 
     @property
-    def variables(self):
+    def variables(self) -> list[Any]:
         """List of the variables that belong to the posterior, and no others."""
         raise NotImplementedError
 
-    def kl(self):
+    def kl(self) -> Any:
         """Compute KL(q‖p), a scalar, in nats."""
         raise NotImplementedError
 
-    def kept(self):
+    def kept(self) -> Any:
         """Return the number of random variables that `kl` counts."""
         return self.size
 
@@ -51,11 +53,11 @@ class KLPenalty(keras.regularizers.Regularizer):
     It is attached to one of the posterior's variables.
     """
 
-    def __init__(self, posterior, regularizer=None):
+    def __init__(self, posterior: Posterior, regularizer: Callable[[Any], Any] | None = None):
         self.posterior = posterior
         self._regularizer = regularizer
 
-    def __call__(self, variable):
+    def __call__(self, variable: Any) -> Any:
         penalty = self.posterior.owner.weighted_kl(self.posterior)
         return penalty if self._regularizer is None else penalty + self._regularizer(variable)
 
@@ -89,23 +91,23 @@ class VariationalWeight(VariableLike, Posterior):
 
     def __init__(
         self,
-        owner,
-        add_weight,
-        name,
-        shape,
+        owner: keras.layers.Layer,
+        add_weight: Callable[..., Any],
+        name: str,
+        shape: Sequence[int],
         *,
-        prior,
-        initial_log_variance,
-        log_variance_rate,
-        prunable=True,
-        loc=None,
-        learn_loc=True,
-        log_variance_shape=None,
-        log_variance_constraint=None,
-        initializer=None,
-        regularizer=None,
-        constraint=None,
-        **arguments,
+        prior: Prior,
+        initial_log_variance: float | None,
+        log_variance_rate: float,
+        prunable: bool = True,
+        loc: Any = None,
+        learn_loc: bool = True,
+        log_variance_shape: Sequence[int] | None = None,
+        log_variance_constraint: Any = None,
+        initializer: Any = None,
+        regularizer: Any = None,
+        constraint: Any = None,
+        **arguments: Any,
     ):
         """Create the variables with `add_weight`, which receives the remaining arguments, as in Keras.
 
@@ -155,39 +157,39 @@ class VariationalWeight(VariableLike, Posterior):
         self._learned = [variable for variable in self.variables if variable.trainable]
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.loc.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> str:
         return self.loc.dtype
 
     @property
-    def value(self):
+    def value(self) -> Any:
         return self.mean()
 
-    def assign(self, value):
+    def assign(self, value: Any) -> Any:
         """Set the mean and return it. The variance does not change."""
         value = ops.convert_to_tensor(value, self.dtype)
         self.loc.assign(value)
         return value
 
     @property
-    def trainable(self):
+    def trainable(self) -> bool:
         """Whether any variable is trainable. Setting it freezes or unfreezes mean, log variance and learned prior."""
         return any(variable.trainable for variable in self._learned)
 
     @trainable.setter
-    def trainable(self, value):
+    def trainable(self, value: bool) -> None:
         for variable in self._learned:
             variable.trainable = value
 
     @property
-    def path(self):
+    def path(self) -> str:
         """The path that the weight has in the Keras layer."""
         return self.loc.path.removesuffix("_loc")
 
-    def restart(self, relative_variance=None):
+    def restart(self, relative_variance: float | None = None) -> None:
         """Reset the variance and the variables of the prior to their start for the current mean.
 
         Args:
@@ -200,11 +202,11 @@ class VariationalWeight(VariableLike, Posterior):
         stored.assign(values if relative_variance is None else values / self.log_variance.factor)
         self.prior.restart(self.prior_parameters, self.loc)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<VariationalWeight {self.path}, shape={tuple(self.shape)}, prior={self.prior}>"
 
     @property
-    def variables(self):
+    def variables(self) -> list[Any]:
         return [self.loc, self.log_variance.variable, self.mask, *self.prior_parameters.values()]
 
     def _left(self):
@@ -215,7 +217,7 @@ class VariationalWeight(VariableLike, Posterior):
         """Return `loc` in the dtype of the posterior, since a variable of another layer may be of lower precision."""
         return ops.cast(ops.convert_to_tensor(self.loc), self.log_variance.dtype)
 
-    def mean(self):
+    def mean(self) -> Any:
         """Return the weight of deterministic calls: `loc`, and 0 where pruned."""
         return self._location() * self._left()
 
@@ -223,7 +225,7 @@ class VariationalWeight(VariableLike, Posterior):
         """Return `log_variance`, but where the weight is pruned, and thus 0, the log of a variance that vanishes."""
         return self.log_variance.value + _NO_VARIANCE * (1.0 - self._left())
 
-    def log_alpha(self):
+    def log_alpha(self) -> Any:
         """Compute log alpha = log(exp(log_variance) / loc²), not clipped; a weight above 3 is at least 95 % noise.
 
         If the prior is over groups, every weight has the log alpha of its group.
@@ -232,11 +234,11 @@ class VariationalWeight(VariableLike, Posterior):
         return sparsity.log_alpha(loc, log_variance, **self.prior.groups)
 
     @property
-    def threshold(self):
+    def threshold(self) -> float:
         """The log alpha above which weights are pruned: that of the layer if set, else that of the prior."""
         return self.prior.threshold if self.owner.threshold is None else self.owner.threshold
 
-    def keep_mask(self, threshold=None):
+    def keep_mask(self, threshold: float | None = None) -> Any:
         """Return a boolean tensor, True where the weight is not pruned and would not be at the threshold.
 
         Args:
@@ -247,24 +249,34 @@ class VariationalWeight(VariableLike, Posterior):
         keep = sparsity.keep_mask(loc, log_variance, threshold, **self.prior.groups)
         return ops.logical_and(ops.convert_to_tensor(self.mask), keep)
 
-    def prune(self, threshold=None):
+    def prune(self, threshold: float | None = None) -> None:
         """Set every weight whose log alpha is above the threshold to 0. It stays 0 in further training."""
         keep = self.keep_mask(threshold)
         self.mask.assign(keep)
         self.loc.assign(self.mean())
 
-    def kl(self):
+    def kl(self) -> Any:
         """Compute KL(q‖p) summed over the kept weights: a scalar, in nats."""
         parameters = {name: ops.convert_to_tensor(value) for name, value in self.prior_parameters.items()}
         loc, log_variance = self._location(), self.log_variance.value
         elementwise = self.prior.kl(loc, log_variance, **parameters)
         return ops.sum(elementwise * self._left())
 
-    def kept(self):
+    def kept(self) -> Any:
         """Return the number of kept weights, a scalar."""
         return ops.sum(self._left())
 
-    def apply(self, linear, x, *, noisy, estimator, seed, sign_axes, dtype):
+    def apply(
+        self,
+        linear: Callable[[Any, Any], Any],
+        x: Any,
+        *,
+        noisy: bool,
+        estimator: Literal["local_reparameterization", "flipout", "reparameterization"],
+        seed: keras.random.SeedGenerator,
+        sign_axes: tuple[tuple[int, ...], tuple[int, ...]] | None,
+        dtype: str,
+    ) -> Any:
         """Compute `linear(x, w)` with the posterior mean or with noise.
 
         Args:
@@ -285,7 +297,7 @@ class VariationalWeight(VariableLike, Posterior):
         estimate = estimators.ESTIMATORS["reparameterization" if is_consistent() else estimator]
         return estimate(linear, x, self.mean(), self._noise_log_variance(), seed, sign_axes, dtype)
 
-    def perturbation(self, seed):
+    def perturbation(self, seed: keras.random.SeedGenerator) -> Any:
         """Draw the deviation of the weight from its mean; 0 where pruned."""
         return estimators.perturbation(self._noise_log_variance(), seed)
 
@@ -309,15 +321,15 @@ class LowRankUpdate:
 
     def __init__(
         self,
-        owner,
-        add_weight,
-        name,
-        kernel,
-        rank,
-        alpha=None,
-        a_initializer="he_uniform",
-        b_initializer="zeros",
-        **weight,
+        owner: keras.layers.Layer,
+        add_weight: Callable[..., Any],
+        name: str,
+        kernel: Any,
+        rank: int,
+        alpha: float | None = None,
+        a_initializer: Any = "he_uniform",
+        b_initializer: Any = "zeros",
+        **weight: Any,
     ):
         """Create A and B with `add_weight` of the layer; `weight` holds further arguments of `VariationalWeight`."""
         kernel.trainable = False
@@ -341,7 +353,7 @@ class LowRankUpdate:
             initializer=keras.initializers.get(b_initializer),
         )
 
-    def whole(self, a):
+    def whole(self, a: Any) -> Any:
         """Return W + scale·A·B as a tensor, for a mean or a draw `a` of A."""
         product = ops.matmul(a, ops.cast(self.b, a.dtype))
         return ops.cast(self.kernel, a.dtype) + self.scale * product
@@ -376,7 +388,7 @@ class _LogVariancePenalty(keras.regularizers.Regularizer):
         return self.weight.owner.weighted_kl(self.weight)
 
 
-def posteriors(model_or_layer):
+def posteriors(model_or_layer: keras.Model | keras.layers.Layer) -> list[Posterior]:
     """Return every `Posterior` in a model or layer once, in the order of its variables.
 
     The search goes through the variables, so nesting, wrapping and sharing of layers make no difference.
@@ -385,7 +397,7 @@ def posteriors(model_or_layer):
     return [penalty.posterior for penalty in penalties if isinstance(penalty, KLPenalty)]
 
 
-def require_posteriors(model_or_layer):
+def require_posteriors(model_or_layer: keras.Model | keras.layers.Layer) -> list[Posterior]:
     """Return `posteriors(model_or_layer)`, or raise if there are none.
 
     Raises:
@@ -401,7 +413,7 @@ def require_posteriors(model_or_layer):
     return found
 
 
-def prunable_weights(model_or_layer):
+def prunable_weights(model_or_layer: keras.Model | keras.layers.Layer) -> list[VariationalWeight]:
     """Return the weights that `sparsity` counts: every variational kernel, table and scale, but no bias.
 
     Raises:
@@ -411,7 +423,7 @@ def prunable_weights(model_or_layer):
     return [weight for weight in found if isinstance(weight, VariationalWeight) and weight.prunable]
 
 
-def some_prunable_weights(model):
+def some_prunable_weights(model: keras.Model) -> list[VariationalWeight]:
     """Return `prunable_weights`.
 
     Raises:
@@ -426,7 +438,7 @@ def some_prunable_weights(model):
     return weights
 
 
-def learning_posteriors(model):
+def learning_posteriors(model: keras.Model) -> list[Posterior]:
     """Return the posteriors with a trainable variable: those whose KL is part of the loss."""
     trainable = {id(variable) for variable in model.trainable_variables}
     return [each for each in posteriors(model) if any(id(variable) in trainable for variable in each.variables)]
@@ -437,7 +449,7 @@ _witnesses = []
 
 
 @contextlib.contextmanager
-def witnessed_kls():
+def witnessed_kls() -> Iterator[set[str]]:
     """Open a scope that yields a set, which is empty until a KL is computed in any thread."""
     witness = set()
     _witnesses.append(witness)
@@ -447,7 +459,7 @@ def witnessed_kls():
         _witnesses.remove(witness)
 
 
-def note_kl():
+def note_kl() -> None:
     """Tell the open scopes of `witnessed_kls` that a KL is computed."""
     for witness in _witnesses:
         witness.add("KL")

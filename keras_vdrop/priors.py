@@ -2,7 +2,8 @@
 
 import math
 import numbers
-import typing
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import keras
 from keras import ops
@@ -10,6 +11,9 @@ from keras import ops
 from keras_vdrop import distributions
 from keras_vdrop.functional import kl, sparsity
 from keras_vdrop.variables import LogScaleOf
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Prior:
@@ -29,14 +33,14 @@ class Prior:
             `initial_log_variance`.
     """
 
-    groups: typing.ClassVar = {}
+    groups: ClassVar = {}
     start = -6.0
 
     @property
-    def threshold(self):
+    def threshold(self) -> float:
         return 3.0 if self.groups.get("group_axis") is None else 5.0
 
-    def add_weights(self, add_weight, name, loc):
+    def add_weights(self, add_weight: Callable[..., Any], name: str, loc: Any) -> dict[str, Any]:
         """Create the variables of the prior: a dict keyed by the argument names of `kl` and `distribution`.
 
         Args:
@@ -46,7 +50,7 @@ class Prior:
         """
         return {}
 
-    def restart(self, parameters, loc):
+    def restart(self, parameters: dict[str, Any], loc: Any) -> None:
         """Reset the variables of the prior to their start for the current mean.
 
         Args:
@@ -54,7 +58,7 @@ class Prior:
             loc: Variable, the mean of the weight.
         """
 
-    def kl(self, loc, log_variance):
+    def kl(self, loc: Any, log_variance: Any) -> Any:
         """Compute KL(N(loc, exp(log_variance)) ‖ p), elementwise, in nats.
 
         Args:
@@ -66,7 +70,7 @@ class Prior:
         """
         raise NotImplementedError(f"{type(self).__name__} must define kl(loc, log_variance).")
 
-    def check(self, shape, parameters=None):
+    def check(self, shape: Sequence[int], parameters: dict[str, Any] | None = None) -> None:
         """Raise an error unless this can be the prior of a weight of the given shape.
 
         Args:
@@ -94,18 +98,18 @@ class Prior:
                 f"Received: shape {found} from {self!r}"
             )
 
-    def distribution(self, loc, log_variance):
+    def distribution(self, loc: Any, log_variance: Any) -> Any:
         """Return the prior as a `tfp.distributions.Distribution` over scalars, batched like `loc`."""
         raise NotImplementedError(f"{type(self).__name__} has no TFP counterpart.")
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "Self":
         return cls(**config)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
         return f"{type(self).__name__}({arguments})"
 
@@ -139,18 +143,18 @@ class LogUniform(Prior):
 
     FORMS = tuple(kl.LOG_UNIFORM_FORMS)
 
-    def __init__(self, form="sigmoid"):
+    def __init__(self, form: Literal["sigmoid", "exact", "cubic"] = "sigmoid"):
         if form not in self.FORMS:
             raise ValueError(f"`form` must be one of {self.FORMS}. Received: form={form!r}")
         self.form = form
 
-    def kl(self, loc, log_variance):
+    def kl(self, loc: Any, log_variance: Any) -> Any:
         return kl.LOG_UNIFORM_FORMS[self.form](loc, log_variance)
 
-    def distribution(self, loc, log_variance):
+    def distribution(self, loc: Any, log_variance: Any) -> Any:
         return distributions.log_uniform()(batch_shape=tuple(loc.shape), form=self.form)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"form": self.form}
 
 
@@ -170,7 +174,7 @@ class ARD(Prior):
             a unit; the number of gates (4 in an LSTM, 3 in a GRU) groups the weights into all gates of a unit.
     """
 
-    def __init__(self, group_axis=None, blocks=1):
+    def __init__(self, group_axis: int | None = None, blocks: int = 1):
         if group_axis is not None and not _is_int(group_axis):
             raise ValueError(f"`group_axis` must be an int or None. Received: group_axis={group_axis!r}")
         if not _is_int(blocks) or blocks < 1:
@@ -179,16 +183,16 @@ class ARD(Prior):
             raise ValueError(f"`blocks` above 1 requires a `group_axis`. Received: group_axis=None, blocks={blocks}")
         self.groups = {"group_axis": None if group_axis is None else int(group_axis), "blocks": int(blocks)}
 
-    def kl(self, loc, log_variance):
+    def kl(self, loc: Any, log_variance: Any) -> Any:
         return kl.ard(loc, log_variance, **self.groups)
 
-    def distribution(self, loc, log_variance):
+    def distribution(self, loc: Any, log_variance: Any) -> Any:
         from tensorflow_probability import distributions as tfd
 
         variance = kl.ard_variance(loc, log_variance, **self.groups)
         return tfd.Normal(ops.zeros_like(loc), ops.sqrt(variance))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return dict(self.groups)
 
 
@@ -214,14 +218,14 @@ class Normal(Prior):
     start = -3.0
     _TIMES = 2.0
 
-    def __init__(self, scale=None, trainable=False, centered=False):
+    def __init__(self, scale: float | None = None, trainable: bool = False, centered: bool = False):
         if scale is not None:
             _check_positive("scale", scale)
         self.scale = None if scale is None else float(scale)
         self.trainable = bool(trainable)
         self.centered = bool(centered)
 
-    def add_weights(self, add_weight, name, loc):
+    def add_weights(self, add_weight: Callable[..., Any], name: str, loc: Any) -> dict[str, Any]:
         def add(parameter, shape, trainable):
             return add_weight(
                 name=f"{name}_prior_{parameter}",
@@ -239,7 +243,7 @@ class Normal(Prior):
             found["center"] = add("center", loc.shape, False)
         return found
 
-    def restart(self, parameters, loc):
+    def restart(self, parameters: dict[str, Any], loc: Any) -> None:
         for name, variable in parameters.items():
             variable.assign(self._starts(loc)[name](variable.shape, variable.dtype))
 
@@ -252,11 +256,11 @@ class Normal(Prior):
         center = lambda shape, dtype: ops.copy(ops.cast(ops.convert_to_tensor(loc), dtype))  # noqa: E731
         return {"log_scale": log_scale, "center": center}
 
-    def kl(self, loc, log_variance, log_scale=None, center=None):
+    def kl(self, loc: Any, log_variance: Any, log_scale: Any = None, center: Any = None) -> Any:
         offset = loc if center is None else loc - ops.cast(center, loc.dtype)
         return kl.normal(offset, log_variance, self._scale(log_scale))
 
-    def distribution(self, loc, log_variance, log_scale=None, center=None):
+    def distribution(self, loc: Any, log_variance: Any, log_scale: Any = None, center: Any = None) -> Any:
         from tensorflow_probability import distributions as tfd
 
         center = ops.zeros_like(loc) if center is None else ops.cast(center, loc.dtype)
@@ -265,7 +269,7 @@ class Normal(Prior):
     def _scale(self, log_scale):
         return self.scale if log_scale is None else ops.exp(log_scale)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         centered = {"centered": True} if self.centered else {}
         return {"scale": self.scale, "trainable": self.trainable, **centered}
 
@@ -284,7 +288,7 @@ class ScaleMixture(Prior):
         narrow_scale: Float in (0, σ1), σ2, the standard deviation of the narrow normal.
     """
 
-    def __init__(self, probability=0.5, scale=1.0, narrow_scale=0.0025):
+    def __init__(self, probability: float = 0.5, scale: float = 1.0, narrow_scale: float = 0.0025):
         _check_positive("scale", scale)
         _check_positive("narrow_scale", narrow_scale)
         if narrow_scale >= scale:
@@ -297,10 +301,10 @@ class ScaleMixture(Prior):
         self.scale = float(scale)
         self.narrow_scale = float(narrow_scale)
 
-    def kl(self, loc, log_variance):
+    def kl(self, loc: Any, log_variance: Any) -> Any:
         return kl.scale_mixture(loc, log_variance, self.probability, self.scale, self.narrow_scale)
 
-    def distribution(self, loc, log_variance):
+    def distribution(self, loc: Any, log_variance: Any) -> Any:
         from tensorflow_probability import distributions as tfd
 
         scales = ops.cast([self.scale, self.narrow_scale], loc.dtype)
@@ -308,7 +312,7 @@ class ScaleMixture(Prior):
         components = tfd.Normal(ops.zeros_like(scales), scales)
         return tfd.MixtureSameFamily(tfd.Categorical(probs=shares), components)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"probability": self.probability, "scale": self.scale, "narrow_scale": self.narrow_scale}
 
 
@@ -339,7 +343,7 @@ class Distribution(Prior):
             distributions.
     """
 
-    def __init__(self, distribution):
+    def __init__(self, distribution: Any):
         if keras.backend.backend() != "tensorflow":
             raise ValueError(
                 "A TFP distribution as a prior requires the TensorFlow backend. With other backends, use "
@@ -362,21 +366,21 @@ class Distribution(Prior):
             )
         self._distribution = distribution
 
-    def kl(self, loc, log_variance):
+    def kl(self, loc: Any, log_variance: Any) -> Any:
         dtype = keras.backend.standardize_dtype(loc.dtype)
         return ops.cast(distributions.kl_from_normal(loc, log_variance, self._distribution), dtype)
 
-    def distribution(self, loc, log_variance):
+    def distribution(self, loc: Any, log_variance: Any) -> Any:
         return self._distribution
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Distribution({self._distribution})"
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"distribution": distributions.config_of(self._distribution)}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "Self":
         return cls(distributions.from_config(config["distribution"]))
 
 
@@ -387,7 +391,9 @@ _BY_CLASS = {cls.__name__: cls for cls in (LogUniform, ARD, Normal, ScaleMixture
 _ELEMENTWISE = (LogUniform, ARD, Normal, ScaleMixture)
 
 
-def get(identifier):
+def get(
+    identifier: Literal["log_uniform", "ard", "normal", "scale_mixture"] | Prior | dict[str, Any] | Any | None,
+) -> Prior | None:
     """Return the prior for an identifier; None, for a plain weight, stays None.
 
     Args:
@@ -428,6 +434,6 @@ def _from_serialized(config):
         raise ValueError(f"Cannot create a prior from the config: {error}. Received: {config!r}") from error
 
 
-def serialize(prior):
+def serialize(prior: Prior | None) -> Any:
     """Return the config from which `get` restores the prior."""
     return None if prior is None else keras.saving.serialize_keras_object(prior)

@@ -10,7 +10,7 @@ from keras import ops
 from keras_vdrop.checks import check_finite
 from keras_vdrop.costs import itemsize, known_sum, places
 from keras_vdrop.functional.tensors import product
-from keras_vdrop.posterior import prunable_weights
+from keras_vdrop.posterior import VariationalWeight, prunable_weights
 from keras_vdrop.warning import warn
 
 # The columns of a printed `Sparsity`.
@@ -44,16 +44,16 @@ class LayerSparsity:
     bytes_left: int = 0
     multiply_adds: int | None = None
     multiply_adds_left: int | None = None
-    structure: dict = dataclasses.field(default_factory=dict)
+    structure: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
-    def counts(self):
+    def counts(self) -> tuple[int | None, ...]:
         """The attributes that are summed over layers, in order."""
         names = ("weights", "left", "bytes", "bytes_left", "multiply_adds", "multiply_adds_left")
         return tuple(getattr(self, name) for name in names)
 
     @property
-    def ratio(self):
+    def ratio(self) -> float:
         """weights ÷ left; infinite if no weight is kept."""
         return self.weights / self.left if self.left else math.inf
 
@@ -69,10 +69,10 @@ class Sparsity:
         layers: Tuple of `LayerSparsity`, in the order of the model.
     """
 
-    layers: tuple
+    layers: tuple[LayerSparsity, ...]
 
     @property
-    def total(self):
+    def total(self) -> LayerSparsity:
         """The totals over all rows as a `LayerSparsity`; its `structure` omits gates."""
         structure = {}
         for layer in self.layers:
@@ -83,41 +83,41 @@ class Sparsity:
         return LayerSparsity("total", *map(known_sum, zip(*rows)), structure=structure)
 
     @property
-    def weights(self):
+    def weights(self) -> int:
         """Number of weights in all layers, without biases."""
         return self.total.weights
 
     @property
-    def left(self):
+    def left(self) -> int:
         """Number of kept weights."""
         return self.total.left
 
     @property
-    def ratio(self):
+    def ratio(self) -> float:
         """weights ÷ left; infinite if no weight is kept."""
         return self.total.ratio
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         """Size of the Keras counterparts of the layers in the report, with biases; other layers do not count."""
         return self.total.bytes
 
     @property
-    def bytes_left(self):
+    def bytes_left(self) -> int:
         """The same without the pruned weights."""
         return self.total.bytes_left
 
     @property
-    def multiply_adds(self):
+    def multiply_adds(self) -> int | None:
         """Multiply-adds for one example; None if it is None in any row."""
         return self.total.multiply_adds
 
     @property
-    def multiply_adds_left(self):
+    def multiply_adds_left(self) -> int | None:
         """The same for the kept weights."""
         return self.total.multiply_adds_left
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [*self.layers, self.total]
         table = [COLUMNS, *map(cells_of, rows)]
         widths = [max(map(len, column)) for column in zip(*table)]
@@ -127,7 +127,7 @@ class Sparsity:
         return "\n".join([head, rule, *lines[:-1], rule, lines[-1]])
 
 
-def cells_of(row):
+def cells_of(row: LayerSparsity) -> tuple[str, ...]:
     """Format the cells of one row of the table, which are under `COLUMNS`."""
     count = ["-" if number is None else f"{number:,}" for number in row.counts]
     percent, ratio = f"{100 * row.left / max(row.weights, 1):.2f}", f"{row.ratio:.1f}x"
@@ -138,7 +138,7 @@ def _aligned(cell, width, column):
     return f"{cell:>{width}}" if column else f"{cell:<{width}}"
 
 
-def structure_of(row):
+def structure_of(row: LayerSparsity) -> str:
     """Format the structure of one row, such as "units 5 of 16"; empty if it has none."""
     return ", ".join(f"{name} {left:,} of {count:,}" for name, (left, count) in row.structure.items())
 
@@ -217,7 +217,7 @@ def prune(model: keras.Model | keras.layers.Layer, threshold: float | None = Non
     return report
 
 
-def warn_of_empty_layers(report):
+def warn_of_empty_layers(report: Sparsity) -> None:
     """Warn about layers of which no weight is kept: their outputs are the same for every input."""
     empty = [row.name for row in report.layers if not row.left]
     if empty:
@@ -234,7 +234,7 @@ def _prunable(model, threshold):
     return prunable_weights(model)
 
 
-def row_name(model, weight):
+def row_name(model: keras.Model | keras.layers.Layer, weight: VariationalWeight) -> str:
     """Return the path of the weight's layer below the model: "dense", "encoder/dense", "lstm/cell"."""
     # The layer always creates the log variance itself; `loc` may belong to another layer.
     parts = weight.log_variance.path.split("/")[:-1]

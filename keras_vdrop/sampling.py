@@ -3,7 +3,8 @@
 import contextlib
 import contextvars
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import keras
 from keras import ops
@@ -105,7 +106,7 @@ def sampling(consistent: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def drawing(consistent=False, repeated=()):
+def drawing(consistent: bool = False, repeated: Iterable[int] = ()) -> Iterator[_Scope]:
     """Open a scope for this thread alone, which does not advance generators when it ends.
 
     The caller must make sure that the next scope finds other generator states. A compiled function must open the scope
@@ -153,18 +154,18 @@ def _of_the_main_thread():
     return next((scope for scope in reversed(_open) if thread not in scope.threads), None)
 
 
-def is_sampling():
+def is_sampling() -> bool:
     """Return whether the caller runs within a scope."""
     return _current() is not None
 
 
-def is_consistent():
+def is_consistent() -> bool:
     """Return whether the caller runs within a scope of consistent draws."""
     scope = _current()
     return scope is not None and scope.consistent
 
 
-def use_scope():
+def use_scope() -> bool:
     """Return whether a scope makes the caller draw. Layers with noise ask at every call.
 
     If a function of Keras's (`predict_function` and the like) is being compiled, it becomes a `CompiledByScope`.
@@ -179,7 +180,7 @@ def use_scope():
     return scope is not None
 
 
-def take_part():
+def take_part() -> None:
     """Mark the caller's scope, if any, as used."""
     scope = _current()
     if scope is not None and not scope.used:
@@ -219,14 +220,20 @@ class CompiledByScope:
         reached: The kinds of scope that layers found while the functions were compiled.
     """
 
-    def __init__(self, model, name, kind, function):
+    def __init__(
+        self,
+        model: keras.Model,
+        name: Literal["predict", "test", "train"],
+        kind: bool | None,
+        function: Callable[..., Any],
+    ):
         self._model = model
         self._name = name
         self._functions = {kind: function}
         self._lock = threading.Lock()
         self.reached = set()
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scope = _current()
         kind = _kind(scope)
         with self._lock:
@@ -240,22 +247,22 @@ class CompiledByScope:
         take_part()
         return result
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(next(iter(self._functions.values())), name)
 
 
-def repeated():
+def repeated() -> frozenset[int]:
     """Return the ids of the generator states of layers whose draw an example keeps from call to call."""
     scope = _current()
     return frozenset() if scope is None else scope.repeated
 
 
-def is_repeated(generator):
+def is_repeated(generator: keras.random.SeedGenerator) -> bool:
     """Return whether an example keeps its draw from this generator from call to call."""
     return id(generator.state) in repeated()
 
 
-def advance(generator):
+def advance(generator: keras.random.SeedGenerator) -> None:
     """Advance a layer's generator: when the scope ends if draws are consistent, otherwise now unless it is repeated."""
     if is_consistent():
         _current().held[id(generator.state)] = generator.state
@@ -263,7 +270,7 @@ def advance(generator):
         generator.next()
 
 
-def seeds(generator, purpose):
+def seeds(generator: keras.random.SeedGenerator, purpose: str) -> keras.random.SeedGenerator:
     """Return the source of a layer's next seed.
 
     Args:
@@ -277,7 +284,7 @@ def seeds(generator, purpose):
     return FixedSeeds(generator.state, noise.hash_seed(purpose))
 
 
-def mask_shape(shape):
+def mask_shape(shape: Sequence[Any]) -> tuple[Any, ...]:
     """Return the shape of a mask for inputs of a shape: a mask per example, or one for all if draws are consistent."""
     return (1, *shape[1:]) if is_consistent() else tuple(shape)
 
@@ -289,14 +296,14 @@ class FixedSeeds(keras.random.SeedGenerator):
         same_on_replicas: Whether all replicas of a strategy draw the same, as they do if draws are consistent.
     """
 
-    def __init__(self, state, salt=0):
+    def __init__(self, state: Any, salt: int = 0):
         # Keras's constructor would create a variable.
         self.same_on_replicas = is_consistent()
         self._state = state
         self._salt = salt
         self._draws = 0
 
-    def next(self, ordered=True):
+    def next(self, ordered: bool = True) -> Any:
         # Stay far from the states of other calls, which increase by one, and within 31 bits.
         salt, draw = self._salt ^ (self._draws >> 7), self._draws & 127
         offset = ops.convert_to_tensor([salt, draw << 24], dtype=self._state.dtype)
@@ -304,18 +311,18 @@ class FixedSeeds(keras.random.SeedGenerator):
         return self._state + offset
 
 
-def seed_generator(seed, *salt):
+def seed_generator(seed: int | None, *salt: str) -> keras.random.SeedGenerator:
     """Create a layer's generator of noise. Equal arguments give equal noise, unless `seed` is None."""
     hashed = None if seed is None else noise.hash_seed(seed, *salt)
     return keras.random.SeedGenerator(hashed, name=_GENERATOR_NAME)
 
 
-def generator_states(model):
+def generator_states(model: keras.Model) -> list[Any]:
     """Return the state variables of all generators of noise in a model; they change when its layers draw."""
     return [variable for variable in model.non_trainable_variables if f"{_GENERATOR_NAME}/" in variable.path]
 
 
-def foreign_states(model):
+def foreign_states(model: keras.Model) -> list[Any]:
     """Return the state variables of all other generators in a model: those of Keras's layers and of a user's own."""
     own = {id(state) for state in generator_states(model)}
     states = [v for v in model.non_trainable_variables if v.path.split("/")[-1] == "seed_generator_state"]

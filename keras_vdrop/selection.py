@@ -47,11 +47,11 @@ class ThresholdChoice:
     metric: str
     reference: float
     limit: float
-    candidates: tuple
+    candidates: tuple[Candidate, ...]
     chosen: Candidate | None
 
     @property
-    def threshold(self):
+    def threshold(self) -> float:
         """The chosen threshold, for `prune` and `compact`.
 
         Raises:
@@ -64,7 +64,7 @@ class ThresholdChoice:
             )
         return self.chosen.threshold
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"{'threshold':>9}  {'kept':>11}  {'ratio':>9}  {self.metric:>12}"]
         lines += ["-" * len(lines[0])]
         for row in self.candidates:

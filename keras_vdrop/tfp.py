@@ -3,10 +3,13 @@
 TFP takes seconds to import, so it is imported on first use.
 """
 
+from typing import Any
+
 from keras_vdrop.distributions import log_uniform
+from keras_vdrop.posterior import VariationalWeight
 
 
-def posterior(weight):
+def posterior(weight: VariationalWeight) -> Any:
     """Return the posterior of a `VariationalWeight`: independent N(loc, exp(log_variance)), one event of its shape.
 
     The pruning mask is ignored: pruned weights have a distribution too.
@@ -22,7 +25,7 @@ def posterior(weight):
     return tfd.Independent(tfd.Normal(tf.cast(weight.loc, scale.dtype), scale), len(weight.shape))
 
 
-def prior(weight):
+def prior(weight: VariationalWeight) -> Any:
     """Return the prior of a `VariationalWeight`, one event of the weight's shape.
 
     An ARD prior is fitted to the current posterior.
@@ -58,7 +61,7 @@ def _broadcast(distribution, shape):
     return tfd.BatchBroadcast(distribution, shape)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name == "LogUniform":
         return log_uniform()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,20 +21,31 @@ PATH = pathlib.Path(kv.layers.__file__).with_suffix(".pyi")
 
 HEAD = '''"""Signatures of the layers with Keras {version}, written by `python -m tests.stubs`."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import keras
+import numpy as np
 
 from keras_vdrop.posterior import VariationalWeight
 from keras_vdrop.priors import Prior
 '''
 
-PRIOR = """
+ALIASES = """
 # Also a distribution of TensorFlow Probability, or a config.
 _Prior: TypeAlias = Literal["log_uniform", "ard", "normal", "scale_mixture"] | Prior | Any | None
+
+# A function of Keras: its name, its config, itself, or an object that is called.
+_Function: TypeAlias = str | dict[str, Any] | Callable[..., Any] | None
+
+# Also an array of the shape of the weight.
+_Initializer: TypeAlias = _Function | np.ndarray
+
+# One int for all axes, or one for each.
+_Ints: TypeAlias = int | Sequence[int]
 """
 
-# The types of arguments that mean the same in every layer. All others are those of Keras, which names no types.
+# The types of arguments that mean the same in every layer. Keras names no types for its own.
 TYPES = {
     "kernel_prior": "_Prior",
     "bias_prior": "_Prior",
@@ -49,10 +60,65 @@ TYPES = {
     "output_dropout": "float",
     "weight_dropout": "float",
     "tied_masks": "bool",
+    "layer": "keras.layers.Layer",
+    "initial_rate": "float",
+    "temperature": "float",
+    "prior_scale": "float",
+    "spatial": "bool",
+    "noise_shape": "Sequence[int | None] | None",
+    "per_example": "bool",
+    "include": "str | Sequence[str] | None",
+    "exclude": "str | Sequence[str] | None",
+    "alpha": 'Literal["unit", "layer", "fixed"]',
+    "axis": "int",
     "units": "int",
     "filters": "int",
     "rate": "float",
     "use_bias": "bool",
+    "activation": "_Function",
+    "recurrent_activation": "_Function",
+    "kernel_size": "_Ints",
+    "strides": "_Ints",
+    "dilation_rate": "_Ints",
+    "output_padding": "_Ints | None",
+    "padding": 'Literal["valid", "same"]',
+    "data_format": 'Literal["channels_first", "channels_last"] | None',
+    "groups": "int",
+    "depth_multiplier": "int",
+    "equation": "str",
+    "bias_axes": "str | None",
+    "input_dim": "int",
+    "output_dim": "int",
+    "mask_zero": "bool",
+    "unit_forget_bias": "bool",
+    "return_sequences": "bool",
+    "return_state": "bool",
+    "go_backwards": "bool",
+    "stateful": "bool",
+    "unroll": "bool",
+    "reset_after": "bool",
+    "use_cudnn": 'Literal["auto"] | bool',
+    "num_heads": "int",
+    "key_dim": "int",
+    "value_dim": "int | None",
+    "attention_axes": "_Ints | None",
+    "sliding_window": "int | None",
+    "flash_attention": "bool | None",
+    "use_gate": "bool",
+    "lora_rank": "int | None",
+    "lora_alpha": "float | None",
+    "gptq_unpacked_column_size": "int | None",
+}
+
+# The types of all arguments whose names end so.
+SUFFIXES = {"_initializer": "_Initializer", "_regularizer": "_Function", "_constraint": "_Function"}
+
+# The types of arguments that mean something else in one layer.
+OF_LAYER = {
+    (kv.Variational, "dropout"): 'Literal["monte_carlo"] | None',
+    (kv.VariationalConv1D, "padding"): 'Literal["valid", "same", "causal"]',
+    (kv.VariationalEinsumDense, "output_shape"): "int | Sequence[int | None]",
+    (kv.VariationalMultiHeadAttention, "output_shape"): "_Ints | None",
 }
 
 
@@ -76,7 +142,7 @@ def text():
     names = ", ".join(f'"{name}"' for name in sorted(kv.layers.__all__))
     head = HEAD.format(version=keras_version())
     head = head.replace("from keras_vdrop.posterior", "\n".join(imports) + "\nfrom keras_vdrop.posterior")
-    return head + PRIOR + f"\n__all__ = [{names}]\n" + "".join(map(_of_class, classes))
+    return head + ALIASES + f"\n__all__ = [{names}]\n" + "".join(map(_of_class, classes))
 
 
 def _of_class(cls):
@@ -116,9 +182,8 @@ def _type(cls, name):
     if name == "estimator":
         known = getattr(cls, "_cell_class", cls)._estimators()
         return f"Literal[{', '.join(map(_default, known))}]"
-    if name == "dropout" and cls is kv.Variational:
-        return 'Literal["monte_carlo"] | None'
-    return TYPES.get(name, "Any")
+    of_suffix = (found for suffix, found in SUFFIXES.items() if name.endswith(suffix))
+    return OF_LAYER.get((cls, name)) or TYPES.get(name) or next(of_suffix, "Any")
 
 
 def _default(value):

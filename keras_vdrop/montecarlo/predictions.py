@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,15 +26,15 @@ class Predictions(dict):
         (20,)
     """
 
-    def __dir__(self):
+    def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self]
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name in self:
             return self[name]
         raise AttributeError(f"{type(self).__name__} has no {name!r}; its statistics are {sorted(self)}.")
 
-    def stddev(self):
+    def stddev(self) -> Any:
         """Return the standard deviation of a predicted number, in the units of y and the shape of `mean`.
 
         With a likelihood, it is that of y, √(aleatoric + epistemic variance), due to both data and model. Without one,
@@ -51,7 +52,7 @@ class Predictions(dict):
             return keras.tree.map_structure(np.sqrt, self["variance"])
         return np.sqrt(self["aleatoric_variance"] + self["epistemic_variance"])
 
-    def interval(self, coverage=0.9):
+    def interval(self, coverage: float = 0.9) -> tuple[Any, Any]:
         """Return mean ± Φ⁻¹((1 + coverage) / 2)·stddev, the central interval of a normal distribution.
 
         With a likelihood, it contains y with probability `coverage`, if the model is calibrated and y is about normal.
@@ -78,12 +79,13 @@ class Predictions(dict):
         """
         reach = statistics.NormalDist().inv_cdf(0.5 + 0.5 * fraction("coverage", coverage))
         stddev = self.stddev()
-        return tuple(
+        lower, upper = (
             keras.tree.map_structure(lambda mean, spread, side=side: mean + side * reach * spread, self["mean"], stddev)
             for side in (-1.0, 1.0)
         )
+        return lower, upper
 
-    def uncertainty(self):
+    def uncertainty(self) -> np.ndarray:
         """Return the total uncertainty of each row, (B,), due to data and model (the model alone without a likelihood).
 
         It is the predictive entropy, in nats, or the variance, in squared units of y, summed over all values of a row
@@ -92,10 +94,10 @@ class Predictions(dict):
         if "predictive_entropy" in self:
             return self._of_rows(self["predictive_entropy"])
         if "variance" in self:
-            return sum(self._of_rows(variance) for variance in keras.tree.flatten(self["variance"]))
+            return np.asarray(sum(map(self._of_rows, keras.tree.flatten(self["variance"]))))
         return self._of_rows(self["aleatoric_variance"] + self["epistemic_variance"])
 
-    def abstain(self, coverage=0.95):
+    def abstain(self, coverage: float = 0.95) -> np.ndarray:
         """Return a boolean array (B,), True for the rows to hand to a person: the most uncertain, NaN first.
 
         Args:
@@ -115,7 +117,7 @@ class Predictions(dict):
         order = np.argsort(-np.nan_to_num(uncertainty, nan=np.inf, posinf=np.inf), kind="stable")
         return np.isin(np.arange(len(uncertainty)), order[:handed_over])
 
-    def bald(self):
+    def bald(self) -> np.ndarray:
         """Return I[y; w | x] of each row, (B,), in nats: how much its label would tell about the weights.
 
         In active learning, label the rows with the highest values. For classes, it is the mutual information. For
@@ -146,6 +148,6 @@ class Predictions(dict):
         return flat_rows(values).sum(axis=1)
 
 
-def flat_rows(values):
+def flat_rows(values: np.ndarray) -> np.ndarray:
     """Reshape a NumPy array (B, ...), which may have no rows, to (B, n)."""
     return values.reshape(len(values), math.prod(values.shape[1:]))
