@@ -4,9 +4,11 @@ Each `pyright: ignore` marks a mistake that the checker must find: it reports th
 """
 
 import keras
+import numpy as np
 from typing_extensions import assert_type
 
 import keras_vdrop as kv
+from keras_vdrop.functional import calibration, conformal, estimators, uncertainty
 from keras_vdrop.posterior import VariationalWeight
 from keras_vdrop.pruning import Sparsity
 from keras_vdrop.selection import Candidate
@@ -32,3 +34,12 @@ sampler = kv.MonteCarlo(model, num_samples=32, likelihood="categorical", output=
 kv.MonteCarlo(model, output="draws")  # pyright: ignore[reportArgumentType]
 with kv.sampling(consistent=True):
     model([1.0])
+
+p, labels = np.array([[0.9, 0.1], [0.3, 0.7]]), [0, 1]
+assert_type(calibration.expected_calibration_error(p, labels, binning="mass"), float)
+assert_type(calibration.reliability(p, labels).count, np.ndarray)
+assert_type(conformal.prediction_intervals([4.0], 0.5), tuple[np.ndarray, np.ndarray])
+assert_type(uncertainty.by_name({"y": uncertainty.MOMENTS}), uncertainty.Summary)
+calibration.brier_decomposition(p, labels, binning="equal")  # pyright: ignore[reportArgumentType]
+conformal.set_threshold(p, labels, score="raps")  # pyright: ignore[reportArgumentType]
+estimators.reparameterize(0.0, 0.0, seed="a seed")  # pyright: ignore[reportArgumentType]

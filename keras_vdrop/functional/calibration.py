@@ -4,10 +4,11 @@
 class 1 to `np.stack([1 - p, p], axis=-1)`.
 """
 
-import typing
 import warnings
+from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keras_vdrop.functional import checks
 
@@ -15,7 +16,7 @@ from keras_vdrop.functional import checks
 EDGE = 1e-5
 
 
-def accuracy(probability, labels):
+def accuracy(probability: ArrayLike, labels: ArrayLike) -> float:
     """Compute the fraction of rows whose most probable class is the label.
 
     Args:
@@ -26,7 +27,7 @@ def accuracy(probability, labels):
     return float((probability.argmax(axis=-1) == labels).mean())
 
 
-def negative_log_likelihood(probability, labels):
+def negative_log_likelihood(probability: ArrayLike, labels: ArrayLike) -> float:
     """Compute NLL = mean of −log p(label), in nats per row; infinite if a label has probability 0.
 
     Args:
@@ -38,7 +39,7 @@ def negative_log_likelihood(probability, labels):
         return float(-np.log(probability[np.arange(len(labels)), labels]).mean())
 
 
-class Reliability(typing.NamedTuple):
+class Reliability(NamedTuple):
     """Statistics of rows that are binned by confidence, one entry per bin. Empty bins are omitted.
 
     Attributes:
@@ -55,7 +56,12 @@ class Reliability(typing.NamedTuple):
     variance: np.ndarray
 
 
-def reliability(probability, labels, num_bins=15, binning="width"):
+def reliability(
+    probability: ArrayLike,
+    labels: ArrayLike,
+    num_bins: int = 15,
+    binning: Literal["width", "mass"] = "width",
+) -> Reliability:
     """Compute accuracy and confidence for each bin, the data of `plots.reliability_diagram`.
 
     Args:
@@ -81,7 +87,13 @@ def reliability(probability, labels, num_bins=15, binning="width"):
     return Reliability(count, mean(confidence), mean(correct), variance)
 
 
-def expected_calibration_error(probability, labels, num_bins=15, binning="width", debiased=False):
+def expected_calibration_error(
+    probability: ArrayLike,
+    labels: ArrayLike,
+    num_bins: int = 15,
+    binning: Literal["width", "mass"] = "width",
+    debiased: bool = False,
+) -> float:
     """Compute ECE = Σ over bins of (rows in the bin ÷ rows)·|accuracy in the bin − mean confidence in the bin|.
 
     Chance alone causes gaps, so even perfectly calibrated probabilities have an ECE above 0: about 0.4·√(bins ÷ rows)
@@ -121,7 +133,12 @@ def expected_calibration_error(probability, labels, num_bins=15, binning="width"
     return float(np.copysign(np.sqrt(np.abs(square)), square))
 
 
-def classwise_calibration_error(probability, labels, num_bins=15, binning="width"):
+def classwise_calibration_error(
+    probability: ArrayLike,
+    labels: ArrayLike,
+    num_bins: int = 15,
+    binning: Literal["width", "mass"] = "width",
+) -> float:
     """Compute 1/C·Σ over classes and bins of (rows in the bin ÷ rows)·|frequency of the class − its mean probability|.
 
     It takes all C probabilities of a row into account, whereas the ECE takes only the largest.
@@ -142,7 +159,7 @@ def classwise_calibration_error(probability, labels, num_bins=15, binning="width
     return float(np.mean(errors) / len(labels))
 
 
-def brier_score(probability, labels):
+def brier_score(probability: ArrayLike, labels: ArrayLike) -> float:
     """Compute Brier = mean of Σ over classes of (p − 1[the class is the label])²: from 0, the best, to 2.
 
     For two classes it is twice the mean of (p − y)², which some authors call the Brier score.
@@ -160,7 +177,12 @@ def brier_score(probability, labels):
     return float(((probability - truth) ** 2).sum(axis=-1).mean())
 
 
-def brier_decomposition(probability, labels, num_bins=15, binning="width"):
+def brier_decomposition(
+    probability: ArrayLike,
+    labels: ArrayLike,
+    num_bins: int | None = 15,
+    binning: Literal["width", "mass"] = "width",
+) -> dict[str, float]:
     """Decompose Brier = reliability − resolution + uncertainty + within. The identity is exact.
 
     Each term is a sum over classes. For one class, let p be its probability in a row and y be 1 if it is the label and
@@ -206,7 +228,7 @@ def brier_decomposition(probability, labels, num_bins=15, binning="width"):
     return {name: float(value) for name, value in total.items()}
 
 
-def fit_temperature(logits, labels, bounds=(0.01, 100.0)):
+def fit_temperature(logits: ArrayLike, labels: ArrayLike, bounds: tuple[float, float] = (0.01, 100.0)) -> float:
     """Fit the temperature T = argmin of the mean of −log softmax(logits / T)[label], to correct a model's confidence.
 
     Fit it on validation data. It does not change the accuracy. The NLL is convex in 1/T, so the minimum is unique.

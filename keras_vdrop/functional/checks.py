@@ -1,9 +1,10 @@
 """Checks of the arrays that are scored. Each returns NumPy arrays or numbers, or raises a `ValueError`."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def numbers(name, values, ndim=None, infinite=False):
+def numbers(name: str, values: ArrayLike, ndim: int | None = None, infinite: bool = False) -> np.ndarray:
     """Return the values as a float64 array with at least one row.
 
     Args:
@@ -27,7 +28,7 @@ def numbers(name, values, ndim=None, infinite=False):
     return values
 
 
-def alike(**arrays):
+def alike(**arrays: ArrayLike) -> tuple[np.ndarray, ...]:
     """Return float64 arrays of equal shape, in the given order.
 
     Raises:
@@ -40,7 +41,7 @@ def alike(**arrays):
     return tuple(checked.values())
 
 
-def positive(name, values):
+def positive(name: str, values: ArrayLike) -> np.ndarray:
     """Return the values, standard deviations, or raise a `ValueError` unless all are above 0."""
     values = np.asarray(values, "float64")
     if not (values > 0).all():
@@ -51,14 +52,14 @@ def positive(name, values):
     return values
 
 
-def fraction(name, value):
+def fraction(name: str, value: float) -> float:
     """Return the number, or raise a `ValueError` unless it lies in (0, 1)."""
     if not 0.0 < value < 1.0:
         raise ValueError(f"`{name}` must be between 0 and 1, for example 0.9. Received: {name}={value}")
     return float(value)
 
 
-def classes(labels, shape):
+def classes(labels: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
     """Return labels (B,) as ints, for scores of shape (B, C).
 
     Raises:
@@ -78,7 +79,7 @@ def classes(labels, shape):
     return labels.astype(int)
 
 
-def distribution(probability):
+def distribution(probability: ArrayLike) -> np.ndarray:
     """Return class probabilities (B, C) as float64.
 
     Raises:
@@ -99,7 +100,7 @@ def distribution(probability):
     return probability
 
 
-def classification(probability, labels):
+def classification(probability: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Check probabilities with `distribution` and labels with `classes`, and return both."""
     probability = np.asarray(probability, "float64")
     labels = classes(labels, probability.shape)

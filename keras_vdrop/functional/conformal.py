@@ -14,13 +14,15 @@ Reference:
 """
 
 import math
+from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keras_vdrop.functional import checks
 
 
-def quantile(scores, coverage=0.9):
+def quantile(scores: ArrayLike, coverage: float = 0.9) -> float:
     """Return the ⌈(n + 1)·coverage⌉-th smallest of n scores. A new score is at most that with probability ≥ coverage.
 
     Args:
@@ -48,7 +50,12 @@ def quantile(scores, coverage=0.9):
     return float(np.sort(scores)[place - 1])
 
 
-def set_threshold(probability, labels, coverage=0.9, score="lac"):
+def set_threshold(
+    probability: ArrayLike,
+    labels: ArrayLike,
+    coverage: float = 0.9,
+    score: Literal["lac", "aps"] = "lac",
+) -> float:
     """Compute the threshold for `prediction_sets`: the `quantile` of the scores of the labels.
 
     Args:
@@ -82,7 +89,7 @@ def set_threshold(probability, labels, coverage=0.9, score="lac"):
     return quantile(_set_scores(probability, score)[np.arange(len(labels)), labels], coverage)
 
 
-def prediction_sets(probability, threshold, score="lac"):
+def prediction_sets(probability: ArrayLike, threshold: float, score: Literal["lac", "aps"] = "lac") -> np.ndarray:
     """Return the classes whose score is at most the threshold.
 
     Args:
@@ -96,7 +103,12 @@ def prediction_sets(probability, threshold, score="lac"):
     return _set_scores(checks.distribution(probability), score) <= threshold
 
 
-def interval_threshold(prediction, y, scale=None, coverage=0.9):
+def interval_threshold(
+    prediction: ArrayLike,
+    y: ArrayLike,
+    scale: ArrayLike | None = None,
+    coverage: float = 0.9,
+) -> float:
     """Compute the threshold for `prediction_intervals`: the `quantile` of |y − prediction| / scale.
 
     Args:
@@ -119,7 +131,11 @@ def interval_threshold(prediction, y, scale=None, coverage=0.9):
     return quantile(np.abs(y - prediction) / _width(prediction, scale), coverage)
 
 
-def prediction_intervals(prediction, threshold, scale=None):
+def prediction_intervals(
+    prediction: ArrayLike,
+    threshold: float,
+    scale: ArrayLike | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the intervals prediction ± threshold·scale.
 
     Args:

@@ -6,11 +6,12 @@ do not.
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keras_vdrop.functional import checks
 
 
-def auroc(inside, outside):
+def auroc(inside: ArrayLike, outside: ArrayLike) -> float:
     """Compute AUROC = P(score outside > score inside) + ½·P(they are equal): ½ for an uninformative score, 1 at best.
 
     It is the area under the curve of true against false positives, and the Mann–Whitney U divided by the number of
@@ -35,7 +36,7 @@ def auroc(inside, outside):
     return float((below + up_to).mean() / (2.0 * len(inside)))
 
 
-def aupr(inside, outside):
+def aupr(inside: ArrayLike, outside: ArrayLike) -> float:
     """Compute the average precision, Σ (increase of recall)·precision over thresholds from the highest down.
 
     Rows outside are the positives. The result depends on their share: an uninformative score has M / (N + M). With rows
@@ -55,7 +56,7 @@ def aupr(inside, outside):
     return float((np.diff(recall, prepend=0.0) * precision).sum())
 
 
-def fpr_at_tpr(inside, outside, tpr=0.95):
+def fpr_at_tpr(inside: ArrayLike, outside: ArrayLike, tpr: float = 0.95) -> float:
     """Compute FPR95, the fraction of rows inside that is flagged when at least 95 % of rows outside are flagged.
 
     Rows outside are the positives. With rows inside as the positives, as in some papers, use
@@ -77,7 +78,7 @@ def fpr_at_tpr(inside, outside, tpr=0.95):
     return float((inside >= threshold).mean())
 
 
-def risk_coverage(uncertainty, loss):
+def risk_coverage(uncertainty: ArrayLike, loss: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Compute the risk-coverage curve: (k / B, mean loss of the k least uncertain rows), for k = 1 ... B.
 
     The risk of equally uncertain rows is averaged over all orders of them.
@@ -105,7 +106,7 @@ def risk_coverage(uncertainty, loss):
     return count / len(loss), np.cumsum(mean[group]) / count
 
 
-def aurc(uncertainty, loss):
+def aurc(uncertainty: ArrayLike, loss: ArrayLike) -> float:
     """Compute AURC, the mean risk over the coverages 1/B ... 1. A better ranking of the losses gives a lower AURC.
 
     Args:
@@ -118,7 +119,7 @@ def aurc(uncertainty, loss):
     return float(risk_coverage(uncertainty, loss)[1].mean())
 
 
-def excess_aurc(uncertainty, loss):
+def excess_aurc(uncertainty: ArrayLike, loss: ArrayLike) -> float:
     """Compute E-AURC = AURC − AURC of the ideal order, by loss; 0 if rows of higher loss are always more uncertain.
 
     Args:

@@ -15,11 +15,13 @@ they draw, and so in cost and in the dependence between outputs:
 that of `log_variance`. An `x` of an integer dtype means a lookup: each integer stands for a one-hot row.
 """
 
+from collections.abc import Callable
+
 import keras
 from keras import ops
 
 from keras_vdrop.functional import noise
-from keras_vdrop.functional.tensors import tensors
+from keras_vdrop.functional.tensors import DType, Tensor, TensorLike, tensors
 
 # Keeps the gradient of the square root finite if an output has zero variance.
 _SMALLEST_VARIANCE = 1e-16
@@ -28,19 +30,27 @@ _SMALLEST_VARIANCE = 1e-16
 _BATCH_AND_CHANNELS = ((0, -1), (0, -1))
 
 
-def reparameterize(loc, log_variance, seed):
+def reparameterize(loc: TensorLike, log_variance: TensorLike, seed: keras.random.SeedGenerator | int) -> Tensor:
     """Draw w = loc + exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and dtype of `loc`."""
     loc, log_variance = tensors(loc, log_variance, least="float32")
     return loc + perturbation(log_variance, seed)
 
 
-def perturbation(log_variance, seed):
+def perturbation(log_variance: TensorLike, seed: keras.random.SeedGenerator | int) -> Tensor:
     """Draw exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and dtype of `log_variance`."""
     (log_variance,) = tensors(log_variance, least="float32")
     return ops.exp(0.5 * log_variance) * noise.normal(ops.shape(log_variance), seed, log_variance.dtype)
 
 
-def local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, dtype=None):
+def local_reparameterization(
+    linear: Callable[[Tensor, Tensor], Tensor],
+    x: TensorLike,
+    loc: TensorLike,
+    log_variance: TensorLike,
+    seed: keras.random.SeedGenerator,
+    sign_axes: tuple[tuple[int, ...], tuple[int, ...]] | None = _BATCH_AND_CHANNELS,
+    dtype: DType | None = None,
+) -> Tensor:
     """Compute linear(x, loc) + sqrt(linear(x², exp(log_variance)))·ε, with ε ~ N(0, 1) for each output.
 
     If an example uses each number of the weight once, as in a product with inputs (B, D), this is equivalent to a draw
@@ -73,7 +83,15 @@ def local_reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATC
     return mean + ops.cast(scale * epsilon, mean.dtype)
 
 
-def flipout(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, dtype=None):
+def flipout(
+    linear: Callable[[Tensor, Tensor], Tensor],
+    x: TensorLike,
+    loc: TensorLike,
+    log_variance: TensorLike,
+    seed: keras.random.SeedGenerator,
+    sign_axes: tuple[tuple[int, ...], tuple[int, ...]] = _BATCH_AND_CHANNELS,
+    dtype: DType | None = None,
+) -> Tensor:
     """Compute linear(x, loc) + s·linear(r·x, Δw) with one Δw ~ N(0, exp(log_variance)) and signs r, s per example.
 
     Random signs on the channels of the input and the output turn one draw of the weight into a different perturbation
@@ -122,7 +140,15 @@ def _signs(tensor, seed, axes):
     return noise.rademacher(shape, seed, tensor.dtype)
 
 
-def reparameterization(linear, x, loc, log_variance, seed, sign_axes=_BATCH_AND_CHANNELS, dtype=None):
+def reparameterization(
+    linear: Callable[[Tensor, Tensor], Tensor],
+    x: TensorLike,
+    loc: TensorLike,
+    log_variance: TensorLike,
+    seed: keras.random.SeedGenerator,
+    sign_axes: tuple[tuple[int, ...], tuple[int, ...]] | None = _BATCH_AND_CHANNELS,
+    dtype: DType | None = None,
+) -> Tensor:
     """Compute linear(x, w) with one draw w = loc + exp(½·log_variance)·ε for the whole batch.
 
     This is the cheapest estimator. Its gradient has the highest variance, as the noise does not average out over the

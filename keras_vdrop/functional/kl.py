@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_vdrop.functional.sparsity import log_alpha, over_groups
-from keras_vdrop.functional.tensors import tensors
+from keras_vdrop.functional.tensors import Tensor, TensorLike, tensors
 
 # KL ≈ K1·(1 − sigmoid(K2 + 1.5·log alpha)) + ½·log(1 + 1/alpha). With a slope of 1.5 the sigmoid needs no logarithm.
 # K1 and K2 were fitted to the exact KL with that slope (tests/functional).
@@ -67,7 +67,7 @@ def _by_signal_to_noise(kl, loc, log_variance):
     return value(loc, log_variance)
 
 
-def log_uniform(loc, log_variance):
+def log_uniform(loc: TensorLike, log_variance: TensorLike) -> Tensor:
     """Approximate the KL to the log-uniform prior p(|w|) ∝ 1/|w|, normalised to 0 for alpha → ∞.
 
     KL ≈ k1·(1 − 1/(1 + e^(−k2)·alpha^(−1.5))) + ½·log(1 + 1/alpha)
@@ -97,7 +97,7 @@ def _log_uniform(t):
     return _K1 - _K1 * left + 0.5 * ops.log1p(t), 3.0 * _K1 * _EXP_MINUS_K2 * root * left * left + 1.0 / (1.0 + t)
 
 
-def log_uniform_exact(loc, log_variance):
+def log_uniform_exact(loc: TensorLike, log_variance: TensorLike) -> Tensor:
     """Compute the KL to the log-uniform prior to float32 precision; `log_uniform` is within 0.0051 nats.
 
     KL = 2·∫₀ˣ D(s) ds, so that dKL/d log alpha = −x·D(x), with x = 1/sqrt(2·alpha) and D Dawson's function
@@ -134,7 +134,7 @@ def _homogeneous(coefficients, z, w):
     return total
 
 
-def log_uniform_cubic(log_alpha):
+def log_uniform_cubic(log_alpha: TensorLike) -> Tensor:
     """Approximate the KL to the log-uniform prior by a cubic in alpha, for alpha ≤ 1.
 
     KL ≈ c0 − (½·log alpha + c1·alpha + c2·alpha² + c3·alpha³)
@@ -167,7 +167,7 @@ LOG_UNIFORM_FORMS = {
 }
 
 
-def ard(loc, log_variance, group_axis=None, blocks=1):
+def ard(loc: TensorLike, log_variance: TensorLike, group_axis: int | None = None, blocks: int = 1) -> Tensor:
     """Compute the KL to a zero-mean normal prior with a variance fitted to each weight or group (empirical Bayes).
 
     KL = ½·log(1 + 1/alpha), the minimum over s² of KL(q ‖ N(0, s²)), reached at s² = loc² + variance.
@@ -195,7 +195,12 @@ def _ard(t):
     return 0.5 * ops.log1p(t), 1.0 / (1.0 + t)
 
 
-def ard_variance(loc, log_variance, group_axis=None, blocks=1):
+def ard_variance(
+    loc: TensorLike,
+    log_variance: TensorLike,
+    group_axis: int | None = None,
+    blocks: int = 1,
+) -> Tensor:
     """Compute the variance s² of the ARD prior: loc² + variance, or its mean over the group."""
     loc, log_variance = tensors(loc, log_variance, least="float32")
     second_moment = ops.square(loc) + ops.exp(log_variance)
@@ -204,7 +209,7 @@ def ard_variance(loc, log_variance, group_axis=None, blocks=1):
     return over_groups(ops.mean, second_moment, group_axis, blocks)
 
 
-def normal(loc, log_variance, scale=1.0):
+def normal(loc: TensorLike, log_variance: TensorLike, scale: TensorLike = 1.0) -> Tensor:
     """Compute the KL to the prior N(0, scale²).
 
     KL = ½·(variance/scale² + loc²/scale² − 1 − log(variance/scale²))
@@ -226,7 +231,13 @@ def normal(loc, log_variance, scale=1.0):
     return 0.5 * (ops.exp(log_ratio) + ops.square(loc / scale) - 1.0 - log_ratio)
 
 
-def scale_mixture(loc, log_variance, probability, scale, narrow_scale):
+def scale_mixture(
+    loc: TensorLike,
+    log_variance: TensorLike,
+    probability: float,
+    scale: float,
+    narrow_scale: float,
+) -> Tensor:
     """Compute the KL to a mixture of two normals, p(w) = π·N(0, σ1²) + (1 − π)·N(0, σ2²) with σ1 > σ2.
 
     KL = KL(q ‖ N(0, σ1²)) − log π − E_q[softplus(c − k·w²)],

@@ -4,12 +4,12 @@ import math
 
 from keras import ops
 
-from keras_vdrop.functional.tensors import tensors
+from keras_vdrop.functional.tensors import Tensor, TensorLike, tensors
 
 LEAST_SCALE = 1e-3
 
 
-def scale_of(raw_scale):
+def scale_of(raw_scale: TensorLike) -> Tensor:
     """Map an unbounded output to a scale, log(1 + exp(raw_scale)) + `LEAST_SCALE`, in the units of y.
 
     Without the least scale, an output far below 0, as for an outlier among the inputs, would make the scale so small
@@ -19,7 +19,7 @@ def scale_of(raw_scale):
     return ops.softplus(raw_scale) + LEAST_SCALE
 
 
-def normal(y, loc, scale):
+def normal(y: TensorLike, loc: TensorLike, scale: TensorLike) -> Tensor:
     """Compute −½·log(2π) − log scale − ½·((y − loc) / scale)².
 
     Args:
@@ -29,7 +29,7 @@ def normal(y, loc, scale):
     return -0.5 * math.log(2.0 * math.pi) - ops.log(scale) - 0.5 * ops.square((y - loc) / scale)
 
 
-def laplace(y, loc, scale):
+def laplace(y: TensorLike, loc: TensorLike, scale: TensorLike) -> Tensor:
     """Compute −log(2·scale) − |y − loc| / scale.
 
     Args:
@@ -39,7 +39,7 @@ def laplace(y, loc, scale):
     return -math.log(2.0) - ops.log(scale) - ops.abs(y - loc) / scale
 
 
-def student_t(y, df, loc, scale):
+def student_t(y: TensorLike, df: float, loc: TensorLike, scale: TensorLike) -> Tensor:
     """Compute the log density of Student's t distribution.
 
     log Γ((df + 1)/2) − log Γ(df/2) − ½·log(π·df) − log scale − (df + 1)/2·log(1 + ((y − loc) / scale)² / df)
@@ -53,7 +53,7 @@ def student_t(y, df, loc, scale):
     return constant - ops.log(scale) - 0.5 * (df + 1.0) * ops.log1p(ops.square((y - loc) / scale) / df)
 
 
-def normal_mixture(y, logits, loc, scale):
+def normal_mixture(y: TensorLike, logits: TensorLike, loc: TensorLike, scale: TensorLike) -> Tensor:
     """Compute log Σ_k softmax(logits)_k·N(y; loc_k, scale_k²).
 
     Args:

@@ -12,6 +12,8 @@ import math
 import keras
 from keras import ops
 
+from keras_vdrop.functional.tensors import DType, Tensor, TensorLike
+
 # Coefficients of P, in ascending powers: sin(½πz) ≈ z·P(z²) within 1e-8 for |z| ≤ 1. Least squares at Chebyshev nodes.
 _SINE = (1.57079632, -0.6459637604, 0.0796899226, -0.00467415067, 0.000151675118)
 
@@ -22,7 +24,7 @@ _PHILOX = 1
 _ONE = 0x3F800000
 
 
-def hash_seed(seed, *salt):
+def hash_seed(seed: int | str, *salt: int | str) -> int:
     """Hash `seed` and `salt` to a 31-bit seed.
 
     Neighbouring seeds give unrelated streams, which `seed + 1` does not guarantee on every backend.
@@ -50,7 +52,7 @@ def _philox(seed):
     return {"key": key, "counter": tf.zeros((2,), "uint64"), "alg": _PHILOX}
 
 
-def normal(shape, seed, dtype="float32"):
+def normal(shape: tuple[int | Tensor, ...], seed: keras.random.SeedGenerator | int, dtype: DType = "float32") -> Tensor:
     """Draw independent samples of N(0, 1).
 
     Args:
@@ -131,7 +133,9 @@ def _bits(count, philox):
     return _first(count, tf.bitcast(words, "int32"))
 
 
-def rademacher(shape, seed, dtype="float32"):
+def rademacher(
+    shape: tuple[int | Tensor, ...], seed: keras.random.SeedGenerator | int, dtype: DType = "float32"
+) -> Tensor:
     """Draw independent signs, −1 or 1 with probability ½ each. The arguments are those of `normal`."""
     if keras.backend.backend() == "tensorflow" and not _has_gpu():
         return ops.cast(_signs(shape, _philox(seed)), dtype)
@@ -149,7 +153,9 @@ def _signs(shape, philox):
     return tf.reshape(_first(count, signs), shape)
 
 
-def uniform(shape, seed, dtype="float32"):
+def uniform(
+    shape: tuple[int | Tensor, ...], seed: keras.random.SeedGenerator | int, dtype: DType = "float32"
+) -> Tensor:
     """Draw independent samples of U[0, 1). The arguments are those of `normal`."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -168,12 +174,22 @@ def _uniform(shape, philox):
     return tf.reshape(tf.bitcast(tf.cast(fraction, "int32") | _ONE, "float32") - 1.0, shape)
 
 
-def bernoulli(shape, probability, seed, dtype="float32"):
+def bernoulli(
+    shape: tuple[int | Tensor, ...],
+    probability: TensorLike,
+    seed: keras.random.SeedGenerator | int,
+    dtype: DType = "float32",
+) -> Tensor:
     """Draw independent 1s with the given probability, else 0. The other arguments are those of `normal`."""
     return ops.cast(uniform(shape, seed) < ops.cast(probability, "float32"), dtype)
 
 
-def concrete(shape, logit, temperature, seed):
+def concrete(
+    shape: tuple[int | Tensor, ...],
+    logit: TensorLike,
+    temperature: float,
+    seed: keras.random.SeedGenerator | int,
+) -> Tensor:
     """Draw independent samples of a relaxed Bernoulli variable, in float32.
 
     A sample is σ((logit + logit(u)) / temperature) with u ~ U(0, 1).

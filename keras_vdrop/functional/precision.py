@@ -1,12 +1,13 @@
 """Matrix products and convolutions in full float32 on GPUs, which by default round the factors to TF32."""
 
 import contextlib
+from collections.abc import Iterator
 
 import keras
 
 
 @contextlib.contextmanager
-def full_precision():
+def full_precision() -> Iterator[None]:
     """Turn off TF32 within the context: functions called or traced there compute float32 products in full.
 
     TF32 keeps 10 of the 23 bits of a factor's fraction, so that equal models differ by 1e-3 of their outputs.

@@ -8,13 +8,14 @@ import math
 import statistics
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keras_vdrop.functional import checks
 
 _ERF = np.vectorize(math.erf, otypes=["float64"])
 
 
-def normal_negative_log_likelihood(loc, scale, y):
+def normal_negative_log_likelihood(loc: ArrayLike, scale: ArrayLike, y: ArrayLike) -> float:
     """Compute NLL = mean of ½·log(2π·scale²) + ½·((y − loc) / scale)², in nats.
 
     Args:
@@ -24,7 +25,7 @@ def normal_negative_log_likelihood(loc, scale, y):
     return float((0.5 * math.log(2.0 * math.pi) + np.log(scale) + 0.5 * z**2).mean())
 
 
-def normal_mixture_negative_log_likelihood(loc, scale, y):
+def normal_mixture_negative_log_likelihood(loc: ArrayLike, scale: ArrayLike, y: ArrayLike) -> float:
     """Compute NLL = mean of −log (1/S)·Σ_s N(y; loc_s, scale_s²), in nats, for the average of S distributions.
 
     For the samples of a `MonteCarlo(output="samples")` or the members of an ensemble, this is the likelihood that
@@ -46,7 +47,7 @@ def normal_mixture_negative_log_likelihood(loc, scale, y):
     return float(-(highest + np.log(np.exp(each - highest).mean(axis=0))).mean())
 
 
-def normal_crps(loc, scale, y):
+def normal_crps(loc: ArrayLike, scale: ArrayLike, y: ArrayLike) -> float:
     """Compute CRPS = mean of scale·(z·(2·Φ(z) − 1) + 2·φ(z) − 1/√π) with z = (y − loc) / scale.
 
     The CRPS of a predicted distribution function F is ∫ (F(t) − 1[t ≥ y])² dt, in the units of y; 0 is the best. For a
@@ -65,7 +66,7 @@ def normal_crps(loc, scale, y):
     return float(crps.mean())
 
 
-def sample_crps(samples, y):
+def sample_crps(samples: ArrayLike, y: ArrayLike) -> float:
     """Compute CRPS = mean of E|x − y| − ½·E|x − x'|, with E|x − x'| over the S·(S − 1) pairs of different samples.
 
     This is the fair form: for any S, its expectation is the CRPS of the distribution that the samples come from. (Over
@@ -88,7 +89,7 @@ def sample_crps(samples, y):
     return float((error - spread).mean())
 
 
-def normal_interval(loc, scale, level=0.9):
+def normal_interval(loc: ArrayLike, scale: ArrayLike, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
     """Compute loc ± Φ⁻¹((1 + level) / 2)·scale, the central interval that contains y with probability `level`.
 
     Args:
@@ -110,7 +111,7 @@ def normal_interval(loc, scale, level=0.9):
     return loc - reach, loc + reach
 
 
-def sample_interval(samples, level=0.9):
+def sample_interval(samples: ArrayLike, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
     """Compute the quantiles (1 − level) / 2 and (1 + level) / 2 of the samples.
 
     The quantile p is at rank p·(S + 1). For any continuous distribution, a new sample lies between the i-th and the
@@ -137,7 +138,7 @@ def sample_interval(samples, level=0.9):
     return lower, upper
 
 
-def interval_coverage(lower, upper, y):
+def interval_coverage(lower: ArrayLike, upper: ArrayLike, y: ArrayLike) -> float:
     """Compute the fraction of y in [lower, upper]. For calibrated predictions it is near the level of the intervals.
 
     Args:

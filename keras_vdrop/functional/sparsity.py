@@ -1,8 +1,10 @@
 """Log alpha, which measures how much signal a weight carries, and masks of the kept weights."""
 
+from collections.abc import Callable, Sequence
+
 from keras import ops
 
-from keras_vdrop.functional.tensors import tensors
+from keras_vdrop.functional.tensors import Tensor, TensorLike, tensors
 
 # Near the least normal float32; keeps log alpha finite for a weight that is exactly 0.
 _SMALLEST_SQUARE = 1e-37
@@ -10,7 +12,12 @@ _SMALLEST_SQUARE = 1e-37
 __all__ = ["keep_mask", "log_alpha"]
 
 
-def log_alpha(loc, log_variance, group_axis=None, blocks=1):
+def log_alpha(
+    loc: TensorLike,
+    log_variance: TensorLike,
+    group_axis: int | None = None,
+    blocks: int = 1,
+) -> Tensor:
     """Compute log alpha = log_variance − log(loc²), the log noise-to-signal ratio. A large one means dispensable.
 
     For a group of weights it is log(Σ variance / Σ loc²).
@@ -33,7 +40,7 @@ def log_alpha(loc, log_variance, group_axis=None, blocks=1):
     return log_variance - ops.log(ops.maximum(square, _SMALLEST_SQUARE))
 
 
-def check_groups(shape, group_axis=None, blocks=1):
+def check_groups(shape: Sequence[int], group_axis: int | None = None, blocks: int = 1) -> None:
     """Raise a `ValueError` unless a weight of the given shape can be split into these groups."""
     shape, rank = tuple(shape), len(shape)
     if group_axis is None:
@@ -47,7 +54,7 @@ def check_groups(shape, group_axis=None, blocks=1):
         )
 
 
-def over_groups(reduce, tensor, group_axis, blocks=1):
+def over_groups(reduce: Callable[..., Tensor], tensor: TensorLike, group_axis: int, blocks: int = 1) -> Tensor:
     """Apply `reduce(tensor, axis, keepdims)` to each group and broadcast the result to all members of the group."""
     (tensor,) = tensors(tensor)
     shape, rank = tuple(tensor.shape), len(tensor.shape)
@@ -59,7 +66,13 @@ def over_groups(reduce, tensor, group_axis, blocks=1):
     return ops.reshape(ops.broadcast_to(reduced, split), shape)
 
 
-def keep_mask(loc, log_variance, threshold=3.0, group_axis=None, blocks=1):
+def keep_mask(
+    loc: TensorLike,
+    log_variance: TensorLike,
+    threshold: float = 3.0,
+    group_axis: int | None = None,
+    blocks: int = 1,
+) -> Tensor:
     """Return a mask of the weights worth keeping: True where log alpha ≤ threshold and `loc` is not 0.
 
     At the customary threshold of 3, alpha of a pruned weight is at least 20: the weight is at least 95 % noise.

@@ -1,37 +1,45 @@
 """Conversion of arguments to tensors, and small questions about tensors, arrays and shapes."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
+# Keras is not annotated, so to a type checker these are anything. They tell a reader what is meant.
+Tensor = Any  # a tensor of the backend
+TensorLike = Any  # a tensor, or what becomes one: an array, a number, lists of numbers
+DType = Any  # the name of a dtype, such as "float32", or a dtype of the backend
 
-def tensors(*values, least=None):
+
+def tensors(*values: TensorLike, least: str | None = None) -> tuple[Tensor, ...]:
     """Convert values to tensors of one floating dtype: the widest among them, or `floatx` if all are ints.
 
     Args:
         *values: Tensors, arrays, or numbers and lists of numbers.
         least: The narrowest dtype of the result, such as "float32", or None.
     """
-    values = [ops.convert_to_tensor(value) for value in values]
-    dtypes = {keras.backend.standardize_dtype(value.dtype) for value in values}
+    converted = [ops.convert_to_tensor(value) for value in values]
+    dtypes = {keras.backend.standardize_dtype(value.dtype) for value in converted}
     dtype = keras.backend.result_type(*dtypes, float, *([] if least is None else [least]))
-    return tuple(ops.cast(value, dtype) for value in values)
+    return tuple(ops.cast(value, dtype) for value in converted)
 
 
-def is_float(x):
+def is_float(x: Tensor) -> bool:
     """Return whether a tensor has a floating dtype."""
     return keras.backend.is_float_dtype(x.dtype)
 
 
-def left_along(kept, axes):
+def left_along(kept: np.ndarray, axes: Iterable[int]) -> tuple[int, int]:
     """Return, for the indices along some axes of a boolean array, (number with any True, number of all)."""
     axes = {axis % kept.ndim for axis in axes}
     left = kept.any(axis=tuple(axis for axis in range(kept.ndim) if axis not in axes))
     return int(left.sum()), left.size
 
 
-def product(sizes):
+def product(sizes: Iterable[int | None]) -> int | None:
     """Multiply sizes, of which some may be None: 0 if any is 0, else None if any is None; 1 if there are none."""
     sizes = list(sizes)
     return 0 if 0 in sizes else None if None in sizes else math.prod(sizes)

@@ -5,14 +5,18 @@ whether it is within a scope, is fixed for all later calls. PyTorch recompiles i
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any, Literal
 
 import keras
 from keras import ops
 
+from keras_vdrop.functional.tensors import Tensor
+
 _STEPS = {"train_step": "train", "test_step": "test", "predict_step": "predict"}
 
 
-def compiled_function():
+def compiled_function() -> tuple[keras.Model, str] | tuple[None, None] | None:
     """Return the compiled function that the caller is being traced for.
 
     Returns:
@@ -31,7 +35,7 @@ def compiled_function():
     return None
 
 
-def new_function(model, name):
+def new_function(model: keras.Model, name: Literal["predict", "test", "train"]) -> Callable[..., Any]:
     """Have Keras make another `model.predict_function`, which traces the step anew. The model keeps its own.
 
     Args:
@@ -89,12 +93,12 @@ def _is_jax_call(frame):
     return frame.f_code.co_name == "cache_miss" and frame.f_globals.get("__name__") == "jax._src.pjit"
 
 
-def in_tensorflow():
+def in_tensorflow() -> bool:
     """Return whether the backend is TensorFlow."""
     return keras.backend.backend() == "tensorflow"
 
 
-def side_by_side(function, elements):
+def side_by_side(function: Callable[[Tensor], Any], elements: Tensor) -> Any:
     """Apply `function` to each element and stack the results; vectorised where the backend can vectorise draws."""
     if elements.shape[0] == 1:
         return keras.tree.map_structure(lambda each: each[None], function(elements[0]))
@@ -109,7 +113,7 @@ def side_by_side(function, elements):
     return keras.tree.map_structure(lambda *each: ops.stack(each), *results)
 
 
-def traced_once(function):
+def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function so that a TensorFlow graph holds one copy of it for all calls with the same shapes."""
     if not in_tensorflow():
         return function

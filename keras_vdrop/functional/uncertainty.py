@@ -5,12 +5,12 @@ samples, so the samples need not be stored. A `Summary` specifies these means an
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
-from keras_vdrop.functional.tensors import tensors
+from keras_vdrop.functional.tensors import Tensor, TensorLike, tensors
 
 __all__ = ["bernoulli", "categorical", "entropy", "moments", "normal"]
 
@@ -25,17 +25,17 @@ class Summary(NamedTuple):
         statistics: Callable that maps the averages (B, ...) and the same origin to the dict of statistics.
     """
 
-    terms: Callable
-    statistics: Callable
+    terms: Callable[[Any, Any], dict[str, Any]]
+    statistics: Callable[[Any, Any], dict[str, Any]]
 
-    def of(self, samples):
+    def of(self, samples: Any) -> dict[str, Any]:
         """Compute the statistics of stored samples."""
         origin = keras.tree.map_structure(lambda each: each[0], samples)
         means = keras.tree.map_structure(lambda each: ops.mean(each, axis=0), self.terms(samples, origin))
         return self.statistics(means, origin)
 
 
-def by_name(summaries):
+def by_name(summaries: dict[str, Summary]) -> Summary:
     """Combine summaries of several outputs into one for dicts of samples, keyed by name.
 
     Args:
@@ -59,7 +59,7 @@ def by_name(summaries):
     return Summary(terms, statistics)
 
 
-def entropy(probability):
+def entropy(probability: TensorLike) -> Tensor:
     """Compute H = −Σ p·log p over the last axis, with 0·log 0 = 0.
 
     Args:
@@ -73,7 +73,7 @@ def entropy(probability):
     return -ops.sum(probability * ops.log(ops.maximum(probability, tiny)), axis=-1)
 
 
-def moments(samples):
+def moments(samples: Any) -> dict[str, Any]:
     """Compute the mean and the variance over the samples.
 
     Args:
@@ -85,7 +85,7 @@ def moments(samples):
     return MOMENTS.of(_samples(samples))
 
 
-def categorical(probability):
+def categorical(probability: TensorLike) -> dict[str, Tensor]:
     """Split a classifier's uncertainty: H[E p] = E H[p] + mutual information.
 
     Args:
@@ -102,7 +102,7 @@ def categorical(probability):
     return CATEGORICAL.of(_samples(probability))
 
 
-def bernoulli(probability):
+def bernoulli(probability: TensorLike) -> dict[str, Tensor]:
     """Split the uncertainty of a binary classifier, as `categorical` does.
 
     Args:
@@ -114,7 +114,7 @@ def bernoulli(probability):
     return BERNOULLI.of(_samples(probability))
 
 
-def normal(loc, scale):
+def normal(loc: TensorLike, scale: TensorLike) -> dict[str, Tensor]:
     """Split a regressor's variance: Var y = E[scale²] + Var[loc].
 
     Args:
