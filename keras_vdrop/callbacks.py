@@ -15,7 +15,7 @@ from keras import ops
 from keras_vdrop.checks import check_finite
 from keras_vdrop.diagnosis import Record, learning_kl
 from keras_vdrop.layers.stochastic import weighed_by_callback
-from keras_vdrop.objective import compiled_loss_weights, likelihood_factor, outputs_of, require_loss
+from keras_vdrop.objective import compiled_loss_weights, likelihood_factor, outputs_of, require_loss, without_likelihood
 from keras_vdrop.observation import Observer
 from keras_vdrop.outputs import check_outputs
 from keras_vdrop.posterior import posteriors, prunable_weights, require_posteriors, some_prunable_weights
@@ -87,8 +87,8 @@ class ELBO(keras.callbacks.Callback):
 
     Warns:
         RuntimeWarning: Each once: if it replaces a `kl_weight` that a layer was given; if a variational layer is called
-            that does not belong to the model; if the training step does not compute the KL; if `num_examples` does not
-            fit the first epoch. At the end of `fit`, with figures: if the posterior has hardly moved, the KL dwarfs the
+            that does not belong to the model; if the loss is not a negative log likelihood; if the training step does
+            not compute the KL; if `num_examples` does not fit the first epoch. At the end of `fit`, with figures: if the posterior has hardly moved, the KL dwarfs the
             NLL, a layer has lost all weights, BatchNormalization has seen the noise, β was never above 0, or training
             was stopped before β = 1. The first, second and fourth need 50 optimizer steps under one KL weight, or 200
             if the `fit` has one epoch or the KL has halved; the third 5 epochs. Several `fit`s that continue one
@@ -172,7 +172,7 @@ class ELBO(keras.callbacks.Callback):
     # Weak reference to the model that was trained last.
     _fitted = staticmethod(lambda: None)
 
-    def beta(self, epoch, batch=0):
+    def beta(self, epoch: int, batch: int = 0) -> float:
         """Return β in an epoch (with `per="batch"`, at a batch of the epoch); 1 for the ELBO itself."""
         batch = batch if self.per == "batch" else 0
         if callable(self.schedule):
@@ -296,6 +296,16 @@ class ELBO(keras.callbacks.Callback):
                     "pass `temperature` to `ELBO`.",
                 )
 
+    def _warn_of_the_loss(self):
+        names = without_likelihood(self.model.loss)
+        if names:
+            self._tell(
+                "loss",
+                f"{names[0]} is not the negative log likelihood of a distribution, so the loss with the KL is not an "
+                "ELBO, and how certain the posterior becomes is arbitrary. Use a cross-entropy, the mean squared error "
+                "or a loss of `keras_vdrop.losses`.",
+            )
+
     def _tell(self, what, message):
         """Warn once for each kind of message."""
         if what not in self._told:
@@ -329,6 +339,7 @@ class ELBO(keras.callbacks.Callback):
         if self.labels_per_example is None:
             require_loss(self.model)
             self._loss_weights = compiled_loss_weights(self.model)
+        self._warn_of_the_loss()
         self._observer = Observer.of(self.model)
         is_given = self.labels_per_example is not None
         self._observer.reads_outputs = not is_given

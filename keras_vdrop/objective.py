@@ -8,6 +8,7 @@ the negative ELBO.
 import collections
 import math
 
+import keras
 import numpy as np
 from keras import losses as keras_losses
 from keras import ops
@@ -38,6 +39,17 @@ _MEANS_OVER_VECTORS = (
     keras_losses.CategoricalHinge,
     keras_losses.CosineSimilarity,
     keras_losses.KLDivergence,
+)
+# These are not negative log likelihoods, not even up to a constant.
+_NO_LIKELIHOODS = (
+    keras_losses.BinaryFocalCrossentropy,
+    keras_losses.CategoricalFocalCrossentropy,
+    keras_losses.Hinge,
+    keras_losses.SquaredHinge,
+    keras_losses.CategoricalHinge,
+    keras_losses.CosineSimilarity,
+    keras_losses.Dice,
+    keras_losses.Tversky,
 )
 # The loss is a sum over an example, so an example is one term of the mean.
 _SUMS = (keras_losses.CTC, NegativeLogLikelihood)
@@ -214,6 +226,13 @@ def require_loss(model):
             "`ELBO` cannot determine the weight of the KL for a model that is compiled without a `loss`. "
             f"{_WAY_OUT}. Received: loss=None in {model.name!r}"
         )
+
+
+def without_likelihood(loss):
+    """Return the names of those of Keras's losses, as `compile` takes them, that are no negative log likelihoods."""
+    resolved = (_resolved(each, ()) for each in keras.tree.flatten(loss) if each is not None)
+    classes = [cls or type(instance) for cls, instance in resolved]
+    return [cls.__name__ for cls in classes if issubclass(cls, _NO_LIKELIHOODS)]
 
 
 def _size(sizes):

@@ -475,6 +475,13 @@ def test_a_custom_loss_that_adds_up_its_examples_is_refused(model):
         assert float(array(model.layers[0].kl_weight)) == pytest.approx(1 / 64)
 
 
+@pytest.mark.parametrize("loss", ["hinge", keras.losses.BinaryFocalCrossentropy(), keras.losses.Dice(), ["hinge"]])
+def test_a_loss_that_is_no_likelihood_is_said(model, loss):
+    model.compile("sgd", loss)
+    with pytest.warns(RuntimeWarning, match="is not the negative log likelihood"):
+        model.fit(X, Y, callbacks=[kv.ELBO(64, labels_per_example=1)], verbose=0)
+
+
 class Tagger(keras.Model):
     """A label for each step of sequences of any length; nothing but the outputs shows how long they are."""
 
