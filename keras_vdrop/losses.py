@@ -70,6 +70,20 @@ class NegativeLogLikelihood(keras.losses.Loss):
 
     Raises:
         ValueError: If the shape of y, the weights or the mask does not match that of the outputs.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv, numpy as np
+        >>> class ExponentialNLL(kv.losses.NegativeLogLikelihood):
+        ...     num_parameters = 1  # the log of the rate
+        ...
+        ...     def log_prob(self, y, parameters):
+        ...         return parameters[..., 0] - keras.ops.exp(parameters[..., 0]) * y
+        ...
+        ...     def moments(self, parameters):
+        ...         mean = keras.ops.exp(-parameters[..., 0])
+        ...         return mean, mean**2
+        >>> float(ExponentialNLL()(np.array([2.0, 4.0]), np.zeros((2, 1))))  # the mean of 2 and 4
+        3.0
     """
 
     num_parameters: int | None = 2
@@ -99,11 +113,19 @@ class NegativeLogLikelihood(keras.losses.Loss):
         return _Reduction(self.name, self.reduction, self.dtype)(totals, totals)
 
     def log_prob(self, y: Any, parameters: Any) -> Any:
-        """Compute log p of each number: a tensor of the shape of y, (B, ...)."""
+        """Compute log p of each number: a tensor of the shape of y, (B, ...).
+
+        Raises:
+            NotImplementedError: If the subclass does not define it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define log_prob(y, parameters).")
 
     def moments(self, parameters: Any) -> tuple[Any, Any]:
-        """Compute the mean and the variance of each number: two tensors (B, ...)."""
+        """Compute the mean and the variance of each number: two tensors (B, ...).
+
+        Raises:
+            NotImplementedError: If the subclass does not define it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define moments(parameters).")
 
     def values(self, y_true: Any, y_pred: Any) -> Any:
@@ -129,6 +151,9 @@ class NormalNLL(NegativeLogLikelihood):
     Call arguments:
         y_true: Numbers (B, ...) or (B, ..., 1).
         y_pred: Outputs (B, ..., 2).
+
+    Raises:
+        ValueError: If the shape of y does not match that of the outputs.
 
     Examples:
         >>> import keras, keras_vdrop as kv, numpy as np
@@ -158,6 +183,15 @@ class LaplaceNLL(NegativeLogLikelihood):
     Call arguments:
         y_true: Numbers (B, ...) or (B, ..., 1).
         y_pred: Outputs (B, ..., 2).
+
+    Raises:
+        ValueError: If the shape of y does not match that of the outputs.
+
+    Examples:
+        >>> import keras_vdrop as kv, numpy as np
+        >>> loss = kv.losses.LaplaceNLL()
+        >>> round(float(loss(np.array([3.0]), np.array([[3.0, 0.0]]))), 3)  # log(2·scale), scale = log 2 + 0.001
+        0.328
     """
 
     def log_prob(self, y: Any, parameters: Any) -> Any:
@@ -183,6 +217,12 @@ class StudentTNLL(NegativeLogLikelihood):
 
     Raises:
         ValueError: If `df` is not above 0.
+
+    Examples:
+        >>> import keras_vdrop as kv, numpy as np
+        >>> y, outputs = np.array([100.0]), np.array([[0.0, 0.0]])  # an outlier
+        >>> bool(kv.losses.StudentTNLL()(y, outputs) < kv.losses.LaplaceNLL()(y, outputs))
+        True
     """
 
     def __init__(
@@ -221,6 +261,15 @@ class NormalMixtureNLL(NegativeLogLikelihood):
     Call arguments:
         y_true: Numbers (B, ...) or (B, ..., 1).
         y_pred: Outputs (B, ..., 3·K): K logits, K locs, K raw scales.
+
+    Raises:
+        ValueError: If `num_components` is not a positive int, or the shape of y does not match that of the outputs.
+
+    Examples:
+        >>> import keras_vdrop as kv, numpy as np
+        >>> mixture = kv.losses.NormalMixtureNLL(2)(np.array([1.0]), np.zeros((1, 6)))  # of two equal normals
+        >>> bool(abs(mixture - kv.losses.NormalNLL()(np.array([1.0]), np.zeros((1, 2)))) < 1e-5)
+        True
 
     Reference:
         Mixture Density Networks, Bishop, 1994, https://publications.aston.ac.uk/id/eprint/373/
@@ -270,11 +319,15 @@ class DistributionNLL(NegativeLogLikelihood):
         y_pred: Outputs (B, ...), as the function takes them.
 
     Raises:
-        ValueError: For y of another shape. It would compare the numbers of one example with those of others.
+        ValueError: If `distribution_fn` is not callable; for y of another shape, since broadcasting would compare the
+            numbers of one example with those of others.
 
-    Example, for counts:
-        tfd = tensorflow_probability.distributions
-        model.compile("adam", kv.losses.DistributionNLL(lambda outputs: tfd.Poisson(log_rate=outputs)))
+    Examples:
+        >>> import keras_vdrop as kv, numpy as np  # doctest: +SKIP
+        >>> from tensorflow_probability import distributions as tfd  # doctest: +SKIP
+        >>> loss = kv.losses.DistributionNLL(lambda outputs: tfd.Poisson(log_rate=outputs))  # doctest: +SKIP
+        >>> round(float(loss(np.array([0.0]), np.array([[0.0]]))), 3)  # a count: the NLL is the rate  # doctest: +SKIP
+        1.0
     """
 
     num_parameters = None

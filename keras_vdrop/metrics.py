@@ -40,6 +40,9 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         y_pred: Probabilities or logits (B, ..., C); with C = 1, those of class 1.
         sample_weight: Optional, one for each class number or each row: how many rows it counts as.
 
+    Raises:
+        ValueError: If `num_bins` is not a positive int, or the shape of y does not match that of the outputs.
+
     Examples:
         >>> import keras_vdrop as kv
         >>> metric = kv.metrics.ExpectedCalibrationError()
@@ -126,6 +129,9 @@ class BrierScore(_Mean):
     Call arguments:
         y_true, y_pred, sample_weight: As for `ExpectedCalibrationError`.
 
+    Raises:
+        ValueError: If the shape of y does not match that of the outputs.
+
     Examples:
         >>> import keras_vdrop as kv
         >>> metric = kv.metrics.BrierScore()
@@ -172,6 +178,16 @@ class NormalCRPS(_Mean):
         y_true: Numbers (B, ...) or (B, ..., 1).
         y_pred: The model's outputs (B, ..., 2), as `MonteCarlo(likelihood="normal")` takes them.
         sample_weight: Optional, one for each number or each row.
+
+    Raises:
+        ValueError: If the shape of y does not match that of the outputs.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> metric = kv.metrics.NormalCRPS()
+        >>> metric.update_state([3.0], [[1.0, -50.0]])  # a scale of 0.001: the CRPS is about |y − loc|
+        >>> round(float(metric.result()), 2)
+        2.0
     """
 
     of_prediction = "Call `functional.regression.normal_crps(predicted.mean, predicted.stddev(), y)`."
@@ -199,6 +215,16 @@ class NormalCoverage(_Mean):
 
     Call arguments:
         y_true, y_pred, sample_weight: As for `NormalCRPS`.
+
+    Raises:
+        ValueError: If `level` is not in (0, 1), or the shape of y does not match that of the outputs.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> metric = kv.metrics.NormalCoverage(level=0.9)
+        >>> metric.update_state([0.0, 100.0], [[0.0, 0.0], [0.0, 0.0]])  # one inside, one far outside
+        >>> float(metric.result())
+        0.5
     """
 
     of_prediction = "Call `functional.regression.interval_coverage(*predicted.interval(level), y)`."
@@ -275,6 +301,9 @@ class RootMeanSquaredError(_OfParameters):
         y_pred: The parameters; (B, ..., 2) for `NormalNLL`.
         sample_weight: Optional, one for each number, step or row.
 
+    Raises:
+        ValueError: If `likelihood` is not a loss of `losses`, or the shape of y does not match that of the outputs.
+
     Examples:
         >>> import keras_vdrop as kv
         >>> metric = kv.metrics.RootMeanSquaredError()
@@ -306,6 +335,16 @@ class MeanAbsoluteError(_OfParameters):
 
     Call arguments:
         y_true, y_pred, sample_weight: As for `RootMeanSquaredError`.
+
+    Raises:
+        ValueError: If `likelihood` is not a loss of `losses`, or the shape of y does not match that of the outputs.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> metric = kv.metrics.MeanAbsoluteError()
+        >>> metric.update_state([1.0, 2.0], [[1.0, -5.0], [4.0, 5.0]])  # errors of 0 and 2
+        >>> float(metric.result())
+        1.0
     """
 
     of_prediction = "Use `keras.metrics.MeanAbsoluteError()`."
@@ -331,6 +370,16 @@ class NegativeLogLikelihood(_OfParameters):
 
     Call arguments:
         y_true, y_pred, sample_weight: As for `RootMeanSquaredError`.
+
+    Raises:
+        ValueError: If `likelihood` is not a loss of `losses`, or the shape of y does not match that of the outputs.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> metric = kv.metrics.NegativeLogLikelihood(kv.losses.LaplaceNLL())
+        >>> metric.update_state([3.0], [[3.0, 0.0]])
+        >>> round(float(metric.result()), 3)  # log(2·scale), scale = log 2 + 0.001
+        0.328
     """
 
     of_prediction = "Remove it: the loss that `evaluate` returns is the NLL, summed over the numbers of an example."

@@ -33,6 +33,13 @@ def update_batch_normalization(model: keras.Model, x: Any, batch_size: int = 128
     Raises:
         ValueError: If there are no rows, if arrays differ in their number of rows, or if the model is a `MonteCarlo`.
 
+    Examples:
+        >>> import keras, keras_vdrop as kv, numpy as np
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.BatchNormalization()])
+        >>> model = kv.update_batch_normalization(model, np.array([[0.0], [4.0]]))
+        >>> float(model.layers[-1].moving_mean[0]), float(model.layers[-1].moving_variance[0])
+        (2.0, 4.0)
+
     Reference:
         Li et al., 2018, https://arxiv.org/abs/1801.05134 (noise shifts the variance); Izmailov et al., 2018,
         https://arxiv.org/abs/1803.05407, section 3 (one pass after training)

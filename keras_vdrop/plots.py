@@ -84,6 +84,17 @@ def log_alpha_histogram(model: keras.Model, threshold: float = 3.0, ax: Axes | N
 
     Returns:
         The `Axes`.
+
+    Raises:
+        ValueError: If the model has no weights that can be pruned, or has not been built.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv
+        >>> head = kv.VariationalDense(2, kernel_initializer="ones", name="head")
+        >>> model = keras.Sequential([keras.Input((4,)), head])
+        >>> ax = kv.plots.log_alpha_histogram(model)
+        >>> sorted(ax.get_legend_handles_labels()[1])
+        ['kept (8)', 'pruned (0)', 'threshold 3']
     """
     ax = _axes(ax)
     weights = some_prunable_weights(model)
@@ -118,6 +129,17 @@ def log_alpha_by_layer(
 
     Returns:
         The `Axes`.
+
+    Raises:
+        ValueError: If the model has no weights that can be pruned, or has not been built.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv
+        >>> head = kv.VariationalDense(2, kernel_initializer="ones", name="head")
+        >>> model = keras.Sequential([keras.Input((4,)), head])
+        >>> ax = kv.plots.log_alpha_by_layer(model)
+        >>> [label.get_text().splitlines() for label in ax.get_yticklabels()]
+        [['head', '8 of 8 kept']]
     """
     import matplotlib.pyplot as plt
 
@@ -165,6 +187,17 @@ def weight_histogram(
 
     Returns:
         The `Axes`.
+
+    Raises:
+        ValueError: If the model has no weights that can be pruned, or has not been built.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv
+        >>> head = kv.VariationalDense(2, kernel_initializer="ones", name="head")
+        >>> model = keras.Sequential([keras.Input((4,)), head])
+        >>> ax = kv.plots.weight_histogram(model)
+        >>> sorted(ax.get_legend_handles_labels()[1])
+        ['after pruning (8)', 'before pruning (8)']
     """
     ax = _axes(ax)
     weights = some_prunable_weights(model)
@@ -194,6 +227,14 @@ def posterior_intervals(weight: VariationalWeight, num_weights: int = 60, ax: Ax
 
     Returns:
         The `Axes`.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv
+        >>> head = kv.VariationalDense(2, kernel_initializer="ones", name="head")
+        >>> model = keras.Sequential([keras.Input((4,)), head])
+        >>> ax = kv.plots.posterior_intervals(head.kernel)
+        >>> ax.get_title(), ax.get_xlabel()
+        ('Posterior of head/kernel', '8 of 8 weights, by signal-to-noise ratio')
     """
     ax = _axes(ax)
     mean, mask = (np.ravel(ops.convert_to_numpy(each)) for each in (weight.mean(), weight.mask))
@@ -237,6 +278,12 @@ def training_curves(
 
     Raises:
         ValueError: If `history` has none of these logs, or `axes` another number than the panels.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> axes = kv.plots.training_curves({"nll": [2.0, 1.0], "kl": [5.0, 6.0]})  # or what `fit` returned
+        >>> [ax.get_ylabel() for ax in axes]
+        ['NLL', 'KL (nats)']
     """
     import matplotlib.pyplot as plt
     from matplotlib import ticker
@@ -288,6 +335,15 @@ def metric_against_ratio(choice: ThresholdChoice, ax: Axes | None = None) -> Axe
 
     Returns:
         The `Axes`.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv, numpy as np
+        >>> model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(1, kl_weight=1 / 8)])
+        >>> model.compile("adam", "mse", metrics=["mae"])
+        >>> choice = kv.select_threshold(model, np.ones((8, 4)), np.ones((8, 1)), metric="mae")
+        >>> ax = kv.plots.metric_against_ratio(choice)
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('weights ÷ kept weights', 'mae')
     """
     from matplotlib import ticker
 
@@ -326,6 +382,12 @@ def metric_against_weights(
 
     Returns:
         The `Axes`.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> ax = kv.plots.metric_against_weights(left=[100, 50, 10], samples=[[0.9, 0.8], [0.9, 0.8], [0.6, 0.5]])
+        >>> ax.get_title(), ax.get_ylabel()
+        ('Accuracy against size', 'accuracy')
     """
     from matplotlib import ticker
 
@@ -367,6 +429,16 @@ def reliability_diagram(
 
     Returns:
         The `Axes`.
+
+    Raises:
+        ValueError: As for `functional.calibration.reliability`; for `Predictions` that are not of classes, or labels of
+            another shape than theirs.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> ax = kv.plots.reliability_diagram([[0.75, 0.25]] * 4, [0, 0, 1, 1])
+        >>> sorted(ax.get_legend_handles_labels()[1])
+        ['calibrated', 'model, ECE 25.0 %', 'share of rows']
     """
     ax = _axes(ax)
     probability, labels = _class_rows(probability, labels)
@@ -410,6 +482,15 @@ def entropy_histogram(
 
     Returns:
         The `Axes`.
+
+    Raises:
+        ValueError: For NaN or infinity, no rows, or another number of axes.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> ax = kv.plots.entropy_histogram(inside=[0.1, 0.2], outside=[0.8, 0.9])
+        >>> ax.get_title()
+        'In and out of distribution: AUROC 1.000'
     """
     from matplotlib import ticker
 
@@ -453,6 +534,12 @@ def uncertainty_map(
 
     Raises:
         ValueError: For an array of another shape, or `Predictions` of several images.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> ax = kv.plots.uncertainty_map([[0.1, 0.2], [0.3, 0.4]])  # an image of 2 by 2 pixels
+        >>> ax.get_title()
+        'Uncertainty of each pixel'
     """
     ax = _axes(ax)
     of_classes = not isinstance(uncertainty, dict) or "predictive_entropy" in uncertainty
@@ -505,6 +592,15 @@ def risk_coverage(
 
     Returns:
         The `Axes`.
+
+    Raises:
+        ValueError: As for `functional.detection.risk_coverage`.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> ax = kv.plots.risk_coverage(uncertainty=[0.9, 0.1], loss=[1, 0])
+        >>> sorted(ax.get_legend_handles_labels()[1])
+        ['model, AURC 0.25', 'model, best order']
     """
     from matplotlib import ticker
 
@@ -561,6 +657,16 @@ def regression_band(
 
     Returns:
         The `Axes`.
+
+    Raises:
+        ValueError: For NaN or infinity, no rows, or shapes that differ; for a level outside (0, 1); or for
+            `Predictions` of classes, or of several numbers in a row.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> ax = kv.plots.regression_band([0.0, 1.0], [2.0, 3.0], [0.1, 0.1], [0.2, 0.3])
+        >>> sorted(ax.get_legend_handles_labels()[1])
+        ['90 %, model', '90 %, model and data', 'mean']
     """
     ax = _axes(ax)
     if isinstance(mean, dict):

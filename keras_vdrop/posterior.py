@@ -85,6 +85,18 @@ class VariationalWeight(VariableLike, Posterior):
         prior_parameters: Dict of the variables of the prior; empty for most priors.
         prunable: Whether `sparsity` and `prune` take the weight into account.
         update: The `LowRankUpdate` that the weight is part of, or None.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv
+        >>> options = {"kernel_initializer": "ones", "initial_log_variance": 0.0, "kernel_prior": "ard"}
+        >>> layer = kv.VariationalDense(1, **options)
+        >>> layer.build((None, 2))
+        >>> kernel = layer.kernel
+        >>> keras.ops.convert_to_numpy(kernel.mean()).tolist(), keras.ops.convert_to_numpy(kernel.log_alpha()).tolist()
+        ([[1.0], [1.0]], [[0.0], [0.0]])
+        >>> kernel.prune(threshold=-1.0)
+        >>> int(kernel.kept())
+        0
     """
 
     update = None
@@ -473,6 +485,14 @@ def kl_divergence(model_or_layer: keras.Model | keras.layers.Layer) -> Any:
 
     Raises:
         ValueError: If it has no posterior.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv
+        >>> options = {"kernel_initializer": "ones", "initial_log_variance": 0.0, "kernel_prior": "ard"}
+        >>> layer = kv.VariationalDense(1, **options)
+        >>> layer.build((None, 2))
+        >>> round(float(keras.ops.convert_to_numpy(kv.kl_divergence(layer))), 3)  # 2 weights with alpha = 1: 2·½·log 2
+        0.693
     """
     note_kl()
     return sum(posterior.kl() for posterior in require_posteriors(model_or_layer))

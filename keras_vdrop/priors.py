@@ -31,6 +31,16 @@ class Prior:
             noisy as the shared s² allows, so its log alpha is large even if it has a few needed weights.
         start: Float, the initial log(variance / mean square of the initial weights) of a posterior whose layer has no
             `initial_log_variance`.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv
+        >>> @keras.saving.register_keras_serializable()
+        ... class WideNormal(kv.priors.Prior):
+        ...     def kl(self, loc, log_variance):
+        ...         return kv.functional.kl.normal(loc, log_variance, scale=10.0)
+        >>> layer = kv.VariationalDense(1, kernel_prior=WideNormal())
+        >>> round(float(layer.kernel_prior.kl(10.0, keras.ops.log(100.0))), 3)  # of N(10, 10²) to N(0, 10²)
+        0.5
     """
 
     groups: ClassVar = {}
@@ -67,6 +77,9 @@ class Prior:
 
         Returns:
             Tensor of the same shape.
+
+        Raises:
+            NotImplementedError: If the subclass does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define kl(loc, log_variance).")
 
@@ -99,7 +112,11 @@ class Prior:
             )
 
     def distribution(self, loc: Any, log_variance: Any) -> Any:
-        """Return the prior as a `tfp.distributions.Distribution` over scalars, batched like `loc`."""
+        """Return the prior as a `tfp.distributions.Distribution` over scalars, batched like `loc`.
+
+        Raises:
+            NotImplementedError: If the subclass does not define it.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no TFP counterpart.")
 
     def get_config(self) -> dict[str, Any]:
@@ -131,14 +148,28 @@ class _KL(keras.Operation):
 class LogUniform(Prior):
     """The prior p(|w|) ∝ 1/|w|, for which all magnitudes of a weight are equally likely.
 
-    Of all priors here it prunes the most. It is improper, so the posterior is not calibrated.
+    Of all priors here it prunes the most. It is improper, and so is the posterior, which is not calibrated.
 
-    See `functional.kl.log_uniform`. Molchanov, Ashukha, Vetrov, 2017, https://arxiv.org/abs/1701.05369. The posterior
-    is improper too: Hron, Matthews, Ghahramani, 2018, https://arxiv.org/abs/1807.01969.
+    See `functional.kl.log_uniform`.
 
     Args:
         form: Approximation of the KL, which has no closed form: "sigmoid", within 0.0051 nats; "exact", within 4e-6
             nats; or "cubic", the polynomial of Kingma et al. 2015, which is valid for alpha ≤ 1 and so does not prune.
+
+    Raises:
+        ValueError: If `form` is unknown.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> layer = kv.VariationalDense(1, kernel_prior=kv.priors.LogUniform("exact"))
+        >>> round(float(layer.kernel_prior.kl(1.0, 0.0)), 3)  # alpha = 1
+        0.427
+
+    Reference:
+        Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
+        https://arxiv.org/abs/1701.05369; the posterior: Variational Bayesian Dropout: Pitfalls and Fixes, Hron,
+        Matthews, Ghahramani, 2018, https://arxiv.org/abs/1807.01969; cubic: Variational Dropout and the Local
+        Reparameterization Trick, Kingma, Salimans, Welling, 2015, https://arxiv.org/abs/1506.02557
     """
 
     FORMS = tuple(kl.LOG_UNIFORM_FORMS)
@@ -162,7 +193,7 @@ class LogUniform(Prior):
 class ARD(Prior):
     """The prior N(0, s²) with s² fitted to each weight (automatic relevance determination). Prunes, and is proper.
 
-    See `functional.kl.ard`. Kharitonov, Molchanov, Vetrov, 2018, https://arxiv.org/abs/1811.00596.
+    See `functional.kl.ard`.
 
     Args:
         group_axis: Int, an axis of the weight. All weights at one index of that axis form a group with one s², which is
@@ -172,6 +203,22 @@ class ARD(Prior):
         blocks: Positive int, the number of equal blocks that make up the axis. A group takes the weights at one index
             of every block. In a recurrent kernel with `group_axis=-1`, `blocks=1` groups the weights into one gate of
             a unit; the number of gates (4 in an LSTM, 3 in a GRU) groups the weights into all gates of a unit.
+
+    Raises:
+        ValueError: If `group_axis` is not an int or None, `blocks` is not a positive int, or `blocks` is above 1
+            without a `group_axis`.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> layer = kv.VariationalDense(1, kernel_prior=kv.priors.ARD(group_axis=-1))
+        >>> layer.kernel_prior
+        ARD(group_axis=-1, blocks=1)
+        >>> round(float(kv.priors.ARD().kl(1.0, 0.0)), 3)  # alpha = 1: ½·log 2
+        0.347
+
+    Reference:
+        Variational Dropout via Empirical Bayes, Kharitonov, Molchanov, Vetrov, 2018,
+        https://arxiv.org/abs/1811.00596
     """
 
     def __init__(self, group_axis: int | None = None, blocks: int = 1):
@@ -203,8 +250,7 @@ class Normal(Prior):
     If `scale` is None or `trainable` is True, the logarithm of the scale is the variable
     `layer.kernel.prior_parameters["log_scale"]`, which is saved with the layer.
 
-    See `functional.kl.normal`. Blundell et al., 2015, https://arxiv.org/abs/1505.05424; centered at the weights of a
-    trained network: Krishnan, Subedar, Tickoo, 2020, https://arxiv.org/abs/1906.05323.
+    See `functional.kl.normal`.
 
     Args:
         scale: The standard deviation (not the variance), > 0. None for twice the root mean square of the initial
@@ -212,6 +258,20 @@ class Normal(Prior):
         trainable: Whether each weight tensor learns a scale of its own, which starts at `scale`.
         centered: Whether the center is the initial weights instead of 0. They are stored as the variable
             `layer.kernel.prior_parameters["center"]`. Such a prior does not prune: it does not pull weights to 0.
+
+    Raises:
+        ValueError: If `scale` is not None or a finite number > 0.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> layer = kv.VariationalDense(1, kernel_prior=kv.priors.Normal(scale=1.0))
+        >>> float(layer.kernel_prior.kl(1.0, 0.0))  # of N(1, 1) to N(0, 1)
+        0.5
+
+    Reference:
+        Weight Uncertainty in Neural Networks, Blundell et al., 2015, https://arxiv.org/abs/1505.05424; centered at the
+        weights of a trained network: Specifying Weight Priors in Bayesian Deep Neural Networks with Empirical Bayes,
+        Krishnan, Subedar, Tickoo, 2020, https://arxiv.org/abs/1906.05323
     """
 
     # Wider than the default, since the posteriors of most weights end up as wide as the prior.
@@ -280,12 +340,25 @@ class ScaleMixture(Prior):
 
     The narrow normal pulls weights to 0; the wide one leaves room for those that the data need.
 
-    See `functional.kl.scale_mixture`. Blundell et al., 2015, https://arxiv.org/abs/1505.05424.
+    See `functional.kl.scale_mixture`.
 
     Args:
         probability: Float in (0, 1), π, the share of the wide normal.
         scale: Float > 0, σ1, the standard deviation of the wide normal.
         narrow_scale: Float in (0, σ1), σ2, the standard deviation of the narrow normal.
+
+    Raises:
+        ValueError: If a scale is not a finite number > 0, the narrow one is not the smaller, or `probability` is not in
+            (0, 1).
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> layer = kv.VariationalDense(1, kernel_prior=kv.priors.ScaleMixture(probability=0.5, scale=1.0))
+        >>> round(float(layer.kernel_prior.kl(10.0, 0.0)), 3)  # far from 0, only the wide normal counts: ½·10² + log 2
+        50.693
+
+    Reference:
+        Weight Uncertainty in Neural Networks, Blundell et al., 2015, https://arxiv.org/abs/1505.05424
     """
 
     def __init__(self, probability: float = 0.5, scale: float = 1.0, narrow_scale: float = 0.0025):
@@ -341,6 +414,17 @@ class Distribution(Prior):
         distribution: A `tfp.distributions.Distribution` with scalar events and a density that is nowhere 0; otherwise
             the KL would be infinite. It can be saved if it was made from numbers, arrays, strings and other
             distributions.
+
+    Raises:
+        ValueError: On another backend, or if `distribution` is not a TFP distribution over scalars with a density that
+            is nowhere 0.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv  # doctest: +SKIP
+        >>> from tensorflow_probability import distributions as tfd  # doctest: +SKIP
+        >>> layer = kv.VariationalDense(1, kernel_prior=kv.priors.Distribution(tfd.Normal(0.0, 1.0)))  # doctest: +SKIP
+        >>> float(layer.kernel_prior.kl(keras.ops.ones(()), keras.ops.zeros(())))  # doctest: +SKIP
+        0.5
     """
 
     def __init__(self, distribution: Any):
@@ -402,6 +486,13 @@ def get(
 
     Raises:
         ValueError: For anything else.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> kv.priors.get("ard")
+        ARD(group_axis=None, blocks=1)
+        >>> kv.priors.get(None) is None
+        True
     """
     if identifier is None or isinstance(identifier, Prior):
         return identifier
@@ -435,5 +526,12 @@ def _from_serialized(config):
 
 
 def serialize(prior: Prior | None) -> Any:
-    """Return the config from which `get` restores the prior."""
+    """Return the config from which `get` restores the prior.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> config = kv.priors.serialize(kv.priors.Normal(scale=2.0))
+        >>> kv.priors.get(config)
+        Normal(scale=2.0, trainable=False)
+    """
     return None if prior is None else keras.saving.serialize_keras_object(prior)

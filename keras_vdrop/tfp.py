@@ -17,6 +17,13 @@ def posterior(weight: VariationalWeight) -> Any:
     Returns:
         A `tfp.distributions.Independent`. If nothing is pruned, `tfd.kl_divergence(posterior(w), prior(w))` equals
         `w.kl()`.
+
+    Examples:
+        >>> import keras_vdrop as kv  # doctest: +SKIP
+        >>> layer = kv.VariationalDense(1, kernel_prior="ard")  # doctest: +SKIP
+        >>> layer.build((None, 4))  # doctest: +SKIP
+        >>> kv.tfp.posterior(layer.kernel).event_shape.as_list()  # doctest: +SKIP
+        [4, 1]
     """
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
@@ -32,6 +39,14 @@ def prior(weight: VariationalWeight) -> Any:
 
     Returns:
         A `tfp.distributions.Independent`.
+
+    Examples:
+        >>> import keras_vdrop as kv, tensorflow_probability as tfp  # doctest: +SKIP
+        >>> layer = kv.VariationalDense(1, kernel_prior="ard")  # doctest: +SKIP
+        >>> layer.build((None, 4))  # doctest: +SKIP
+        >>> q, p = kv.tfp.posterior(layer.kernel), kv.tfp.prior(layer.kernel)  # doctest: +SKIP
+        >>> bool(abs(tfp.distributions.kl_divergence(q, p) - layer.kernel.kl()) < 1e-3)  # doctest: +SKIP
+        True
     """
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd

@@ -22,6 +22,14 @@ def accuracy(probability: ArrayLike, labels: ArrayLike) -> float:
     Args:
         probability: Array (B, C).
         labels: Array (B,) of ints in [0, C).
+
+    Raises:
+        ValueError: For probabilities that are negative or do not sum to 1, labels outside [0, C), or other shapes.
+
+    Examples:
+        >>> from keras_vdrop.functional import calibration
+        >>> calibration.accuracy([[0.9, 0.1], [0.2, 0.8]], [0, 0])
+        0.5
     """
     probability, labels = checks.classification(probability, labels)
     return float((probability.argmax(axis=-1) == labels).mean())
@@ -33,6 +41,14 @@ def negative_log_likelihood(probability: ArrayLike, labels: ArrayLike) -> float:
     Args:
         probability: Array (B, C).
         labels: Array (B,) of ints in [0, C).
+
+    Raises:
+        ValueError: For probabilities that are negative or do not sum to 1, labels outside [0, C), or other shapes.
+
+    Examples:
+        >>> from keras_vdrop.functional import calibration
+        >>> round(calibration.negative_log_likelihood([[0.5, 0.5], [0.5, 0.5]], [0, 1]), 3)  # log 2
+        0.693
     """
     probability, labels = checks.classification(probability, labels)
     with np.errstate(divide="ignore"):
@@ -48,6 +64,14 @@ class Reliability(NamedTuple):
         accuracy: Array (K,), the fraction of rows whose label is that class.
         variance: Array (K,), the unbiased estimate of the variance of the gap, accuracy − confidence, over samples of
             the same number of rows; infinite for a single row.
+
+    Examples:
+        >>> from keras_vdrop.functional import calibration
+        >>> bins = calibration.reliability([[1.0, 0.0], [0.0, 1.0]], [0, 0])
+        >>> bins._fields
+        ('count', 'confidence', 'accuracy', 'variance')
+        >>> bins.count.tolist()
+        [2]
     """
 
     count: np.ndarray
@@ -69,6 +93,19 @@ def reliability(
 
     Returns:
         A `Reliability`.
+
+    Raises:
+        ValueError: For probabilities that are negative or do not sum to 1, labels outside [0, C), other shapes, fewer
+            than 1 bin, or an unknown `binning`.
+
+    Examples:
+        >>> from keras_vdrop.functional import calibration
+        >>> bins = calibration.reliability([[0.75, 0.25]] * 4, [0, 0, 1, 1])
+        >>> bins.count.tolist(), bins.confidence.tolist(), bins.accuracy.tolist()
+        ([4], [0.75], [0.5])
+
+    Reference:
+        As for `expected_calibration_error`
     """
     probability, labels = checks.classification(probability, labels)
     confidence = probability.max(axis=-1)
@@ -113,6 +150,10 @@ def expected_calibration_error(
             rows, where equal confidences share a bin.
         debiased: Whether to return sign(v)·√|v|. A bin of one row has no variance estimate and counts as 0.
 
+    Raises:
+        ValueError: For probabilities that are negative or do not sum to 1, labels outside [0, C), other shapes, fewer
+            than 1 bin, or an unknown `binning`.
+
     Examples:
         >>> from keras_vdrop.functional import calibration
         >>> calibration.expected_calibration_error([[0.75, 0.25]] * 4, [0, 0, 1, 1])
@@ -148,6 +189,15 @@ def classwise_calibration_error(
         labels: Array (B,) of ints in [0, C).
         num_bins, binning: As for `expected_calibration_error`, but over the probability of each class in turn.
 
+    Raises:
+        ValueError: For probabilities that are negative or do not sum to 1, labels outside [0, C), other shapes, fewer
+            than 1 bin, or an unknown `binning`.
+
+    Examples:
+        >>> from keras_vdrop.functional import calibration
+        >>> calibration.classwise_calibration_error([[0.75, 0.25]] * 4, [0, 0, 1, 1])  # 0.25 for each class
+        0.25
+
     Reference:
         Beyond temperature scaling, Kull et al., 2019, https://arxiv.org/abs/1910.12656
     """
@@ -167,6 +217,14 @@ def brier_score(probability: ArrayLike, labels: ArrayLike) -> float:
     Args:
         probability: Array (B, C).
         labels: Array (B,) of ints in [0, C).
+
+    Raises:
+        ValueError: For probabilities that are negative or do not sum to 1, labels outside [0, C), or other shapes.
+
+    Examples:
+        >>> from keras_vdrop.functional import calibration
+        >>> calibration.brier_score([[0.5, 0.5], [0.0, 1.0]], [0, 1])  # 0.5 and 0
+        0.25
 
     Reference:
         Verification of Forecasts Expressed in Terms of Probability, Brier, 1950,
@@ -206,6 +264,17 @@ def brier_decomposition(
 
     Returns:
         Dict of floats: `reliability`, `resolution`, `uncertainty`, `within`.
+
+    Raises:
+        ValueError: For probabilities that are negative or do not sum to 1, labels outside [0, C), other shapes, fewer
+            than 1 bin, or an unknown `binning`.
+
+    Examples:
+        >>> from keras_vdrop.functional import calibration
+        >>> calibration.brier_decomposition([[0.75, 0.25]] * 4, [0, 0, 1, 1])
+        {'reliability': 0.125, 'resolution': 0.0, 'uncertainty': 0.5, 'within': 0.0}
+        >>> calibration.brier_score([[0.75, 0.25]] * 4, [0, 0, 1, 1])
+        0.625
 
     Reference:
         A New Vector Partition of the Probability Score, Murphy, 1973,

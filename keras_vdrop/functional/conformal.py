@@ -36,6 +36,10 @@ def quantile(scores: ArrayLike, coverage: float = 0.9) -> float:
         >>> from keras_vdrop.functional import conformal
         >>> conformal.quantile([0.3, 0.1, 0.2, 0.9], coverage=0.6)  # the 3rd of 4
         0.3
+
+    Reference:
+        A Gentle Introduction to Conformal Prediction and Distribution-Free Uncertainty Quantification, Angelopoulos,
+        Bates, 2021, https://arxiv.org/abs/2107.07511
     """
     scores = checks.numbers("scores", scores, ndim=1, infinite=True)
     coverage = checks.fraction("coverage", coverage)
@@ -70,7 +74,7 @@ def set_threshold(
         Float.
 
     Raises:
-        ValueError: As for `quantile`; for logits, and for labels outside [0, C).
+        ValueError: As for `quantile`; for logits, labels outside [0, C), or an unknown `score`.
 
     Examples:
         >>> import numpy as np
@@ -99,6 +103,17 @@ def prediction_sets(probability: ArrayLike, threshold: float, score: Literal["la
 
     Returns:
         Array (B, C) of bools.
+
+    Raises:
+        ValueError: For probabilities that are negative or do not sum to 1, or an unknown `score`.
+
+    Examples:
+        >>> from keras_vdrop.functional import conformal
+        >>> conformal.prediction_sets([[0.9, 0.1], [0.6, 0.4]], threshold=0.7).tolist()  # classes with p ≥ 0.3
+        [[True, False], [True, True]]
+
+    Reference:
+        As for `set_threshold`
     """
     return _set_scores(checks.distribution(probability), score) <= threshold
 
@@ -122,7 +137,12 @@ def interval_threshold(
         Float, in the units of y, or in multiples of `scale` if given.
 
     Raises:
-        ValueError: As for `quantile`.
+        ValueError: As for `quantile`; for shapes that differ, or a scale that is not above 0.
+
+    Examples:
+        >>> from keras_vdrop.functional import conformal
+        >>> conformal.interval_threshold([1.0, 2.0, 3.0], [1.5, 2.0, 2.0], coverage=0.5)  # the 2nd of 0, 0.5 and 1
+        0.5
 
     Reference:
         Distribution-Free Predictive Inference for Regression, Lei et al., 2018, https://arxiv.org/abs/1604.04173
@@ -146,12 +166,18 @@ def prediction_intervals(
     Returns:
         Two arrays (B,): lower, upper.
 
+    Raises:
+        ValueError: For NaN or infinity, no rows, a scale that is not above 0, or shapes that differ.
+
     Examples:
         >>> from keras_vdrop.functional import conformal
         >>> threshold = conformal.interval_threshold([1.0, 2.0, 3.0], [1.5, 2.0, 2.0], coverage=0.5)
         >>> lower, upper = conformal.prediction_intervals([4.0], threshold)
         >>> float(lower[0]), float(upper[0])
         (3.5, 4.5)
+
+    Reference:
+        As for `interval_threshold`
     """
     prediction = checks.numbers("prediction", prediction)
     reach = threshold * _width(prediction, scale)

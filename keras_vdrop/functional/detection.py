@@ -21,6 +21,9 @@ def auroc(inside: ArrayLike, outside: ArrayLike) -> float:
         inside: Array (N,), scores of rows inside.
         outside: Array (M,), scores of rows outside.
 
+    Raises:
+        ValueError: For NaN, no rows, or another number of axes.
+
     Examples:
         >>> from keras_vdrop.functional import detection
         >>> detection.auroc(inside=[0.1, 0.2, 0.5], outside=[0.5, 0.9])
@@ -46,6 +49,14 @@ def aupr(inside: ArrayLike, outside: ArrayLike) -> float:
         inside: Array (N,), scores of rows inside.
         outside: Array (M,), scores of rows outside.
 
+    Raises:
+        ValueError: For NaN, no rows, or another number of axes.
+
+    Examples:
+        >>> from keras_vdrop.functional import detection
+        >>> detection.aupr(inside=[0.1, 0.2], outside=[0.8, 0.9])
+        1.0
+
     Reference:
         As for `auroc`
     """
@@ -66,6 +77,14 @@ def fpr_at_tpr(inside: ArrayLike, outside: ArrayLike, tpr: float = 0.95) -> floa
         inside: Array (N,), scores of rows inside.
         outside: Array (M,), scores of rows outside.
         tpr: Float in (0, 1), the fraction of rows outside to detect, 0.95 for FPR95.
+
+    Raises:
+        ValueError: For NaN, no rows, another number of axes, or a `tpr` outside (0, 1).
+
+    Examples:
+        >>> from keras_vdrop.functional import detection
+        >>> detection.fpr_at_tpr(inside=[0.1, 0.2, 0.3, 0.9], outside=[0.5, 0.8])  # at the threshold 0.5
+        0.25
 
     Reference:
         Deep Anomaly Detection with Outlier Exposure, Hendrycks, Mazeika, Dietterich, 2019,
@@ -90,6 +109,15 @@ def risk_coverage(uncertainty: ArrayLike, loss: ArrayLike) -> tuple[np.ndarray, 
     Returns:
         Two arrays (B,): coverage, rising to 1, and risk.
 
+    Raises:
+        ValueError: For NaN, an infinite loss, no rows, or arrays that differ in shape or have another number of axes.
+
+    Examples:
+        >>> from keras_vdrop.functional import detection
+        >>> coverage, risk = detection.risk_coverage(uncertainty=[0.9, 0.1], loss=[1, 0])
+        >>> coverage.tolist(), risk.tolist()
+        ([0.5, 1.0], [0.0, 0.5])
+
     Reference:
         Selective Classification for Deep Neural Networks, Geifman, El-Yaniv, 2017, https://arxiv.org/abs/1705.08500
     """
@@ -112,6 +140,14 @@ def aurc(uncertainty: ArrayLike, loss: ArrayLike) -> float:
     Args:
         uncertainty, loss: As for `risk_coverage`.
 
+    Raises:
+        ValueError: As for `risk_coverage`.
+
+    Examples:
+        >>> from keras_vdrop.functional import detection
+        >>> detection.aurc(uncertainty=[0.9, 0.1], loss=[1, 0])  # the mean of 0 and 0.5
+        0.25
+
     Reference:
         Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, Geifman, Uziel, El-Yaniv, 2019,
         https://arxiv.org/abs/1805.08206
@@ -124,6 +160,16 @@ def excess_aurc(uncertainty: ArrayLike, loss: ArrayLike) -> float:
 
     Args:
         uncertainty, loss: As for `risk_coverage`.
+
+    Raises:
+        ValueError: As for `risk_coverage`.
+
+    Examples:
+        >>> from keras_vdrop.functional import detection
+        >>> detection.excess_aurc(uncertainty=[0.9, 0.1], loss=[1, 0])
+        0.0
+        >>> detection.excess_aurc(uncertainty=[0.1, 0.9], loss=[1, 0])  # 0.75 − 0.25
+        0.5
 
     Reference:
         As for `aurc`

@@ -31,13 +31,31 @@ _BATCH_AND_CHANNELS = ((0, -1), (0, -1))
 
 
 def reparameterize(loc: TensorLike, log_variance: TensorLike, seed: keras.random.SeedGenerator | int) -> Tensor:
-    """Draw w = loc + exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and dtype of `loc`."""
+    """Draw w = loc + exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and dtype of `loc`.
+
+    Examples:
+        >>> from keras_vdrop.functional import estimators
+        >>> w = estimators.reparameterize(loc=[1.0, 2.0], log_variance=[-40.0, -40.0], seed=0)
+        >>> [round(float(each), 3) for each in w]  # the standard deviation is 2e-9
+        [1.0, 2.0]
+
+    Reference:
+        Auto-Encoding Variational Bayes, Kingma, Welling, 2014, https://arxiv.org/abs/1312.6114
+    """
     loc, log_variance = tensors(loc, log_variance, least="float32")
     return loc + perturbation(log_variance, seed)
 
 
 def perturbation(log_variance: TensorLike, seed: keras.random.SeedGenerator | int) -> Tensor:
-    """Draw exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and dtype of `log_variance`."""
+    """Draw exp(½·log_variance)·ε with ε ~ N(0, 1), of the shape and dtype of `log_variance`.
+
+    Examples:
+        >>> from keras import ops
+        >>> from keras_vdrop.functional import estimators
+        >>> deviation = estimators.perturbation(ops.zeros((2, 3)), seed=0)
+        >>> deviation.shape == (2, 3), bool(ops.any(deviation != 0.0))
+        (True, True)
+    """
     (log_variance,) = tensors(log_variance, least="float32")
     return ops.exp(0.5 * log_variance) * noise.normal(ops.shape(log_variance), seed, log_variance.dtype)
 
@@ -68,6 +86,15 @@ def local_reparameterization(
 
     Returns:
         Tensor of the shape of `linear(x, loc)`.
+
+    Examples:
+        >>> import keras
+        >>> from keras_vdrop.functional import estimators
+        >>> x, loc, log_variance = keras.ops.ones((2, 1)), [[0.0]], [[0.0]]
+        >>> seed = keras.random.SeedGenerator(0)
+        >>> y = estimators.local_reparameterization(keras.ops.matmul, x, loc, log_variance, seed)
+        >>> bool(y[0, 0] == y[1, 0])  # the noise of two examples is independent
+        False
 
     Reference:
         Variational Dropout and the Local Reparameterization Trick, Kingma, Salimans, Welling, 2015,
@@ -110,6 +137,14 @@ def flipout(
 
     Returns:
         Tensor of the shape of `linear(x, loc)`.
+
+    Examples:
+        >>> import keras
+        >>> from keras_vdrop.functional import estimators
+        >>> x, loc, log_variance = keras.ops.ones((2, 1)), [[0.0]], [[0.0]]
+        >>> y = estimators.flipout(keras.ops.matmul, x, loc, log_variance, keras.random.SeedGenerator(0))
+        >>> bool(abs(y[0, 0]) == abs(y[1, 0]))  # both examples have the same draw, up to signs
+        True
 
     Reference:
         Flipout: Efficient Pseudo-Independent Weight Perturbations on Mini-Batches, Wen et al., 2018,
@@ -165,6 +200,14 @@ def reparameterization(
 
     Returns:
         Tensor of the shape of `linear(x, loc)`.
+
+    Examples:
+        >>> import keras
+        >>> from keras_vdrop.functional import estimators
+        >>> x, loc, log_variance = keras.ops.ones((2, 1)), [[0.0]], [[0.0]]
+        >>> y = estimators.reparameterization(keras.ops.matmul, x, loc, log_variance, keras.random.SeedGenerator(0))
+        >>> bool(y[0, 0] == y[1, 0])  # both examples have the same draw
+        True
 
     Reference:
         Weight Uncertainty in Neural Networks, Blundell et al., 2015, https://arxiv.org/abs/1505.05424

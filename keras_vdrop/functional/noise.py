@@ -28,6 +28,13 @@ def hash_seed(seed: int | str, *salt: int | str) -> int:
     """Hash `seed` and `salt` to a 31-bit seed.
 
     Neighbouring seeds give unrelated streams, which `seed + 1` does not guarantee on every backend.
+
+    Examples:
+        >>> from keras_vdrop.functional import noise
+        >>> noise.hash_seed(0, "kernel") == noise.hash_seed(0, "kernel")
+        True
+        >>> noise.hash_seed(0, "kernel") == noise.hash_seed(0, "bias")
+        False
     """
     text = "/".join(str(part) for part in (seed, *salt))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") & 0x7FFFFFFF
@@ -59,6 +66,13 @@ def normal(shape: tuple[int | Tensor, ...], seed: keras.random.SeedGenerator | i
         shape: Tuple of ints (or of scalar tensors for unknown sizes).
         seed: A `keras.random.SeedGenerator`, which advances by one, or an int for the same samples every time.
         dtype: Dtype of the result.
+
+    Examples:
+        >>> from keras import ops
+        >>> from keras_vdrop.functional import noise
+        >>> samples = noise.normal((2, 3), seed=0)
+        >>> samples.shape == (2, 3), bool(ops.all(samples == noise.normal((2, 3), seed=0)))
+        (True, True)
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -136,7 +150,13 @@ def _bits(count, philox):
 def rademacher(
     shape: tuple[int | Tensor, ...], seed: keras.random.SeedGenerator | int, dtype: DType = "float32"
 ) -> Tensor:
-    """Draw independent signs, −1 or 1 with probability ½ each. The arguments are those of `normal`."""
+    """Draw independent signs, −1 or 1 with probability ½ each. The arguments are those of `normal`.
+
+    Examples:
+        >>> from keras_vdrop.functional import noise
+        >>> sorted({float(each) for each in noise.rademacher((100,), seed=0)})
+        [-1.0, 1.0]
+    """
     if keras.backend.backend() == "tensorflow" and not _has_gpu():
         return ops.cast(_signs(shape, _philox(seed)), dtype)
     return ops.where(uniform(shape, seed) < 0.5, ops.cast(-1, dtype), ops.cast(1, dtype))
@@ -156,7 +176,13 @@ def _signs(shape, philox):
 def uniform(
     shape: tuple[int | Tensor, ...], seed: keras.random.SeedGenerator | int, dtype: DType = "float32"
 ) -> Tensor:
-    """Draw independent samples of U[0, 1). The arguments are those of `normal`."""
+    """Draw independent samples of U[0, 1). The arguments are those of `normal`.
+
+    Examples:
+        >>> from keras_vdrop.functional import noise
+        >>> all(0.0 <= float(each) < 1.0 for each in noise.uniform((100,), seed=0))
+        True
+    """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -180,7 +206,15 @@ def bernoulli(
     seed: keras.random.SeedGenerator | int,
     dtype: DType = "float32",
 ) -> Tensor:
-    """Draw independent 1s with the given probability, else 0. The other arguments are those of `normal`."""
+    """Draw independent 1s with the given probability, else 0. The other arguments are those of `normal`.
+
+    Examples:
+        >>> from keras_vdrop.functional import noise
+        >>> [float(each) for each in noise.bernoulli((3,), probability=1.0, seed=0)]
+        [1.0, 1.0, 1.0]
+        >>> sorted({float(each) for each in noise.bernoulli((100,), probability=0.5, seed=0)})
+        [0.0, 1.0]
+    """
     return ops.cast(uniform(shape, seed) < ops.cast(probability, "float32"), dtype)
 
 
@@ -199,6 +233,13 @@ def concrete(
         logit: Tensor, the logit of the probability of 1. Gradients flow through it.
         temperature: Float > 0. As it goes to 0, the samples become 0 or 1.
         seed: As for `normal`.
+
+    Examples:
+        >>> from keras_vdrop.functional import noise
+        >>> [round(float(each), 3) for each in noise.concrete((3,), logit=100.0, temperature=0.5, seed=0)]
+        [1.0, 1.0, 1.0]
+        >>> all(0.0 < float(each) < 1.0 for each in noise.concrete((100,), logit=0.0, temperature=2.0, seed=0))
+        True
 
     Reference:
         The Concrete Distribution, Maddison, Mnih, Teh, 2017, https://arxiv.org/abs/1611.00712

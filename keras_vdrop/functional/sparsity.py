@@ -31,6 +31,18 @@ def log_alpha(
 
     Returns:
         Tensor of the same shape, not clipped. Where `loc` is 0, it is large but finite.
+
+    Raises:
+        ValueError: If the weight has no axis `group_axis`, or the axis cannot be divided into `blocks` equal blocks.
+
+    Examples:
+        >>> from keras_vdrop.functional import sparsity
+        >>> [round(float(each), 3) for each in sparsity.log_alpha([1.0, 0.1], [0.0, 0.0])]  # 0 and log 100
+        [0.0, 4.605]
+
+    Reference:
+        Variational Dropout Sparsifies Deep Neural Networks, Molchanov, Ashukha, Vetrov, 2017,
+        https://arxiv.org/abs/1701.05369
     """
     loc, log_variance = tensors(loc, log_variance, least="float32")
     square = ops.square(loc)
@@ -85,6 +97,18 @@ def keep_mask(
 
     Returns:
         Boolean tensor of the same shape.
+
+    Raises:
+        ValueError: If the weight has no axis `group_axis`, or the axis cannot be divided into `blocks` equal blocks.
+
+    Examples:
+        >>> from keras import ops
+        >>> from keras_vdrop.functional import sparsity
+        >>> ops.convert_to_numpy(sparsity.keep_mask([1.0, 0.1, 0.0], [0.0, 0.0, 0.0])).tolist()
+        [True, False, False]
+
+    Reference:
+        As for `log_alpha`
     """
     loc, log_variance = tensors(loc, log_variance, least="float32")
     return ops.logical_and(ops.not_equal(loc, 0.0), log_alpha(loc, log_variance, group_axis, blocks) <= threshold)
