@@ -88,11 +88,11 @@ class ELBO(keras.callbacks.Callback):
     Warns:
         RuntimeWarning: Each once: if it replaces a `kl_weight` that a layer was given; if a variational layer is called
             that does not belong to the model; if the loss is not a negative log likelihood; if the training step does
-            not compute the KL; if `num_examples` does not fit the first epoch. At the end of `fit`, with figures: if the posterior has hardly moved, the KL dwarfs the
-            NLL, a layer has lost all weights, BatchNormalization has seen the noise, β was never above 0, or training
-            was stopped before β = 1. The first, second and fourth need 50 optimizer steps under one KL weight, or 200
-            if the `fit` has one epoch or the KL has halved; the third 5 epochs. Several `fit`s that continue one
-            schedule count as one.
+            not compute the KL; if `num_examples` does not fit the first epoch. At the end of `fit`, with figures: if
+            the posterior has hardly moved, the KL dwarfs the NLL, a layer has lost all weights, BatchNormalization has
+            seen the noise, β was never above 0, or training was stopped before β = 1. The first, second and fourth
+            need 50 optimizer steps under one KL weight, or 200 if the `fit` has one epoch or the KL has halved; the
+            third 5 epochs. Several `fit`s that continue one schedule count as one.
         UserWarning: At the beginning of `fit`, for mistakes with outputs whose loss is one of `losses`.
 
     Examples:
