@@ -5,7 +5,8 @@
 
 The encoder is all-MiniLM-L6-v2 in KerasHub's BertBackbone (minilm.py) with 22.7 million weights. A dense layer maps the
 mean of its outputs to two logits. Training uses 80 % of the film-review sentences (the split of text.py), cut to 40
-tokens, in batches of 32, with Adam and a learning rate that falls linearly to 0. One half of the remaining sentences is
+tokens, in batches of 32, with Adam and a learning rate that falls linearly to 0. A batch holds sentences of similar
+lengths, so that it needs little padding. One half of the remaining sentences is
 the validation set (`--validation`), on which choices are made; the other half is the test set, used once. The methods:
 
 - plain: no noise.
@@ -58,7 +59,7 @@ from keras_vdrop.functional import calibration, detection, uncertainty
 from keras_vdrop.posterior import prunable_weights
 
 NETWORKS = ("plain", "all layers", "last layer", "MC dropout", "low rank", "Laplace", "pruned", "ensemble")
-LENGTH, BATCH, PREDICTED = 40, 32, 256
+LENGTH, BATCH, GROUP, PREDICTED = 40, 32, 1024, 256
 MEMBERS, LEFT = 5, 0.1
 ENCODER = 1  # its place among the layers of a network, between the tokens and the last layer
 SCORES = {
@@ -146,12 +147,67 @@ def _padded(sentences):
     return rows
 
 
+class Batches(keras.utils.PyDataset):
+    """Batches of sentences of similar lengths, each without the columns that are only padding.
+
+    Lengths are rounded up to a multiple of `step`, because a compiled function is traced for each length.
+
+    Args:
+        x: Tokens (N, LENGTH).
+        y: Labels (N,), or None.
+        step: Multiple of the lengths. LENGTH gives every batch the same length.
+        size: Number of sentences of a batch.
+        group: Number of sentences that are sorted by length together, or None for all. Every epoch forms the groups and
+            orders their batches at random.
+    """
+
+    def __init__(self, x, y=None, *, step, size, group=None):
+        super().__init__()
+        self.x, self.y, self.step, self.size, self.group = x, y, step, size, group
+        self.lengths = (x != minilm.PADDING).sum(axis=1)
+        # `keras.utils.set_random_seed` sets the seed of this global generator.
+        self.rng = np.random.default_rng(np.random.randint(2**31))
+        self.on_epoch_end()
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        rows = self.batches[index]
+        longest = -(-self.lengths[rows].max() // self.step) * self.step
+        x = self.x[rows, : min(longest, LENGTH)]
+        return (x,) if self.y is None else (x, self.y[rows])
+
+    def on_epoch_end(self):
+        order = self.rng.permutation(len(self.x))
+        batches = []
+        for group in _split(order, self.group or len(order)):
+            batches += _split(group[np.argsort(self.lengths[group], kind="stable")], self.size)
+        batches = [batches[i] for i in self.rng.permutation(len(batches))]
+        # TensorFlow takes a length for fixed if the first two batches share it.
+        longest = [self.lengths[rows].max() for rows in batches]
+        first = [int(np.argmax(longest)), int(np.argmin(longest))]
+        self.batches = [batches[i] for i in dict.fromkeys([*first, *range(len(batches))])]
+
+
+def _split(rows, size):
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def predicted(model, x, options):
+    """Return what the model predicts for tokens (N, LENGTH), made in batches of sentences of similar lengths."""
+    batches = Batches(x, step=options.length_step, size=PREDICTED)
+    order = np.concatenate(batches.batches)
+    values = np.asarray(model.predict(batches, verbose=0))
+    return values[np.argsort(order)]
+
+
 # Networks
 
 
 def encoder(options, dropout=0.0):
-    """Return a model from tokens (B, LENGTH) to the mean of the encoder's outputs, (B, D), without the padding."""
-    tokens = keras.Input((LENGTH,), dtype="int32")
+    """Return a model from tokens (B, length) to the mean of the encoder's outputs, (B, D), without the padding."""
+    tokens = keras.Input((None,), dtype="int32")
     known = ops.not_equal(tokens, minilm.PADDING)
     outputs = _tiny(tokens, dropout) if options.quick else _outputs(minilm.backbone(dropout), tokens, known)
     known = ops.expand_dims(ops.cast(known, outputs.dtype), -1)
@@ -189,7 +245,7 @@ def network(name, options):
         head = functools.partial(head, kernel_prior="log_uniform")
     elif name != "last layer":
         head = functools.partial(layers.Dense, 2, name="head")
-    tokens = keras.Input((LENGTH,), dtype="int32")
+    tokens = keras.Input((None,), dtype="int32")
     return keras.Model(tokens, head()(inside(tokens))), size
 
 
@@ -210,9 +266,8 @@ def fit(model, data, options, name="plain"):
     elbo = kv.ELBO(
         len(data.x), per="batch", warmup_epochs=epochs // 3 if pruned else 0, temperature=_temperature(name, options)
     )
-    learn = functools.partial(
-        model.fit, data.x, data.y, batch_size=BATCH, verbose=2 * options.verbose, callbacks=[elbo] if ours else []
-    )
+    batches = Batches(data.x, data.y, step=options.length_step, size=BATCH, group=GROUP)
+    learn = functools.partial(model.fit, batches, verbose=2 * options.verbose, callbacks=[elbo] if ours else [])
     begin = time.perf_counter()
     if pruned:
         cut = -(-3 * epochs // 5)
@@ -267,17 +322,14 @@ def _probability(logits):
     return ops.convert_to_numpy(ops.softmax(ops.convert_to_tensor(logits)))
 
 
-def of_members(models):
-    def predict(x):
-        return np.stack([_probability(model.predict(x, batch_size=PREDICTED, verbose=0)) for model in models])
-
-    return predict
+def of_members(models, options):
+    return lambda x: np.stack([_probability(predicted(model, x, options)) for model in models])
 
 
 def of_dropout(model, options):
     noisy = InTraining(model)
     noisy.compile(jit_compile=options.jit)
-    return of_members([noisy] * options.draws)
+    return of_members([noisy] * options.draws, options)
 
 
 def of_posterior(name, model, options):
@@ -285,7 +337,7 @@ def of_posterior(name, model, options):
     together = options.draws if options.quick or name == "last layer" else 1
     sampler = kv.MonteCarlo(model, options.draws, output="samples", sample_batch_size=together)
     sampler.compile(jit_compile=options.jit)
-    return lambda x: _probability(sampler.predict(x, batch_size=PREDICTED, verbose=0)).swapaxes(0, 1)
+    return lambda x: _probability(predicted(sampler, x, options)).swapaxes(0, 1)
 
 
 def of_laplace(model, data, seed, options):
@@ -297,7 +349,7 @@ def of_laplace(model, data, seed, options):
     features = keras.Model(model.input, model.get_layer("head").input)
 
     def inputs(x):
-        return torch.from_numpy(np.array(features.predict(x, batch_size=PREDICTED, verbose=0)))
+        return torch.from_numpy(predicted(features, x, options))
 
     kernel, bias = (torch.from_numpy(np.array(ops.convert_to_numpy(v))) for v in model.get_layer("head").weights)
     last = torch.nn.Linear(*kernel.shape)
@@ -321,11 +373,11 @@ def learn(name, seed, data, options, plain):
         seconds = fit(model, data, options, name)
     left = size
     if name == "plain":
-        predict = of_members([model])
+        predict = of_members([model], options)
     elif name == "ensemble":
         # No other row uses the seeds of these members.
         others = [learned_plain(1000 * (seed + 1) + i, data, options) for i in range(1, options.members)]
-        predict = of_members([model, *(other for other, _, _ in others)])
+        predict = of_members([model, *(other for other, _, _ in others)], options)
         seconds += sum(each for _, _, each in others)
         left = size * options.members
     elif name == "Laplace":
@@ -397,6 +449,9 @@ def main():
     parser.add_argument("--rank", type=int, default=8, help="rank of the low-rank updates")
     parser.add_argument("--draws", type=int, default=16, help="draws for the scored predictions")
     parser.add_argument("--members", type=int, default=MEMBERS, help="number of members of the ensemble")
+    parser.add_argument(
+        "--length-step", type=int, default=8, help=f"multiple of the lengths of batches; {LENGTH} compiles only once"
+    )
     parser.add_argument("--examples", type=int, help="train on only this many of the first examples")
     parser.add_argument("--judged", type=int, help="score on only this many of the first examples")
     parser.add_argument("--jit", action=argparse.BooleanOptionalAction, default=False, help="compile with XLA")
