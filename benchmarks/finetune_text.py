@@ -447,7 +447,7 @@ def main():
     parser.add_argument("--low-rank-temperature", type=float, default=1e-1, help="the same for the low-rank updates")
     parser.add_argument("--pruned-temperature", type=float, default=0.1, help="the same for the pruned network")
     parser.add_argument("--rank", type=int, default=8, help="rank of the low-rank updates")
-    parser.add_argument("--draws", type=int, default=16, help="draws for the scored predictions")
+    parser.add_argument("--draws", type=int, default=8, help="draws for the scored predictions")
     parser.add_argument("--members", type=int, default=MEMBERS, help="number of members of the ensemble")
     parser.add_argument(
         "--length-step", type=int, default=8, help=f"multiple of the lengths of batches; {LENGTH} compiles only once"
@@ -470,7 +470,8 @@ def main():
     # Leave out the options that do not affect a row, so that `--resume` accepts another choice of rows.
     recipe = {key: value for key, value in vars(options).items() if key not in ("networks", "verbose")}
     learn_this = functools.partial(learn, data=data, options=options, plain=kept)
-    show(common.learn_rows(names, argparse.Namespace(**recipe), learn_this))
+    # One process makes all rows of a seed, since "Laplace" and "ensemble" reuse "plain".
+    show(common.learn_rows(names, argparse.Namespace(**recipe), learn_this, rows={}))
 
 
 if __name__ == "__main__":
