@@ -322,8 +322,32 @@ def generator_states(model: keras.Model) -> list[Any]:
     return [variable for variable in model.non_trainable_variables if f"{_GENERATOR_NAME}/" in variable.path]
 
 
-def foreign_states(model: keras.Model) -> list[Any]:
-    """Return the state variables of all other generators in a model: those of Keras's layers and of a user's own."""
-    own = {id(state) for state in generator_states(model)}
-    states = [v for v in model.non_trainable_variables if v.path.split("/")[-1] == "seed_generator_state"]
-    return [state for state in states if id(state) not in own]
+def is_generator_state(variable: Any) -> bool:
+    """Return whether a variable is the state of a `keras.random.SeedGenerator`."""
+    return variable.path.split("/")[-1] == "seed_generator_state"
+
+
+class OneDraw(keras.StatelessScope):
+    """A scope in which every generator of random numbers starts from the seed of one draw.
+
+    That includes generators that do not belong to a model: Keras's own, which it uses where `seed` is None, and those
+    that a function takes from elsewhere.
+
+    Args:
+        state_mapping: List of pairs (variable, value), which may contain states of generators.
+        seed: Scalar tensor: the seed of all other generators.
+    """
+
+    def __init__(self, state_mapping: Sequence[tuple[Any, Any]], seed: Any):
+        super().__init__(state_mapping=state_mapping)
+        self._seed = seed
+        self._others = 0
+
+    def get_current_value(self, variable: Any) -> Any:
+        value = super().get_current_value(variable)
+        if value is None and is_generator_state(variable):
+            # A generator counts up from here. Others start at 0, or a multiple of this number.
+            self._others += 1
+            value = ops.cast(ops.stack([self._seed, self._others << 24]), variable.dtype)
+            self.state_mapping[id(variable)] = value
+        return value

@@ -14,7 +14,15 @@ from keras_vdrop.functional.tracing import in_tensorflow, side_by_side, traced_o
 from keras_vdrop.montecarlo import checks, empty, reports
 from keras_vdrop.montecarlo.readings import point_name, readings_of, serialized
 from keras_vdrop.outputs import output_names
-from keras_vdrop.sampling import FixedSeeds, drawing, foreign_states, generator_states, seed_generator, take_part
+from keras_vdrop.sampling import (
+    FixedSeeds,
+    OneDraw,
+    drawing,
+    generator_states,
+    is_generator_state,
+    seed_generator,
+    take_part,
+)
 from keras_vdrop.targets import mask_of, with_mask
 
 _OUTPUTS = ("statistics", "samples")
@@ -28,7 +36,7 @@ class MonteCarlo(keras.Model):
     All draws run inside one compiled graph: `sample_batch_size` of them side by side, and these groups one after the
     other. The memory for activations therefore does not depend on S. The wrapped model does not change and stays
     deterministic, and everything in it that is not variational stays in inference mode. A layer of your own that draws
-    random numbers there, with a `keras.random.SeedGenerator`, draws anew for every draw. A stateful RNN starts every
+    random numbers there, with `keras.random`, draws anew for every draw. A stateful RNN starts every
     draw from its current state, and keeps that state. Masked time steps get statistics like all others, but `evaluate`
     ignores them. Saving a `MonteCarlo` saves the wrapped model, without that model's compile configuration.
 
@@ -171,7 +179,7 @@ class MonteCarlo(keras.Model):
             The seeds of the first group of draws, (s, G), and those of n more groups of k draws each, (n, k, G), or
             None if n = 0. k is the number of draws side by side, and s is the remainder of S / k, or k where that is 0.
         """
-        shape = self.num_samples, len(self._states())
+        shape = self.num_samples, len(generator_states(self.model))
         generator = FixedSeeds(self.seed_generator.state) if self.consistent else self.seed_generator
         seeds = keras.random.randint(shape, 0, 2**31 - 1, seed=generator)
         # XLA cannot tell where a loop ends, such as an RNN's, once TensorFlow has vectorised it.
@@ -181,17 +189,12 @@ class MonteCarlo(keras.Model):
             return seeds, None
         return seeds[:first], ops.reshape(seeds[first:], (-1, together, shape[1]))
 
-    def _states(self):
-        """Return the states of all generators in the model: those of its noise, and those of a user's own layers."""
-        return [*generator_states(self.model), *foreign_states(self.model)]
-
     def _draws_of(self, inputs):
         """Return a function from seeds (s, G) to the outputs (s, B, ...) under s draws, computed side by side.
 
         The function also returns the masks (B, ...) of the outputs that have one, by the index of the output.
         """
-        states = self._states()
-        ids = {id(state) for state in states}
+        states = generator_states(self.model)
         # An example keeps its draw of a layer that it uses more than once. Only the code of a user's layer tells how
         # often it calls its sublayers, so these count as well. Layers with local reparameterization do not: they
         # learned with independent noise at each position, and draw like that here.
@@ -200,14 +203,14 @@ class MonteCarlo(keras.Model):
             for layer, _ in costs.used_repeatedly(self.model, calls_within=None)
             if layer.estimator != "local_reparameterization"
         ]
-        held = [(v, ops.convert_to_tensor(v)) for v in self.model.variables if id(v) not in ids]
+        held = [(v, ops.convert_to_tensor(v)) for v in self.model.variables if not is_generator_state(v)]
 
         def draw(seeds):
             """Return outputs and masks of a draw: each generator starts from its seed, and no other state changes."""
             started = [
                 (state, ops.cast(ops.stack([seed, 0]), state.dtype)) for state, seed in zip(states, ops.unstack(seeds))
             ]
-            with keras.StatelessScope(state_mapping=started + held), drawing(self.consistent, repeated) as scope:
+            with OneDraw(started + held, seeds[0]), drawing(self.consistent, repeated) as scope:
                 outputs = self.model(inputs, training=False)
                 masks = {place: mask_of(each) for place, each in enumerate(self._in_order(outputs))}
             if not scope.used:
