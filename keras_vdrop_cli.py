@@ -10,6 +10,8 @@ import runpy
 import sys
 import zipfile
 
+PLOTS = ("log_alpha_by_layer.png", "weight_histogram.png")  # what `report` draws
+
 
 def main(arguments=None):
     """Run a command line.
@@ -85,49 +87,53 @@ def _version():
 # Types of arguments
 
 
-def _finite(text):
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number. Received: {text}")
+def _number(kind, in_range, text, expected):
+    """Return a number of a given type and range; argparse reports the error with the name of the argument."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not in_range(value):
+        raise argparse.ArgumentTypeError(f"must be {expected}. Received: {text}")
     return value
+
+
+def _finite(text):
+    return _number(float, math.isfinite, text, "a finite number")
 
 
 def _beta(text):
-    value = _finite(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be ≥ 0. Received: {text}")
-    return value
+    return _number(float, lambda value: 0 <= value < math.inf, text, "a finite number ≥ 0")
 
 
 def _seed(text):
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be an int from 0 to 2³² − 1. Received: {text}")
-    return value
+    return _number(int, lambda value: 0 <= value < 2**32, text, "an int from 0 to 2³² − 1")
 
 
 # Checks of the files and of what is installed
 
 
 def _check_demo(options, parser):
-    _check_installed("the demo needs", ("sklearn", "matplotlib"), parser)
+    _check_installed("the demo needs", ("scikit-learn", "matplotlib"), parser)
     _check_writable(_nearest_folder(options.out))
 
 
 def _check_report(options, parser):
-    _check_file(options.model, parser)
+    _check_model(options.model, parser)
     if options.plots or options.html:
         _check_installed("the plots need", ("matplotlib",), parser)
     if options.plots:
         if options.plots.exists() and not options.plots.is_dir():
             parser.error(f"--plots must be a folder. Received: {options.plots}, a file")
+        for name in PLOTS:
+            _check_free(options.plots / name, options.force, parser)
         _check_writable(_nearest_folder(options.plots))
     if options.html:
         _check_new_file("--html", options.html, (".html", ".htm"), options.force, parser)
 
 
 def _check_compact(options, parser):
-    _check_file(options.model, parser)
+    _check_model(options.model, parser)
     _check_new_file("--out", options.out, (".keras",), options.force, parser)
     if options.data is not None:
         _check_file(options.data, parser)
@@ -135,10 +141,19 @@ def _check_compact(options, parser):
             parser.error(f"{options.data} is not an .npz file. Write one with numpy.savez.")
 
 
+_MODULES = {"scikit-learn": "sklearn", "matplotlib": "matplotlib"}  # where the name differs from that of the distribution
+
+
 def _check_installed(what, modules, parser):
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    missing = [name for name in modules if importlib.util.find_spec(_MODULES[name]) is None]
     if missing:
-        parser.error(f"{what} {' and '.join(missing)}: pip install 'keras-vdrop[demo]'")
+        parser.error(f"{what} {' and '.join(missing)}, which cannot be imported: pip install {' '.join(missing)}")
+
+
+def _check_model(path, parser):
+    _check_file(path, parser)
+    if path.suffix not in (".h5", ".hdf5") and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a .keras file, or is damaged. Write one with model.save.")
 
 
 def _check_file(path, parser):
@@ -151,11 +166,15 @@ def _check_new_file(name, path, suffixes, force, parser):
         parser.error(f"{name} must end in {suffixes[0]}. Received: {path}")
     if path.is_dir():
         parser.error(f"{name} must be a file. Received: {path}, a folder")
-    if path.exists() and not force:
-        parser.error(f"{path} already exists. Choose another file, or pass --force.")
+    _check_free(path, force, parser)
     if not path.parent.is_dir():
         parser.error(f"There is no folder {path.parent}.")
     _check_writable(path.parent)
+
+
+def _check_free(path, force, parser):
+    if path.exists() and not force:
+        parser.error(f"{path} already exists. Choose another place, or pass --force.")
 
 
 def _check_writable(folder):

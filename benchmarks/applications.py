@@ -30,7 +30,7 @@ import keras
 import numpy as np
 
 import keras_vdrop as kv
-from keras_vdrop.conversion import take_over
+from keras_vdrop.conversion import finalize_normalizations
 from keras_vdrop.posterior import posteriors
 
 # Image sizes to try, in this order: some networks do not accept 32.
@@ -100,7 +100,7 @@ def shake(model):
     for weight in model.weights:
         if len(weight.shape) == 1:
             weight.assign(weight + rng.uniform(0.0, 0.1, weight.shape))
-    take_over(model)
+    finalize_normalizations(model)
 
 
 def kernels(model):

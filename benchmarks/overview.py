@@ -94,15 +94,14 @@ def draw(rows, regression, path, colors):
         figure, (one, other) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
         ratios = np.exp(np.mean(np.log([row["ratios"] for row in rows]), axis=0))
         accuracies = 100 * np.array([row["accuracies"] for row in rows])
-        blue, orange = kv.plots.COLORS[0], kv.plots.COLORS[1]
-        band = {"color": blue, "alpha": 0.3, "linewidth": 0, "label": "its seeds"}
+        blue, orange = kv.plots.COLORS[5 if colors is DARK else 0], kv.plots.COLORS[1]
+        band = {"color": blue, "alpha": 0.3, "linewidth": 0, "label": f"lowest to highest of {len(rows)} seeds"}
         one.fill_between(ratios, accuracies.min(0), accuracies.max(0), **band)
-        one.plot(ratios, accuracies.mean(0), "o-", color=blue, markersize=4, label="variational, pruned")
+        one.plot(ratios, accuracies.mean(0), "o-", color=blue, markersize=4, label="variational, pruned: mean")
         plain = 100 * np.mean([row["plain"] for row in rows])
         one.axhline(plain, color=orange, linestyle="--", label="plain, all weights")
-        one.set(
-            xscale="log", xlabel="times fewer weights", ylabel="test accuracy, %", title="Digits: accuracy and size"
-        )
+        one.set(xscale="log", xlabel="weights ÷ kept weights", ylabel="test accuracy, %")
+        one.set_title("Digits: accuracy against size")
         one.set_ylim(bottom=max(80, accuracies.mean(0).min() - 2), top=100)
         ticks = [tick for tick in (1, 3, 10, 30, 100, 300, 1000) if ratios.min() <= tick <= 1.1 * ratios.max()]
         one.set_xticks(ticks, [f"{tick}x" for tick in ticks])
@@ -112,9 +111,12 @@ def draw(rows, regression, path, colors):
         kv.plots.regression_band(*columns, ax=other)
         for line in other.lines:
             line.set_color(colors["text.color"])  # the bands are blue, and so dark on a dark page
+        if colors is DARK:
+            for bright, shape in zip((kv.plots.COLORS[5], "#BBDDF5"), other.collections):
+                shape.set_facecolor(bright)
         other.plot(*regression["observed"], ".", color=colors["text.color"], markersize=3, alpha=0.6, label="data")
         other.legend(loc="upper center", ncols=2)
-        other.set_title("Uncertainty of the data and of the model")
+        other.set_title("Regression: epistemic and aleatoric uncertainty")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, transparent=True, metadata={"Date": None})
         plt.close(figure)

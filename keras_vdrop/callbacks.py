@@ -12,13 +12,19 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_vdrop.checks import check_finite
+from keras_vdrop.checks import check_finite, check_non_negative, check_positive
 from keras_vdrop.diagnosis import Record, learning_kl
-from keras_vdrop.layers.stochastic import weighed_by_callback
+from keras_vdrop.layers.stochastic import set_weighted_by_callback
 from keras_vdrop.objective import compiled_loss_weights, likelihood_factor, outputs_of, require_loss, without_likelihood
 from keras_vdrop.observation import Observer
 from keras_vdrop.outputs import check_outputs
-from keras_vdrop.posterior import posteriors, prunable_weights, require_posteriors, some_prunable_weights
+from keras_vdrop.posterior import (
+    owners,
+    posteriors,
+    prunable_weights,
+    require_posteriors,
+    require_prunable_weights,
+)
 from keras_vdrop.pruning import row_name, sparsity
 from keras_vdrop.warning import warn
 
@@ -44,12 +50,12 @@ class ELBO(keras.callbacks.Callback):
     `fit` of the same model with the same callback.
 
     Validation within `fit` uses the full weight of the KL, β = 1. So `val_loss`, which Keras's callbacks monitor, does
-    not depend on β, and its lowest value is that of the best model. The callback adds to the logs of every epoch
+    not depend on β, and its lowest value is that of the best model. The callback adds to the logs of every epoch:
         `kl`: Σ KL(posterior ‖ prior) at the end of the epoch, in nats, unweighted; frozen posteriors do not count.
         `beta`: β at the end of the epoch.
         `nll`, `val_nll`: the data part of the loss, averaged over the steps of the epoch: the value of `compile`'s
             loss, with sample and class weights. It contains neither the KL, nor Keras's weight and activity
-            regularizers, nor what layers add by `add_loss` (unless there is no other loss).
+            regularizers, nor what layers add by `add_loss` (except in a model compiled without a loss).
         `elbo_loss`, `val_elbo_loss`: the loss with the KL at its full weight. Everything in the loss is in it: without
             regularizers it is c times the negative ELBO, and a Keras regularizer counts as a further prior.
     A user's metric of the same name takes precedence. `nll` and `elbo_loss` are computed in `compute_loss`: they are
@@ -124,23 +130,17 @@ class ELBO(keras.callbacks.Callback):
         labels_per_example: float | None = None,
     ):
         super().__init__()
-        for name, value, least in (
-            ("num_examples", num_examples, 1),
-            ("warmup_epochs", warmup_epochs, 0),
-            ("start_epoch", start_epoch, 0),
-            ("temperature", temperature, 0),
-            ("free_bits", free_bits, 0),
-        ):
-            if value is None and name in ("warmup_epochs", "start_epoch"):
-                continue
-            check_finite(name, value)
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}. Received: {name}={value!r}")
+        check_finite("num_examples", num_examples)
+        if num_examples < 1:
+            raise ValueError(f"`num_examples` must be at least 1. Received: num_examples={num_examples!r}")
+        for name, value in (("warmup_epochs", warmup_epochs), ("start_epoch", start_epoch)):
+            if value is not None:
+                check_non_negative(name, value)
+        check_non_negative("temperature", temperature)
+        check_non_negative("free_bits", free_bits)
         for name, value in (("likelihood_scale", likelihood_scale), ("labels_per_example", labels_per_example)):
             if value is not None:
-                check_finite(name, value)
-                if value <= 0:
-                    raise ValueError(f"`{name}` must be above 0. Received: {name}={value!r}")
+                check_positive(name, value)
         if not callable(schedule) and schedule not in SCHEDULES:
             raise ValueError(
                 f"`schedule` must be one of {sorted(SCHEDULES)} or a callable that takes the step. "
@@ -157,7 +157,7 @@ class ELBO(keras.callbacks.Callback):
         self.free_bits = free_bits
         self.likelihood_scale = likelihood_scale
         self.labels_per_example = labels_per_example
-        self._told = set()
+        self._warned = set()
 
     # The schedule
 
@@ -202,7 +202,7 @@ class ELBO(keras.callbacks.Callback):
             )
         return epoch * self._steps if epoch else 0
 
-    def _go_on_from(self, epoch):
+    def _continue_schedule(self, epoch):
         """At the first epoch of a `fit`, continue the schedule if this callback has trained the model before."""
         if self._fitted() is not self.model:
             self._fitted, self._next, self._epochs, self._record = weakref.ref(self.model), 0, None, None
@@ -214,8 +214,10 @@ class ELBO(keras.callbacks.Callback):
 
     # c, the factor between the NLL of an example and the loss; None until it is known.
     _factor = None
-    # The shapes of the outputs, without the batch, in the first batch that was seen.
+    # The shapes of the outputs, without the batch, in the first batch of this `fit` that was seen.
     _shapes = None
+    # Whether that batch has changed c, which was known from another call or another `fit`.
+    _corrected = False
 
     @property
     def _full_weight(self):
@@ -228,7 +230,7 @@ class ELBO(keras.callbacks.Callback):
         """
         self._beta = beta
         kl_weight = 0.0 if self._factor is None else self._full_weight * beta
-        for owner in _owners(self.model):
+        for owner in owners(posteriors(self.model)):
             owner.kl_weight = kl_weight
             owner.full_kl_weight = None if self._factor is None else self._full_weight
             owner.free_bits = self.free_bits
@@ -242,8 +244,8 @@ class ELBO(keras.callbacks.Callback):
             return None
         return likelihood_factor(outputs, self.model.loss, self._loss_weights, self.likelihood_scale)
 
-    def _see(self):
-        """Finish the setup for a model that its first step builds. The step calls this while it is traced.
+    def _finish_setup(self):
+        """Finish the setup of a model that its first step builds. That step calls this method while it is traced.
 
         Raises:
             ValueError: If a later batch has another c.
@@ -258,16 +260,32 @@ class ELBO(keras.callbacks.Callback):
                 self._start()
 
     def _check_factor(self):
-        """Raise if a batch of training has longer or shorter sequences than the first, and so another c."""
+        """Correct c by the first batch of this `fit`, and raise if a later one has another c.
+
+        Before the first batch, c comes from the call that built the model or from the `fit` before, which may have had
+        longer or shorter sequences.
+        """
         outputs = self._observer.outputs
         if outputs is None:
             return
         shapes = [output.shape[1:] for output in outputs]
-        self._shapes = self._shapes or shapes
         if shapes == self._shapes:
             return
-        factor = self._find_factor(outputs)
-        if not math.isclose(factor, self._factor, rel_tol=1e-6):
+        is_first, self._shapes = self._shapes is None, self._shapes or shapes
+        try:
+            factor = self._find_factor(outputs)
+        except ValueError:
+            self._observer.traces_each_fit = True  # one function for several lengths does not know the length
+            raise
+        if self._factor is None or math.isclose(factor, self._factor, rel_tol=1e-6):
+            return
+        self._observer.traces_each_fit = True
+        if is_first:
+            self._factor, self._corrected = factor, True
+            if keras.backend.backend() != "jax":  # there, the weights are set after the batch
+                with _eagerly():
+                    self._apply()
+        else:
             raise ValueError(
                 "`ELBO` cannot determine the weight of the KL: the batches differ in the number of labels per example. "
                 "Pass the average of this number over the examples as `labels_per_example`, or use a loss of "
@@ -278,18 +296,22 @@ class ELBO(keras.callbacks.Callback):
         """Do everything that needs the model's weights before the first step."""
         _exclude_from_weight_decay(self.model)
         self._warn_of_own_weights()
+        self._apply()
+        self._pending = self._factor is None
+
+    def _apply(self):
+        """Set the KL weights, and the full one for the logs."""
         self._set(self._beta)
         if self._observer.terms is not None and self._factor is not None:
             self._observer.terms.full_weight.assign(self._full_weight)
-        self._pending = self._factor is None
 
     def _warn_of_own_weights(self):
         if self._factor is None:
             return
-        for layer in _owners(self.model):
-            own = layer.get_config().get("kl_weight")
+        for layer in owners(posteriors(self.model)):
+            own = layer._initial_kl_weight
             if own is not None and not math.isclose(own, self._full_weight, rel_tol=1e-6):
-                self._tell(
+                self._warn_once(
                     "own weight",
                     f"`ELBO` sets the KL weight {self._full_weight:.3g} in place of the {own:.3g} that was passed to "
                     f"the layer {layer.name!r}. Do not pass `kl_weight` to layers if you use `ELBO`. To scale the KL, "
@@ -299,17 +321,17 @@ class ELBO(keras.callbacks.Callback):
     def _warn_of_the_loss(self):
         names = without_likelihood(self.model.loss)
         if names:
-            self._tell(
+            self._warn_once(
                 "loss",
                 f"{names[0]} is not the negative log likelihood of a distribution, so the loss with the KL is not an "
                 "ELBO, and how certain the posterior becomes is arbitrary. Use a cross-entropy, the mean squared error "
                 "or a loss of `keras_vdrop.losses`.",
             )
 
-    def _tell(self, what, message):
+    def _warn_once(self, what, message):
         """Warn once for each kind of message."""
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self._warned:
+            self._warned.add(what)
             warn(message, RuntimeWarning)
 
     # The hooks that Keras calls
@@ -343,21 +365,23 @@ class ELBO(keras.callbacks.Callback):
         self._observer = Observer.of(self.model)
         is_given = self.labels_per_example is not None
         self._observer.reads_outputs = not is_given
+        if self._observer.traces_each_fit and not is_given:
+            self._observer.retrace()
         self._factor = self._find_factor(None if is_given else _symbolic_outputs(self.model) or self._observer.outputs)
-        self._shapes = None
+        self._shapes, self._corrected = None, False
         self._observer.attach()
-        self._observer.on_outputs = self._see
+        self._observer.on_outputs = self._finish_setup
         self._observer.observe("train_function")
         self._pending = True
         self._beta = 0.0
         self._checked = _is_built(self.model)
         if self._checked:
             check_outputs(self.model)
-        weighed_by_callback(not self._checked)
+        set_weighted_by_callback(not self._checked)
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._first_epoch:
-            self._go_on_from(epoch)
+            self._continue_schedule(epoch)
         self._epoch = self._before + epoch
         self._beta = self.beta(self._epoch)
         if self._pending and _is_built(self.model):
@@ -371,7 +395,7 @@ class ELBO(keras.callbacks.Callback):
 
     def _begin_record(self):
         """Start a record, unless this `fit` continues another; if the first batch builds the model, start it later."""
-        if self._record is not None and self._record.goes_on(self.model):
+        if self._record is not None and self._record.is_continued_by(self.model):
             return
         self._record = Record(self.model) if _is_built(self.model) else None
 
@@ -391,7 +415,6 @@ class ELBO(keras.callbacks.Callback):
             self._record.look()
 
     def _after_first_batch(self, steps):
-        weighed_by_callback(False)
         require_posteriors(self.model)
         if not self._checked:
             check_outputs(self.model)
@@ -403,6 +426,8 @@ class ELBO(keras.callbacks.Callback):
             )
         if self._pending:
             self._start()
+        elif self._corrected:
+            self._apply()
         if self._record is None:
             self._record = Record(self.model)
         examples = self._observer.examples_seen(steps)
@@ -434,21 +459,21 @@ class ELBO(keras.callbacks.Callback):
         # With a likelihood scale, c does not depend on the labels alone.
         labels = 1.0 if self.likelihood_scale else 1.0 / self._factor
         if self._seen > self.num_examples:
-            self._tell(
+            self._warn_once(
                 "examples",
                 f"An epoch has seen {self._seen:.0f} examples, more than num_examples={self.num_examples}. "
                 "Pass the number of training examples: `num_examples=len(x)`. Ignore this warning if an epoch repeats "
                 "examples.",
             )
         elif labels > 1.5 and self._seen and math.isclose(self.num_examples, self._seen * labels, rel_tol=1e-6):
-            self._tell(
+            self._warn_once(
                 "labels",
                 f"num_examples={self.num_examples} is the number of labels: there are {self._seen:.0f} examples of "
                 f"{labels:.0f} labels each. Pass the number of examples: `num_examples=len(x)`. `ELBO` accounts for "
                 "the labels itself.",
             )
         elif self._seen and self._seen + self._batch_size <= self.num_examples:
-            self._tell(
+            self._warn_once(
                 "examples",
                 f"An epoch has seen {self._seen:.0f} examples, fewer than num_examples={self.num_examples}. "
                 "Pass the number of training examples, without those that `validation_split` holds back. Ignore this "
@@ -476,9 +501,9 @@ class ELBO(keras.callbacks.Callback):
             return
         model = self.model
         self._record.end()
-        said = self._record.complaints(model, self.num_examples, self.temperature, self._fitted_epochs == 1)
+        said = self._record.warnings(model, self.num_examples, self.temperature, self._fitted_epochs == 1)
         for what, message in said.items():
-            self._tell(what, message)
+            self._warn_once(what, message)
         self._warn_of_the_end()
 
     def _warn_of_the_end(self):
@@ -496,12 +521,7 @@ class ELBO(keras.callbacks.Callback):
                 f"`start_from_epoch={end}` to `EarlyStopping`. Or continue with `initial_epoch={self._next}` or the "
                 "same `ELBO`. Or pass `start_epoch=0, warmup_epochs=0` to `ELBO`."
             )
-        self._tell("beta", f"Training has ended with β = {beta:.2g}: the KL was not fully in the loss. {way_out}")
-
-
-def _owners(model):
-    """Return the owners of all posteriors, each once."""
-    return list({id(posterior.owner): posterior.owner for posterior in posteriors(model)}.values())
+        self._warn_once("beta", f"Training has ended with β = {beta:.2g}: the KL was not fully in the loss. {way_out}")
 
 
 def _exclude_from_weight_decay(model):
@@ -590,6 +610,15 @@ class SparsityLogger(keras.callbacks.Callback):
 
     Raises:
         ImportError: If `log_dir` is given and `tensorboard` is not installed.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv, numpy as np
+        >>> layer = kv.VariationalDense(1, kernel_initializer="ones", kl_weight=1 / 8)
+        >>> model = keras.Sequential([keras.Input((3,)), layer])
+        >>> model.compile("adam", "mse")
+        >>> history = model.fit(np.ones((8, 3)), np.ones((8, 1)), callbacks=[kv.SparsityLogger()], verbose=0)
+        >>> history.history["weights_left"]
+        [1.0]
     """
 
     def __init__(self, threshold: float | None = None, log_dir: str | os.PathLike | None = None):
@@ -602,13 +631,13 @@ class SparsityLogger(keras.callbacks.Callback):
 
     def set_model(self, model):
         if _is_built(model):  # raise the errors now, not after an epoch
-            some_prunable_weights(model)
+            require_prunable_weights(model)
             sparsity(model, self.threshold)
         super().set_model(model)
 
     def on_epoch_end(self, epoch, logs=None):
         if logs is not None:
-            some_prunable_weights(self.model)
+            require_prunable_weights(self.model)
             report = sparsity(self.model, self.threshold)
             logs["weights_left"] = report.left / report.weights
             if self.log_dir is not None:

@@ -1,4 +1,4 @@
-"""Checks of arguments: each raises a `ValueError` that names the argument and the value."""
+"""Checks of arguments: they raise a `ValueError` that names the argument and the value."""
 
 import math
 import numbers
@@ -7,9 +7,14 @@ import numbers
 _LEAST_LOG_VARIANCE, _LARGEST_LOG_VARIANCE = -80, 40
 
 
+def is_int(value):
+    """Return whether a value is an int, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_positive_int(name, value):
     """Raise a `ValueError` unless `value` is an int > 0."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value <= 0:
+    if not is_int(value) or value <= 0:
         raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
 
 
@@ -40,6 +45,12 @@ def check_rate(name, value):
         raise ValueError(f"`{name}` must be a rate in [0, 1). Received: {name}={value!r}")
 
 
+def check_seed(seed):
+    """Raise a `ValueError` unless `seed` is an int or None."""
+    if seed is not None and not is_int(seed):
+        raise ValueError(f"`seed` must be an int or None. Received: seed={seed!r}")
+
+
 def check_log_variance(name, value):
     """Raise a `ValueError` unless `value` is a log variance for which the KL is finite in float32."""
     check_finite(name, value)
@@ -48,6 +59,12 @@ def check_log_variance(name, value):
             f"`{name}` must be between {_LEAST_LOG_VARIANCE} and {_LARGEST_LOG_VARIANCE}. It is a log variance, "
             f"usually from −10 to 0. Received: {name}={value!r}"
         )
+
+
+def require_built(model):
+    """Raise a `ValueError` unless a model has been built."""
+    if not model.built:
+        raise ValueError(f"The model {model.name!r} has not been built: call it on some data first.")
 
 
 def check_policy(policy):

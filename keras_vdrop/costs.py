@@ -4,7 +4,8 @@ import gzip
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import keras
 
@@ -94,9 +95,8 @@ def file_sizes(path: str | os.PathLike) -> tuple[int, int]:
 
 def _calls(layer, shape, calls_within):
     """Yield the layers that a layer calls, each with the shape of its inputs and the number of calls."""
-    outputs = getattr(layer, "outputs", None)
-    if isinstance(layer, keras.Model) and outputs:
-        for node in _nodes(layer.inputs, outputs):
+    if isinstance(layer, keras.Model) and getattr(layer, "outputs", None):
+        for node in nodes(layer):
             if isinstance(node.operation, keras.layers.Layer) and node.input_tensors:
                 yield node.operation, node.input_tensors[0].shape, 1
         return
@@ -109,17 +109,24 @@ def _calls(layer, shape, calls_within):
         yield inner, _built_shape(inner), times
 
 
-def _nodes(inputs, outputs):
-    """Return the nodes (calls) between the symbolic inputs and outputs of a model, each once."""
-    entries, tensors, found = {id(tensor) for tensor in inputs}, [*outputs], {}
+def nodes(graph: keras.Model, ends_at: Callable[[Any], Any] = lambda node: False) -> Iterator[Any]:
+    """Yield the nodes (calls) of a Functional or Sequential model, each once, from the outputs back.
+
+    Args:
+        graph: A built model.
+        ends_at: Function from a node to whether the nodes before it are left out.
+    """
+    entries, tensors, seen = {id(tensor) for tensor in graph.inputs}, [*graph.outputs], set()
     while tensors:
         tensor = tensors.pop()
         operation, index, _ = tensor._keras_history
         node = operation._inbound_nodes[index]
-        if id(tensor) not in entries and id(node) not in found:
-            found[id(node)] = node
+        if id(tensor) in entries or id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if not ends_at(node):
             tensors += node.input_tensors
-    return found.values()
 
 
 def _built_shape(layer):

@@ -12,14 +12,14 @@ from keras_vdrop.pruning import sparsity
 # The fewest optimizer steps under one KL weight for a judgement. In 50 steps of Adam at Keras's default learning rate
 # and the default `log_variance_rate`, a log variance moves by a quarter of a nat. A shorter training is only a trial.
 _STEPS = 50
-# In 200 such steps a log variance can move by a nat. So many are needed if training may continue: if a `fit` had one
-# epoch, as in a loop, or if the KL is falling.
+# In 200 such steps a log variance can move by a nat. The check waits this long if training may continue: after a `fit`
+# of one epoch, as in a loop, or while the KL is falling.
 _STEPS_TO_GO = 200
 # The fewest epochs under one KL weight that show a trend of the NLL.
 _EPOCHS = 5
-# The posterior has hardly moved if the KL is more than `_SHARE` times the NLL and more than `_HALF` of its initial
-# value, the log variances are within `_LITTLE` nats of their start, and the path is straight (distance / length above
-# `_STRAIGHT`) or, for a new posterior, shorter than `_LITTLE` nats.
+# The posterior has hardly moved if three conditions hold. The KL is more than `_SHARE` times the NLL, and more than
+# `_HALF` of its initial value. The log variances are within `_LITTLE` nats of their start. Their path is straight
+# (distance / length above `_STRAIGHT`) or, for a new posterior, shorter than `_LITTLE` nats.
 _SHARE, _HALF, _LITTLE, _STRAIGHT = 1.0, 0.5, 1.0, 0.8
 # A smaller |NLL| counts as this much: where y has a density, an NLL of 0 has no special meaning.
 _LEAST_NLL = 0.1
@@ -45,8 +45,8 @@ class Record:
         self._start_kl = self._kl = learning_kl(model)
         self._followed = _followed(model)
         self._start = self._last = self._end = self._log_variances()
-        self._as_made = all(_are_alike(_values(*each)) for each in self._followed)
-        self._way = 0.0
+        self._is_new = all(_are_alike(_values(*each)) for each in self._followed)
+        self._path_length = 0.0
         self._beta, self._count = None, 0
         self._begin_period()
 
@@ -79,7 +79,7 @@ class Record:
     def look(self):
         """Record the current log variances, after the steps that were recorded last."""
         now = self._log_variances()
-        self._way += _distance(self._last, now)
+        self._path_length += _distance(self._last, now)
         self._last = now
         self._unseen = 0
         if not self._is_same_period(self._beta):
@@ -105,7 +105,7 @@ class Record:
         """Record the end of a `fit`."""
         self._end = self._log_variances()
 
-    def goes_on(self, model):
+    def is_continued_by(self, model):
         """Return whether the model is as the last `fit` left it, so that the next one continues its course."""
         variables = [id(variable) for variable, _ in _learning(model)]
         same = variables == [id(variable) for variable, _, _ in self._followed]
@@ -116,7 +116,7 @@ class Record:
         """Whether β was 0 in every epoch."""
         return not any(self.betas)
 
-    def complaints(self, model, num_examples, temperature, is_one_of_many=False):
+    def warnings(self, model, num_examples, temperature, is_one_of_many=False):
         """Return the warnings that apply.
 
         Args:
@@ -169,8 +169,8 @@ class Record:
         """
         if not self._end.size or self._kl_has_fallen or _distance(self._start, self._end) >= _LITTLE:
             return False
-        gone = self._way + _distance(self._last, self._end)
-        return (self._as_made and gone < _LITTLE) or self._straightness() > _STRAIGHT
+        gone = self._path_length + _distance(self._last, self._end)
+        return (self._is_new and gone < _LITTLE) or self._straightness() > _STRAIGHT
 
     @property
     def _kl_has_fallen(self):
@@ -226,24 +226,24 @@ def _learning(model):
 
 
 def _followed(model):
-    """Return the arguments of `_values`, (variable, factor, places), for every trainable log variance."""
-    return [(variable, weight.log_variance.factor, _places(weight)) for variable, weight in _learning(model)]
+    """Return the arguments of `_values`, (variable, factor, indices), for every trainable log variance."""
+    return [(variable, weight.log_variance.factor, _indices(weight)) for variable, weight in _learning(model)]
 
 
-def _places(weight):
+def _indices(weight):
     """Return the flat indices of the log variances to follow: a subset of those whose weights are kept.
 
     Any other weight costs next to nothing, so its log variance drifts without end.
     """
     shape = tuple(weight.log_variance.shape)
     left = ops.convert_to_numpy(weight.keep_mask()) if shape == tuple(weight.shape) else np.ones(shape, bool)
-    places = np.flatnonzero(left)
-    return places[:: max(1, places.size // _FOLLOWED)]
+    indices = np.flatnonzero(left)
+    return indices[:: max(1, indices.size // _FOLLOWED)]
 
 
-def _values(variable, factor, places):
+def _values(variable, factor, indices):
     """Return the log variances at some flat indices, in nats."""
-    return factor * ops.convert_to_numpy(ops.take(ops.ravel(ops.convert_to_tensor(variable)), places))
+    return factor * ops.convert_to_numpy(ops.take(ops.ravel(ops.convert_to_tensor(variable)), indices))
 
 
 def _are_alike(values):

@@ -1,4 +1,4 @@
-"""TensorFlow Probability's side of priors: their KL, their configs, and the one distribution that TFP lacks.
+"""TensorFlow Probability's side of priors: distributions, which of them can be priors, their KL and their configs.
 
 TFP takes seconds to import, so it is imported on first use.
 """
@@ -6,6 +6,7 @@ TFP takes seconds to import, so it is imported on first use.
 import functools
 import sys
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -16,6 +17,30 @@ _NODES = 20
 
 # Points at which the density of a prior must not be 0.
 _SOMEWHERE = (-100.0, 100.0)
+
+
+def check(distribution):
+    """Raise a `ValueError` unless the value is a TFP distribution that can be a prior."""
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            "A TFP distribution as a prior requires the TensorFlow backend. With other backends, use "
+            "`priors.LogUniform`, `priors.ARD` or `priors.Normal`. "
+            f"Received: {distribution} with the backend {keras.backend.backend()!r}"
+        )
+    if not is_distribution(distribution):
+        raise ValueError(
+            f"`distribution` must be a tfp.distributions.Distribution. Received: distribution={distribution!r}"
+        )
+    if distribution.event_shape.rank != 0:
+        raise ValueError(
+            "A prior must be a distribution over scalars, because it applies to each weight separately. Received: "
+            f"{distribution} with event_shape={distribution.event_shape}"
+        )
+    if not is_positive_everywhere(distribution):
+        raise ValueError(
+            "The density of a prior must be above 0 at every real number, or the KL is infinite. Use a "
+            f"distribution such as `tfd.Normal`, `tfd.Laplace` or `tfd.StudentT`. Received: {distribution}"
+        )
 
 
 def is_positive_everywhere(distribution):
@@ -67,8 +92,18 @@ def _expected_log_prob(distribution, loc, scale):
 
 
 def config_of(value):
-    """Convert a TFP distribution and its parameters to nested dicts, lists, numbers and strings."""
+    """Convert a TFP distribution and its parameters to nested dicts, lists, numbers and strings.
+
+    Raises:
+        ValueError: For a distribution of another package, or a parameter that is none of these.
+    """
     if is_distribution(value):
+        tfd = sys.modules["tensorflow_probability"].distributions
+        if getattr(tfd, type(value).__name__, None) is not type(value):
+            raise ValueError(
+                f"A prior created from {value!r} cannot be saved: {type(value).__name__} is not one of "
+                "`tfp.distributions`. Write a subclass of `keras_vdrop.priors.Prior`, and register it with Keras."
+            )
         parameters = {key: config_of(item) for key, item in value.parameters.items()}
         return {"distribution": type(value).__name__, "parameters": parameters}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -101,6 +136,20 @@ def is_distribution(value):
     """Return whether a value is a TFP distribution, without importing TFP."""
     tfp = sys.modules.get("tensorflow_probability")
     return tfp is not None and isinstance(value, tfp.distributions.Distribution)
+
+
+def normal(loc, scale):
+    """Return N(loc, scale²)."""
+    from tensorflow_probability import distributions as tfd
+
+    return tfd.Normal(loc, scale)
+
+
+def normal_mixture(shares, loc, scale):
+    """Return Σ_k shares_k·N(loc_k, scale_k²); the last axis of all arguments is k."""
+    from tensorflow_probability import distributions as tfd
+
+    return tfd.MixtureSameFamily(tfd.Categorical(probs=shares), tfd.Normal(loc, scale))
 
 
 @functools.cache

@@ -12,11 +12,11 @@ def replace(path, write):
         write: Callable that writes to the path it is given, which has the same suffix.
 
     Raises:
-        OSError: If the file cannot be written. An existing file stays, and no partial one does.
+        OSError: If the file cannot be written. An existing file is kept, and no partial file is left behind.
     """
     path = pathlib.Path(path)
     if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(f"Cannot write to {path}.")
+        raise PermissionError(f"Cannot write to {path}, which is read-only. Choose another path.")
     beside = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
         write(beside)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import keras
 from keras import layers, ops
 
-from keras_vdrop.checks import check_finite, check_positive_int
+from keras_vdrop.checks import check_positive, check_positive_int
 from keras_vdrop.functional import likelihoods
 from keras_vdrop.targets import aligned, mask_of, targets, weights_of
 
@@ -216,13 +216,17 @@ class StudentTNLL(NegativeLogLikelihood):
         y_pred: Outputs (B, ..., 2).
 
     Raises:
-        ValueError: If `df` is not above 0.
+        ValueError: If `df` is not > 0.
 
     Examples:
         >>> import keras_vdrop as kv, numpy as np
         >>> y, outputs = np.array([100.0]), np.array([[0.0, 0.0]])  # an outlier
         >>> bool(kv.losses.StudentTNLL()(y, outputs) < kv.losses.LaplaceNLL()(y, outputs))
         True
+
+    Reference:
+        Robust Statistical Modeling Using the t Distribution, Lange, Little, Taylor, 1989,
+        https://doi.org/10.1080/01621459.1989.10478852
     """
 
     def __init__(
@@ -232,9 +236,7 @@ class StudentTNLL(NegativeLogLikelihood):
         reduction: _ReductionName = "sum_over_batch_size",
         dtype: str | keras.DTypePolicy | None = None,
     ):
-        check_finite("df", df)
-        if df <= 0:
-            raise ValueError(f"`df` must be above 0. Received: df={df!r}")
+        check_positive("df", df)
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.df = float(df)
 

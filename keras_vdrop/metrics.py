@@ -16,6 +16,7 @@ from keras import ops
 from keras_vdrop.checks import check_positive_int
 from keras_vdrop.functional import likelihoods
 from keras_vdrop.functional.calibration import EDGE
+from keras_vdrop.functional.checks import fraction
 from keras_vdrop.losses import NegativeLogLikelihood as Likelihood
 from keras_vdrop.losses import NormalNLL
 from keras_vdrop.targets import aligned, mask_of, outside, targets, weights_of
@@ -30,7 +31,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
 
     Args:
         num_bins: Positive int.
-        from_logits: Whether the model returns logits.
+        from_logits: Whether the model returns logits. If not, the result is NaN if a value outside [0, 1] counts.
         name: The name in the logs.
         dtype: The dtype of the sums.
         ignore_class: Int, a label that does not count, such as 255 for pixels without a label; or None.
@@ -49,6 +50,9 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         >>> metric.update_state([0, 0, 1, 1], [[0.75, 0.25]] * 4)
         >>> float(metric.result())
         0.25
+
+    Reference:
+        On Calibration of Modern Neural Networks, Guo et al., 2017, https://arxiv.org/abs/1706.04599
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         labels, probability = _classification(y_true, y_pred, self.from_logits, self.dtype)
         weight = _weight(labels, y_pred, sample_weight, self.dtype)
-        weight = _weight_of_labels(labels, probability.shape[-1], weight, self.ignore_class)
+        weight = _weight_of_labels(labels, probability, weight, self.ignore_class)
         confidence = ops.max(probability, axis=-1)
         correct = ops.cast(ops.equal(ops.cast(ops.argmax(probability, axis=-1), labels.dtype), labels), self.dtype)
         bins = ops.cast(ops.ceil(confidence * self.num_bins - EDGE), "int32") - 1
@@ -121,7 +125,7 @@ class BrierScore(_Mean):
     """`functional.calibration.brier_score`: the mean of Σ_c (p_c − 1[c is the label])² over classes c, from 0 to 2.
 
     Args:
-        from_logits: Whether the model returns logits.
+        from_logits: Whether the model returns logits. If not, the result is NaN if a value outside [0, 1] counts.
         name: The name in the logs.
         dtype: The dtype of the sums.
         ignore_class: As for `ExpectedCalibrationError`.
@@ -138,6 +142,10 @@ class BrierScore(_Mean):
         >>> metric.update_state([0, 1], [[0.5, 0.5], [0.0, 1.0]])
         >>> float(metric.result())
         0.25
+
+    Reference:
+        Verification of Forecasts Expressed in Terms of Probability, Brier, 1950, Monthly Weather Review,
+        https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2
     """
 
     def __init__(
@@ -160,7 +168,7 @@ class BrierScore(_Mean):
 
     def weight(self, y_true: Any, y_pred: Any, weight: Any) -> Any:
         labels, probability = _classification(y_true, y_pred, self.from_logits, self.dtype)
-        return _weight_of_labels(labels, probability.shape[-1], weight, self.ignore_class)
+        return _weight_of_labels(labels, probability, weight, self.ignore_class)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "from_logits": self.from_logits, "ignore_class": self.ignore_class}
@@ -188,6 +196,10 @@ class NormalCRPS(_Mean):
         >>> metric.update_state([3.0], [[1.0, -50.0]])  # a scale of 0.001: the CRPS is about |y − loc|
         >>> round(float(metric.result()), 2)
         2.0
+
+    Reference:
+        Strictly Proper Scoring Rules, Prediction, and Estimation, Gneiting, Raftery, 2007,
+        https://doi.org/10.1198/016214506000001437
     """
 
     of_prediction = "Call `functional.regression.normal_crps(predicted.mean, predicted.stddev(), y)`."
@@ -230,8 +242,7 @@ class NormalCoverage(_Mean):
     of_prediction = "Call `functional.regression.interval_coverage(*predicted.interval(level), y)`."
 
     def __init__(self, level: float = 0.9, name: str = "coverage", dtype: str | keras.DTypePolicy | None = None):
-        if not 0.0 < level < 1.0:
-            raise ValueError(f"`level` must be between 0 and 1, such as 0.9. Received: level={level}")
+        level = fraction("level", level)
         super().__init__(name, dtype)
         self.level = level
 
@@ -406,11 +417,16 @@ def _classification(y_true, y_pred, from_logits, dtype):
     return ops.cast(labels, "int32"), ops.softmax(y_pred) if from_logits else y_pred
 
 
-def _weight_of_labels(labels, num_classes, weight, ignore_class):
-    """Return 0 for ignored labels and NaN for those that are no class and count, else the weight."""
+def _weight_of_labels(labels, probability, weight, ignore_class):
+    """Return 0 for ignored labels, NaN for those that count and are no class or have no probabilities, else the weight.
+
+    A model that returns logits shows itself by values outside [0, 1].
+    """
     if ignore_class is not None:
         weight = ops.where(ops.equal(labels, ignore_class), ops.zeros_like(weight), weight)
-    wrong = ops.logical_and(outside(labels, num_classes), ops.not_equal(weight, 0.0))
+    is_logit = ops.any(ops.abs(probability - 0.5) > 0.5 + 1e-3, axis=-1)
+    wrong = ops.logical_or(outside(labels, probability.shape[-1]), is_logit)
+    wrong = ops.logical_and(wrong, ops.not_equal(weight, 0.0))
     return ops.where(wrong, ops.full_like(weight, math.nan), weight)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from keras_vdrop.checks import check_positive_int
-from keras_vdrop.posterior import posteriors
+from keras_vdrop.posterior import owners, posteriors
 
 
 def update_batch_normalization(model: keras.Model, x: Any, batch_size: int = 128) -> keras.Model:
@@ -20,8 +20,7 @@ def update_batch_normalization(model: keras.Model, x: Any, batch_size: int = 128
 
     Noise and dropout are off. A layer whose inputs come from another BatchNormalization sees them normalized by the
     statistics of the batch. Over several batches or calls of a layer, means and variances are averaged, weighted by
-    their rows.
-    A layer that is frozen (`trainable=False`) keeps its statistics.
+    their rows. A layer that is frozen (`trainable=False`) keeps its statistics.
 
     Args:
         model: A built Keras model, variational or not. It is changed in place.
@@ -62,10 +61,10 @@ def update_batch_normalization(model: keras.Model, x: Any, batch_size: int = 128
 
 def normalizations_of_noise(model: keras.Model) -> list[str]:
     """Return the names of BatchNormalizations that are not frozen and come after a posterior in the model's layers."""
-    owners = {id(posterior.owner) for posterior in posteriors(model)}
+    noisy_layers = set(map(id, owners(posteriors(model))))
     names, noisy = [], False
     for layer in model._flatten_layers():
-        noisy |= id(layer) in owners
+        noisy |= id(layer) in noisy_layers
         if noisy and _is_normalization(layer) and layer.trainable:
             names.append(layer.name)
     return names

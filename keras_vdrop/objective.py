@@ -13,6 +13,7 @@ import numpy as np
 from keras import losses as keras_losses
 from keras import ops
 
+from keras_vdrop.functional.tensors import product
 from keras_vdrop.losses import NegativeLogLikelihood
 from keras_vdrop.outputs import compile_config
 from keras_vdrop.targets import mask_of
@@ -77,6 +78,9 @@ _CLASSES = {
         "ctc": keras_losses.CTC,
     }.items()
 }
+
+# The functions return one number for a batch, as the classes do.
+_ON_BATCHES = ((keras_losses.dice, keras_losses.Dice), (keras_losses.tversky, keras_losses.Tversky))
 
 _WAY_OUT = (
     "Pass `labels_per_example` to `ELBO`: the number of terms of an example over which the loss is a mean, or 1 if it "
@@ -176,23 +180,23 @@ def labels_of(loss, output):
     if cls is not None and issubclass(cls, _SUMS):
         return 1
     if cls is None:
-        if _size(output.shape[1:]) == 1 and not _adds_up(loss, output.shape):
-            return 1
-        if _size(output.shape[1:]) == 1:
+        if product(output.shape[1:]) != 1:
+            raise ValueError(
+                f"`ELBO` cannot determine over how many terms of an example a custom loss is a mean. {_WAY_OUT}. "
+                f"Received: loss={loss!r} for the output {output.name!r} of shape {output.shape}"
+            )
+        if _adds_up(loss, output.shape):
             raise ValueError(
                 "`ELBO` requires a loss that is a mean over the batch, and this one adds up its examples, so the KL "
                 "would weigh too little. Return one number for each example, or their mean. If the loss is meant to be "
                 f"a sum, {_WAY_OUT[0].lower()}{_WAY_OUT[1:]}. Received: loss={loss!r}"
             )
-        raise ValueError(
-            f"`ELBO` cannot determine over how many terms of an example a custom loss is a mean. {_WAY_OUT}. "
-            f"Received: loss={loss!r} for the output {output.name!r} of shape {output.shape}"
-        )
+        return 1
     config = {} if instance is None else instance.get_config()
     sizes = list(output.shape)
     if issubclass(cls, _MEANS_OVER_VECTORS):
         del sizes[config.get("axis", -1)]
-    labels = _size(sizes[1:])
+    labels = product(sizes[1:])
     masked = output.masked or config.get("ignore_class") is not None
     if labels is None or (masked and labels > 1):
         what = "is masked" if masked else "has an unknown number of labels per example"
@@ -235,11 +239,6 @@ def without_likelihood(loss):
     return [cls.__name__ for cls in classes if issubclass(cls, _NO_LIKELIHOODS)]
 
 
-def _size(sizes):
-    """Return the product of sizes; None if one of them is unknown."""
-    return None if None in sizes else math.prod(sizes)
-
-
 def _adds_up(loss, shape):
     """Return whether a custom loss returns a sum over the batch; False if that cannot be found out."""
     if not callable(loss) or isinstance(loss, keras_losses.Loss):
@@ -264,6 +263,7 @@ def _resolved(loss, shape):
         return (keras_losses.BinaryCrossentropy if binary else keras_losses.CategoricalCrossentropy), None
     if isinstance(loss, (str, dict)):
         loss = keras_losses.get(loss)
+    loss = next((cls for function, cls in _ON_BATCHES if loss is function), loss)
     if isinstance(loss, type):
         loss = loss()
     if not isinstance(loss, keras_losses.Loss):

@@ -10,9 +10,9 @@ import keras
 from keras import ops
 
 from keras_vdrop.functional import tracing
-from keras_vdrop.layers.stochastic import kl_costs, watched
+from keras_vdrop.layers.stochastic import kl_costs, set_weighted_by_callback, watched
 from keras_vdrop.objective import outputs_of
-from keras_vdrop.posterior import learning_posteriors, posteriors, witnessed_kls
+from keras_vdrop.posterior import learning_posteriors, owners, posteriors, recorded_kls
 from keras_vdrop.warning import warn
 
 
@@ -60,6 +60,7 @@ class Observer:
         on_outputs: None, or a callable that runs at every trace, before the loss is computed.
         terms: The `LossTerms`; None for a model without metrics.
         batch_size: The number of examples in that step; None if it varies.
+        traces_each_fit: Whether every `fit` must trace its own training step, to see its own outputs.
     """
 
     def __init__(self, model):
@@ -70,9 +71,10 @@ class Observer:
         self.reads_outputs = True
         self.outputs = None
         self.batch_size = None
+        self.traces_each_fit = False
         self._running = False
         self._shown = False
-        self._witness = self._kl_in_loss = None
+        self._recorded = self._kl_in_loss = None
         self._owners = set()
         self._steps = {}
         self._made_for = {}
@@ -132,6 +134,11 @@ class Observer:
         self._own[name] = own
         setattr(self.model, name, self._steps[name])
 
+    def retrace(self):
+        """Forget the training step and its outputs, so that the next one is traced anew."""
+        self._steps.pop("train_function", None)
+        self.outputs = None
+
     def restore(self, name):
         """Put the model's own step back."""
         setattr(self.model, name, self._own.pop(name, None))
@@ -158,12 +165,14 @@ class Observer:
             self._kl_in_loss = None
             judged, is_traced = trains and not is_traced, True
             try:
-                with watched(self._watch), witnessed_kls() as self._witness:
+                with watched(self._watch), recorded_kls() as self._recorded:
                     results = function(*args, **kwargs)
             finally:
                 self._running = False
+                # Layers that a step builds have their weight from the callback; later ones have not.
+                set_weighted_by_callback(False)
             if judged:
-                self._check_kl(self._witness if self._kl_in_loss is None else self._kl_in_loss)
+                self._check_kl(self._recorded if self._kl_in_loss is None else self._kl_in_loss)
             return results
 
         return run
@@ -182,7 +191,7 @@ class Observer:
         """Warn if the model calls a layer that is not one of its own: Keras trains only layers that it finds."""
         if id(layer) in self._owners:
             return
-        self._owners.update(id(posterior.owner) for posterior in posteriors(self.model))
+        self._owners.update(map(id, owners(posteriors(self.model))))
         if id(layer) in self._owners:
             return
         self._owners.add(id(layer))  # warn only once
@@ -203,7 +212,7 @@ class Observer:
             self.on_outputs()
         with kl_costs() as costs:
             loss = self._compute_loss(*args, **kwargs)
-            self._kl_in_loss = bool(self._witness)
+            self._kl_in_loss = bool(self._recorded)
             penalties = _penalties(self.model)
         if self.terms is None or loss is None:
             return loss

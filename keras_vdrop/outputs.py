@@ -10,6 +10,9 @@ from keras_vdrop.functional import likelihoods
 from keras_vdrop.losses import NegativeLogLikelihood
 from keras_vdrop.warning import warn
 
+# Layers that are activations, except for `PReLU`: it learns the slope that would tell its range.
+_ACTIVATION_LAYERS = (layers.Softmax, layers.ReLU, layers.LeakyReLU, layers.ELU)
+
 
 def output_names(model):
     """Return the names of a model's outputs, in order, as in `compile(loss={...})`; None if they are not known."""
@@ -26,10 +29,10 @@ def last_layer(model, name=None):
         last = model.layers[-1]
     elif hasattr(model, "operations"):
         # The names of outputs are the keys of a dict, and otherwise the names of their layers.
-        place = 0 if name is None else output_names(model).index(name)
+        index = 0 if name is None else output_names(model).index(name)
         names = model.output_names
-        found = [each for each in model.operations if each.name == names[place]]
-        if (name is None and len(names) > 1) or names.count(names[place]) > 1 or not found:
+        found = [each for each in model.operations if each.name == names[index]]
+        if (name is None and len(names) > 1) or names.count(names[index]) > 1 or not found:
             return None
         (last,) = found
     else:
@@ -44,7 +47,7 @@ def last_activation(layer):
     if layer is not None and not isinstance(layer, layers.Layer):  # `keras.ops.softmax` of an output, for example
         name = type(layer).__name__.lower()
         return name if callable(getattr(keras.activations, name, None)) else None
-    for cls in (layers.Softmax, layers.ReLU, layers.LeakyReLU, layers.ELU):
+    for cls in _ACTIVATION_LAYERS:
         if isinstance(layer, cls):
             return cls.__name__.lower()
     activation = getattr(layer, "activation", None)
@@ -67,8 +70,7 @@ def check_activation(model, name=None):
     if activation is None:
         return
     grid = np.linspace(-100.0, 100.0, 2001, dtype="float32")
-    function = layer if isinstance(layer, (layers.Softmax, layers.ReLU, layers.LeakyReLU, layers.ELU)) else None
-    function = function or keras.activations.get(activation)
+    function = layer if isinstance(layer, _ACTIVATION_LAYERS) else keras.activations.get(activation)
     raw = ops.convert_to_numpy(function(ops.convert_to_tensor(np.stack([-grid, grid], axis=-1))))[:, 1]
     scale = np.logaddexp(0.0, raw.astype("float64")) + likelihoods.LEAST_SCALE
     least, most = (f"{end:.3g}" for end in (scale.min(), scale.max()))
@@ -108,12 +110,12 @@ def check_outputs(model):
         config = compile_config(model)
     except Exception:  # an object has no config, so the metrics are unknown
         config = {}
-    for place, name in enumerate(names):
-        loss = _of_output(model.loss, name, place, len(names))
+    for index, name in enumerate(names):
+        loss = _of_output(model.loss, name, index, len(names))
         if not isinstance(loss, NegativeLogLikelihood):
             continue
         check_activation(model, name if len(names) > 1 else None)
-        given = [_of_output(config.get(kind), name, place, len(names)) for kind in ("metrics", "weighted_metrics")]
+        given = [_of_output(config.get(kind), name, index, len(names)) for kind in ("metrics", "weighted_metrics")]
         wrong = [metric for metric in _keras_names(given) if metric.lower().replace("_", "") in _OF_A_POINT]
         if wrong:
             warn(
@@ -130,12 +132,12 @@ def compile_config(model):
         return model.get_compile_config() or {}
 
 
-def _of_output(given, name, place, count):
+def _of_output(given, name, index, count):
     """Return the entry for one output of an argument of `compile`."""
     if isinstance(given, dict):
         return given.get(name)
     if isinstance(given, (list, tuple)) and count > 1:
-        return given[place]
+        return given[index]
     return given
 
 

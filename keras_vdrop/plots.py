@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from keras_vdrop.functional import calibration, checks, detection, regression
 from keras_vdrop.montecarlo import Predictions
-from keras_vdrop.posterior import VariationalWeight, some_prunable_weights
+from keras_vdrop.posterior import VariationalWeight, require_prunable_weights
 from keras_vdrop.pruning import row_name
 from keras_vdrop.selection import ThresholdChoice
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LOG_ALPHA = "log α (log noise-to-signal ratio)"
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -58,7 +59,7 @@ def _uncertainty(values):
 
 
 def _class_rows(probability, labels):
-    """Return the class probabilities (N, C) of `Predictions` and the labels (N,), flattened if a row holds several."""
+    """Return the class probabilities (N, C) of `Predictions` and the labels (N,): all that are not masked."""
     if not isinstance(probability, dict):
         return probability, labels
     values = _statistic(probability, "probability", '"categorical" or "bernoulli"')
@@ -70,15 +71,21 @@ def _class_rows(probability, labels):
     )
     if given != expected:
         raise ValueError(f"Expected labels of the shape {values.shape[:-1]}. Received: shape {labels.shape}")
+    labels = labels.reshape(values.shape[:-1])
+    if "mask" in probability:
+        mask = np.asarray(probability["mask"], bool)
+        return values[mask].reshape(-1, values.shape[-1]), labels[mask].ravel()
     return values.reshape(-1, values.shape[-1]), labels.ravel()
 
 
-def log_alpha_histogram(model: keras.Model, threshold: float = 3.0, ax: Axes | None = None, bins: int = 60) -> Axes:
+def log_alpha_histogram(
+    model: keras.Model, threshold: float | None = None, ax: Axes | None = None, bins: int = 60
+) -> Axes:
     """Plot a histogram of log alpha = log(variance / loc²) of the weights, and the threshold for pruning.
 
     Args:
         model: A built model with variational weights. Its biases are left out.
-        threshold: Float, in units of log alpha: weights above it are shown as pruned.
+        threshold: Float, in units of log alpha, or None for each layer's own: weights above it are shown as pruned.
         ax: A matplotlib `Axes`, or None for a new one.
         bins: Positive int.
 
@@ -97,18 +104,24 @@ def log_alpha_histogram(model: keras.Model, threshold: float = 3.0, ax: Axes | N
         ['kept (8)', 'pruned (0)', 'threshold 3']
     """
     ax = _axes(ax)
-    weights = some_prunable_weights(model)
+    weights = require_prunable_weights(model)
     values = _numbers(weights, lambda weight: weight.log_alpha())
     # The log alpha of a weight that is 0, such as a pruned one, is huge: it is counted, but does not set the axis.
     zero = _numbers(weights, lambda weight: weight.mean()) == 0
-    low, high = (values[~zero].min(), values[~zero].max()) if not zero.all() else (threshold, threshold)
-    edges = np.linspace(min(low, threshold - 1), max(high, threshold + 1), bins + 1)
+    limits = sorted({weight.threshold for weight in weights}) if threshold is None else [threshold]
+    shown = np.concatenate([values[~zero], [limits[0] - 1, limits[-1] + 1]])
+    width = np.ptp(shown) / bins
+    # A threshold is an edge, so that no bin holds both kept and pruned weights.
+    first, last = (shown.min() - limits[0]) / width, (shown.max() - limits[0]) / width
+    edges = limits[0] + width * np.arange(np.floor(first - 1e-6), np.ceil(last + 1e-6) + 1)
     pruned = np.concatenate([_pruned(weight, threshold) for weight in weights])
     ax.hist(values[~pruned], edges, color=COLORS[0], label=f"kept ({(~pruned).sum():,})")
     ax.hist(values[pruned], edges, color="0.75", label=f"pruned ({pruned.sum():,})")
-    ax.axvline(threshold, color=COLORS[1], linestyle="--", label=f"threshold {threshold:g}")
-    ax.set(yscale="log", xlabel="log α (noise over signal)", ylabel="weights", title="Noise of the weights")
-    ax.set_ylim(top=20 * ax.get_ylim()[1])  # room for the legend
+    ax.set(yscale="log", xlabel=LOG_ALPHA, ylabel="weights", title="Distribution of log α")
+    top = ax.get_ylim()[1]
+    for limit in limits:
+        ax.plot([limit, limit], [0.5, top], color=COLORS[1], linestyle="--", label=f"threshold {limit:g}")
+    ax.set_ylim(0.5, 20 * top)  # room for the legend
     ax.legend(loc="upper left")
     return ax
 
@@ -143,7 +156,7 @@ def log_alpha_by_layer(
     """
     import matplotlib.pyplot as plt
 
-    weights = some_prunable_weights(model)
+    weights = require_prunable_weights(model)
     if ax is None:
         ax = plt.subplots(figsize=(6.4, 1.4 + 0.8 * len(weights)), layout="constrained")[1]
     values = [np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights]
@@ -167,7 +180,7 @@ def log_alpha_by_layer(
     names = [f"{layer}/{w.name}" if layers.count(layer) > 1 else layer for layer, w in zip(layers, weights)]
     ax.set_yticks([0.4 - row for row in range(len(weights))], [f"{a}\n{b}" for a, b in zip(names, left_of)])
     ax.tick_params(axis="y", length=0)
-    ax.set(xlabel="log α (noise over signal)", title="Noise of the weights of each layer", xlim=edges[[0, -1]])
+    ax.set(xlabel=LOG_ALPHA, title="Distribution of log α by layer", xlim=edges[[0, -1]])
     ax.set_ylim(0.8 - len(weights), 1.6)
     ax.legend(loc="upper left", ncols=3, fontsize="small", handlelength=1.4, columnspacing=1.2)
     return ax
@@ -200,7 +213,7 @@ def weight_histogram(
         ['after pruning (8)', 'before pruning (8)']
     """
     ax = _axes(ax)
-    weights = some_prunable_weights(model)
+    weights = require_prunable_weights(model)
     values = _numbers(weights, lambda weight: weight.mean())
     alive = _numbers(weights, lambda weight: weight.mask)
     kept = ~np.concatenate([_pruned(weight, threshold) for weight in weights])[alive]
@@ -258,7 +271,7 @@ def posterior_intervals(weight: VariationalWeight, num_weights: int = 60, ax: Ax
         ylabel="mean ± standard deviation",
         title=f"Posterior of {weight.owner.name}/{weight.name}",
     )
-    ax.legend(loc="upper right")
+    ax.legend(loc="upper left")
     return ax
 
 
@@ -405,14 +418,14 @@ def metric_against_weights(
     ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if wide else (1, 2, 5)))
     ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
-    ax.legend(loc="lower right")
+    ax.legend(loc="best")
     return ax
 
 
 def reliability_diagram(
     probability: ArrayLike | Predictions,
     labels: ArrayLike,
-    num_bins: int = 10,
+    num_bins: int = 15,
     binning: Literal["width", "mass"] = "width",
     ax: Axes | None = None,
 ) -> Axes:
@@ -558,7 +571,10 @@ def uncertainty_map(
         if image.shape[:2] != values.shape or image.ndim not in (2, 3):
             raise ValueError(f"`image` must have the size {values.shape}. Received: shape {image.shape}")
         ax.imshow(image if image.ndim == 2 else image.mean(-1), cmap="gray", vmin=0.0, vmax=1.0)
-    shown = ax.imshow(values, cmap="magma", vmin=0.0, alpha=None if image is None else 0.65)
+    highest = max(float(np.max(values)), np.finfo("float32").tiny)
+    # A certain pixel shows the image, an uncertain one the colour of its uncertainty.
+    alpha = None if image is None else np.clip(values / highest, 0.0, 1.0)
+    shown = ax.imshow(values, cmap="magma", vmin=0.0, vmax=highest, alpha=alpha)
     label = name or ("predictive entropy (nats)" if of_classes else "predictive variance")
     ax.figure.colorbar(shown, ax=ax, label=label, shrink=0.8)
     ax.set(xticks=[], yticks=[], title="Uncertainty of each pixel")
@@ -631,7 +647,10 @@ def _band_of(x, predictions):
     else:
         variances = (np.asarray(predictions[f"{kind}_variance"]) for kind in ("aleatoric", "epistemic"))
     if mean.size != len(mean):
-        raise ValueError(f"A band needs one number per row. Received: a `mean` of the shape {mean.shape}")
+        raise ValueError(
+            "A band needs one number per row. Select one output, such as `predictions.mean[:, 0]`, and pass its "
+            f"variances too. Received: a `mean` of shape {mean.shape}"
+        )
     return (np.ravel(each) for each in (x, mean, *variances))
 
 
@@ -644,7 +663,7 @@ def regression_band(
     level: float = 0.9,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot a predicted mean over one input, with a band for the model's uncertainty and a wider one for model and data.
+    """Plot a predicted mean over one input, with a band of the epistemic uncertainty, and one with the aleatoric added.
 
     Args:
         x: Array (B,) or (B, 1), in any order.
@@ -666,7 +685,7 @@ def regression_band(
         >>> import keras_vdrop as kv
         >>> ax = kv.plots.regression_band([0.0, 1.0], [2.0, 3.0], [0.1, 0.1], [0.2, 0.3])
         >>> sorted(ax.get_legend_handles_labels()[1])
-        ['90 %, model', '90 %, model and data', 'mean']
+        ['90 % epistemic', '90 % epistemic and aleatoric', 'mean']
     """
     ax = _axes(ax)
     if isinstance(mean, dict):
@@ -680,13 +699,15 @@ def regression_band(
     percent = f"{100 * level:g} %"
     if aleatoric.any():
         lower, upper = regression.normal_interval(mean, both, level)
-        ax.fill_between(x, lower, upper, color=COLORS[5], alpha=0.35, linewidth=0, label=f"{percent}, model and data")
+        ax.fill_between(
+            x, lower, upper, color=COLORS[5], alpha=0.35, linewidth=0, label=f"{percent} epistemic and aleatoric"
+        )
     lower, upper = regression.normal_interval(mean, model, level)
-    ax.fill_between(x, lower, upper, color=COLORS[0], alpha=0.45, linewidth=0, label=f"{percent}, model")
+    ax.fill_between(x, lower, upper, color=COLORS[0], alpha=0.45, linewidth=0, label=f"{percent} epistemic")
     ax.plot(x, mean, color=COLORS[0], label="mean")
     if observed is not None:
         ax.plot(*observed, ".", color="0.15", markersize=4, label="observed")
-    ax.set(xlabel="x", ylabel="y", title="Uncertainty of the model and noise of the data")
+    ax.set(xlabel="x", ylabel="y", title="Epistemic and aleatoric uncertainty")
     ax.margins(x=0)
     low, high = ax.get_ylim()
     ax.set_ylim(top=high + 0.3 * (high - low))  # room for the legend

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import keras
@@ -409,6 +409,11 @@ def posteriors(model_or_layer: keras.Model | keras.layers.Layer) -> list[Posteri
     return [penalty.posterior for penalty in penalties if isinstance(penalty, KLPenalty)]
 
 
+def owners(some: Iterable[Posterior]) -> list[Any]:
+    """Return the layers that some posteriors belong to, each once, in the order of the posteriors."""
+    return list({id(posterior.owner): posterior.owner for posterior in some}.values())
+
+
 def require_posteriors(model_or_layer: keras.Model | keras.layers.Layer) -> list[Posterior]:
     """Return `posteriors(model_or_layer)`, or raise if there are none.
 
@@ -435,7 +440,7 @@ def prunable_weights(model_or_layer: keras.Model | keras.layers.Layer) -> list[V
     return [weight for weight in found if isinstance(weight, VariationalWeight) and weight.prunable]
 
 
-def some_prunable_weights(model: keras.Model) -> list[VariationalWeight]:
+def require_prunable_weights(model: keras.Model) -> list[VariationalWeight]:
     """Return `prunable_weights`.
 
     Raises:
@@ -457,24 +462,24 @@ def learning_posteriors(model: keras.Model) -> list[Posterior]:
 
 
 # Sets to which every computation of a KL adds itself. Not a context variable, which threads of replicas would not see.
-_witnesses = []
+_records = []
 
 
 @contextlib.contextmanager
-def witnessed_kls() -> Iterator[set[str]]:
+def recorded_kls() -> Iterator[set[str]]:
     """Open a scope that yields a set, which is empty until a KL is computed in any thread."""
-    witness = set()
-    _witnesses.append(witness)
+    record = set()
+    _records.append(record)
     try:
-        yield witness
+        yield record
     finally:
-        _witnesses.remove(witness)
+        _records.remove(record)
 
 
 def note_kl() -> None:
-    """Tell the open scopes of `witnessed_kls` that a KL is computed."""
-    for witness in _witnesses:
-        witness.add("KL")
+    """Tell the open scopes of `recorded_kls` that a KL is computed."""
+    for record in _records:
+        record.add("KL")
 
 
 def kl_divergence(model_or_layer: keras.Model | keras.layers.Layer) -> Any:

@@ -1,7 +1,6 @@
 """Priors over weights. Each prior is a class with a method `kl(loc, log_variance)`, elementwise and in nats."""
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -9,7 +8,9 @@ import keras
 from keras import ops
 
 from keras_vdrop import distributions
+from keras_vdrop.checks import check_finite, check_positive, check_positive_int, is_int
 from keras_vdrop.functional import kl, sparsity
+from keras_vdrop.functional.checks import fraction
 from keras_vdrop.variables import LogScaleOf
 
 if TYPE_CHECKING:
@@ -117,7 +118,10 @@ class Prior:
         Raises:
             NotImplementedError: If the subclass does not define it.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no TFP counterpart.")
+        raise NotImplementedError(
+            f"{type(self).__name__} defines no distribution of TFP. Define the method `distribution`, or use another "
+            "prior where a distribution is required."
+        )
 
     def get_config(self) -> dict[str, Any]:
         return {}
@@ -222,10 +226,9 @@ class ARD(Prior):
     """
 
     def __init__(self, group_axis: int | None = None, blocks: int = 1):
-        if group_axis is not None and not _is_int(group_axis):
+        if group_axis is not None and not is_int(group_axis):
             raise ValueError(f"`group_axis` must be an int or None. Received: group_axis={group_axis!r}")
-        if not _is_int(blocks) or blocks < 1:
-            raise ValueError(f"`blocks` must be a positive int. Received: blocks={blocks!r}")
+        check_positive_int("blocks", blocks)
         if group_axis is None and blocks != 1:
             raise ValueError(f"`blocks` above 1 requires a `group_axis`. Received: group_axis=None, blocks={blocks}")
         self.groups = {"group_axis": None if group_axis is None else int(group_axis), "blocks": int(blocks)}
@@ -234,10 +237,8 @@ class ARD(Prior):
         return kl.ard(loc, log_variance, **self.groups)
 
     def distribution(self, loc: Any, log_variance: Any) -> Any:
-        from tensorflow_probability import distributions as tfd
-
         variance = kl.ard_variance(loc, log_variance, **self.groups)
-        return tfd.Normal(ops.zeros_like(loc), ops.sqrt(variance))
+        return distributions.normal(ops.zeros_like(loc), ops.sqrt(variance))
 
     def get_config(self) -> dict[str, Any]:
         return dict(self.groups)
@@ -280,7 +281,7 @@ class Normal(Prior):
 
     def __init__(self, scale: float | None = None, trainable: bool = False, centered: bool = False):
         if scale is not None:
-            _check_positive("scale", scale)
+            check_positive("scale", scale)
         self.scale = None if scale is None else float(scale)
         self.trainable = bool(trainable)
         self.centered = bool(centered)
@@ -321,10 +322,8 @@ class Normal(Prior):
         return kl.normal(offset, log_variance, self._scale(log_scale))
 
     def distribution(self, loc: Any, log_variance: Any, log_scale: Any = None, center: Any = None) -> Any:
-        from tensorflow_probability import distributions as tfd
-
         center = ops.zeros_like(loc) if center is None else ops.cast(center, loc.dtype)
-        return tfd.Normal(center, self._scale(log_scale))
+        return distributions.normal(center, self._scale(log_scale))
 
     def _scale(self, log_scale):
         return self.scale if log_scale is None else ops.exp(log_scale)
@@ -362,14 +361,14 @@ class ScaleMixture(Prior):
     """
 
     def __init__(self, probability: float = 0.5, scale: float = 1.0, narrow_scale: float = 0.0025):
-        _check_positive("scale", scale)
-        _check_positive("narrow_scale", narrow_scale)
+        check_positive("scale", scale)
+        check_positive("narrow_scale", narrow_scale)
         if narrow_scale >= scale:
             raise ValueError(
                 f"`narrow_scale` must be less than `scale`. Received: narrow_scale={narrow_scale}, scale={scale}"
             )
-        if not _is_number(probability) or not 0.0 < probability < 1.0:
-            raise ValueError(f"`probability` must be a number in (0, 1). Received: probability={probability!r}")
+        check_finite("probability", probability)
+        fraction("probability", probability)
         self.probability = float(probability)
         self.scale = float(scale)
         self.narrow_scale = float(narrow_scale)
@@ -378,28 +377,12 @@ class ScaleMixture(Prior):
         return kl.scale_mixture(loc, log_variance, self.probability, self.scale, self.narrow_scale)
 
     def distribution(self, loc: Any, log_variance: Any) -> Any:
-        from tensorflow_probability import distributions as tfd
-
         scales = ops.cast([self.scale, self.narrow_scale], loc.dtype)
         shares = ops.cast([self.probability, 1.0 - self.probability], loc.dtype)
-        components = tfd.Normal(ops.zeros_like(scales), scales)
-        return tfd.MixtureSameFamily(tfd.Categorical(probs=shares), components)
+        return distributions.normal_mixture(shares, ops.zeros_like(scales), scales)
 
     def get_config(self) -> dict[str, Any]:
         return {"probability": self.probability, "scale": self.scale, "narrow_scale": self.narrow_scale}
-
-
-def _is_int(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _check_positive(name, value):
-    if not (_is_number(value) and math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}`, a standard deviation, must be a finite number > 0. Received: {name}={value!r}")
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -428,26 +411,7 @@ class Distribution(Prior):
     """
 
     def __init__(self, distribution: Any):
-        if keras.backend.backend() != "tensorflow":
-            raise ValueError(
-                "A TFP distribution as a prior requires the TensorFlow backend. With other backends, use "
-                "`priors.LogUniform`, `priors.ARD` or `priors.Normal`. "
-                f"Received: {distribution} with the backend {keras.backend.backend()!r}"
-            )
-        if not distributions.is_distribution(distribution):
-            raise ValueError(
-                f"`distribution` must be a tfp.distributions.Distribution. Received: distribution={distribution!r}"
-            )
-        if distribution.event_shape.rank != 0:
-            raise ValueError(
-                "A prior must be a distribution over scalars, because it applies to each weight separately. Received: "
-                f"{distribution} with event_shape={distribution.event_shape}"
-            )
-        if not distributions.is_positive_everywhere(distribution):
-            raise ValueError(
-                "The density of a prior must be above 0 at every real number, or the KL is infinite. Use a "
-                f"distribution such as `tfd.Normal`, `tfd.Laplace` or `tfd.StudentT`. Received: {distribution}"
-            )
+        distributions.check(distribution)
         self._distribution = distribution
 
     def kl(self, loc: Any, log_variance: Any) -> Any:
@@ -527,6 +491,15 @@ def _from_serialized(config):
 
 def serialize(prior: Prior | None) -> Any:
     """Return the config from which `get` restores the prior.
+
+    Args:
+        prior: A `Prior`, or None.
+
+    Returns:
+        Dict of numbers, strings, lists and dicts; None for None.
+
+    Raises:
+        ValueError: For a `Distribution` that was not made from numbers, arrays, strings and other distributions.
 
     Examples:
         >>> import keras_vdrop as kv

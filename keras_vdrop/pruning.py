@@ -26,8 +26,8 @@ class LayerSparsity:
         weights: Number of weights, without biases.
         left: Number of kept weights: not pruned yet, and not pruned at the report's threshold either.
         bytes: Size of the kernels and biases of the layer's Keras counterpart, in the layer's dtype.
-        bytes_left: The same without the pruned weights. It counts the values, not their indices. To really need only
-            that much, use `compact` or compress the file.
+        bytes_left: The same without the pruned weights. It counts the values, not their indices. To reach that size,
+            use `compact` or compress the file.
         multiply_adds: Multiply-adds of the kernels for one example. In every call, a weight counts once for each
             position at which it is applied: positions of a convolution's outputs, or of a transposed convolution's
             inputs, time steps, tokens. 0 for a lookup. None if a size is unknown, as in `keras.Input((None,))`.
@@ -130,7 +130,7 @@ class Sparsity:
 def cells_of(row: LayerSparsity) -> tuple[str, ...]:
     """Format the cells of one row of the table, which are under `COLUMNS`."""
     count = ["-" if number is None else f"{number:,}" for number in row.counts]
-    percent, ratio = f"{100 * row.left / max(row.weights, 1):.2f}", f"{row.ratio:.1f}x"
+    percent, ratio = f"{100 * row.left / max(row.weights, 1):.2f}", f"{row.ratio:.1f}x" if row.left else "-"
     return (row.name, *count[:2], percent, ratio, *count[2:])
 
 
@@ -209,6 +209,16 @@ def prune(model: keras.Model | keras.layers.Layer, threshold: float | None = Non
 
     Warns:
         UserWarning: Names layers of which no weight is kept.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv
+        >>> model = keras.Sequential([keras.Input((2,)), kv.VariationalDense(2, kernel_initializer="ones")])
+        >>> kernel = model.layers[0].kernel
+        >>> _ = kernel.log_variance.assign([[-6.0, 6.0], [-6.0, 6.0]])  # the log alphas, as the means are 1
+        >>> kv.prune(model).left
+        2
+        >>> keras.ops.convert_to_numpy(kernel.mean()).tolist()
+        [[1.0, 0.0], [1.0, 0.0]]
     """
     for weight in _prunable(model, threshold):
         weight.prune(threshold)

@@ -346,8 +346,9 @@ class OneDraw(keras.StatelessScope):
     def get_current_value(self, variable: Any) -> Any:
         value = super().get_current_value(variable)
         if value is None and is_generator_state(variable):
-            # A generator counts up from here. Others start at 0, or a multiple of this number.
+            # A state is a seed and a counter. Multiples of this number modulo 2³¹ are far apart, also from 0, where
+            # the generators in `state_mapping` start.
             self._others += 1
-            value = ops.cast(ops.stack([self._seed, self._others << 24]), variable.dtype)
+            value = ops.cast(ops.stack([self._seed, self._others * 1_327_217_885 % 2**31]), variable.dtype)
             self.state_mapping[id(variable)] = value
         return value

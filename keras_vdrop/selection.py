@@ -1,6 +1,7 @@
 """Choice of the threshold for pruning, by what it costs in a metric on validation data."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_vdrop.checks import check_finite, check_non_negative
-from keras_vdrop.posterior import some_prunable_weights
+from keras_vdrop.posterior import require_prunable_weights
 from keras_vdrop.pruning import sparsity
 
 
@@ -78,6 +79,7 @@ _LESS = (
     "loss",
     "error",
     "nll",
+    "likelihood",
     "entropy",
     "divergence",
     "mse",
@@ -92,7 +94,20 @@ _LESS = (
     "brier",
     "crps",
 )
-_MORE = ("acc", "auc", "precision", "recall", "f1", "score", "iou", "true_", "similarity", "sensitivity", "specificity")
+_MORE = (
+    "acc",
+    "auc",
+    "precision",
+    "recall",
+    "f1",
+    "fbeta",
+    "r2",
+    "iou",
+    "true_",
+    "similarity",
+    "sensitivity",
+    "specificity",
+)
 
 
 def select_threshold(
@@ -116,7 +131,7 @@ def select_threshold(
             in the end.
         tolerance: Float ≥ 0, in units of the metric: 0.01 is one percentage point of accuracy.
         metric: Name of a metric that `model.evaluate` returns. Not "loss", which includes the KL.
-        mode: "max" if higher is better, "min" if lower is better, or "auto" to tell by the metric's name.
+        mode: "max" if higher is better, "min" if lower is better, or "auto" to tell by the metric or its name.
         thresholds: The candidates, floats in units of log alpha. None for the highest threshold of the layers (3 by
             default for single weights) and up to 20 below it, each of which keeps four fifths of the weights that the
             one above keeps.
@@ -131,43 +146,29 @@ def select_threshold(
     Raises:
         ValueError: For a tolerance or a threshold out of range; for an unknown metric, or one whose better direction is
             unknown; for a generator; or for a model without prunable weights.
+
+    Examples:
+        >>> import keras, keras_vdrop as kv, numpy as np
+        >>> model = keras.Sequential([keras.Input((2,)), kv.VariationalDense(1, kernel_initializer="ones")])
+        >>> _ = model.layers[0].kernel.log_variance.assign([[-6.0], [1.0]])  # the log alphas, as the means are 1
+        >>> model.compile(loss="mse", metrics=["mae"])
+        >>> x, y = np.array([[1.0, 0.0], [1.0, 0.1]]), np.array([[1.0], [1.1]])
+        >>> choice = kv.select_threshold(model, x, y, tolerance=0.1, metric="mae", thresholds=[0.0, 3.0])
+        >>> choice.threshold, choice.chosen.ratio
+        (0.0, 2.0)
     """
     check_non_negative("tolerance", tolerance)
     if mode not in ("auto", "max", "min"):
         raise ValueError(f'`mode` must be "auto", "max" or "min". Received: mode={mode!r}')
-    weights = some_prunable_weights(model)
-    thresholds = _candidates(weights) if thresholds is None else [*thresholds]
-    if not thresholds:
-        raise ValueError("`thresholds` must have at least one candidate. Received: thresholds=[]")
-    for threshold in thresholds:
-        check_finite("thresholds", threshold)
-    if mode == "auto":
-        less, more = (any(part in metric.lower() for part in parts) for parts in (_LESS, _MORE))
-        if less == more:
-            raise ValueError(
-                f"The name {metric!r} does not tell whether higher values are better. "
-                'Pass mode="max" if they are, or mode="min" if not.'
-            )
-        mode = "min" if less else "max"
-
+    weights = require_prunable_weights(model)
+    thresholds = _default_thresholds(weights) if thresholds is None else _checked(thresholds)
     if isinstance(x, Iterator):
         raise ValueError(
             "`x` is evaluated once for every threshold, and a generator can be read only once. Pass arrays, a "
             f"`tf.data.Dataset` or a `keras.utils.PyDataset`. Received: x={x!r}"
         )
 
-    def evaluate():
-        if prepare is not None:
-            prepare(model)
-        values = model.evaluate(x, y, batch_size=batch_size, verbose=0, return_dict=True)
-        if metric == "loss" or metric not in values:
-            known = sorted(set(values) - {"loss"})
-            raise ValueError(
-                f"`metric` must be one of {known}, the metrics of the model. The loss includes the KL and is excluded. "
-                f"Received: metric={metric!r}"
-            )
-        return float(values[metric])
-
+    evaluate = functools.partial(_evaluate, model, x, y, metric, batch_size, prepare)
     variables = [*(weight.loc for weight in weights), *(weight.mask for weight in weights)]
     if prepare is not None:
         variables += model.non_trainable_variables
@@ -175,6 +176,7 @@ def select_threshold(
     candidates = []
     try:
         reference = evaluate()
+        mode = _better(model, metric) if mode == "auto" else mode  # metrics exist only after a first evaluation
         limit = reference - tolerance if mode == "max" else reference + tolerance
         for threshold in sorted(thresholds, reverse=True):
             _restore(states)
@@ -189,7 +191,46 @@ def select_threshold(
     return ThresholdChoice(metric, reference, limit, tuple(candidates), chosen)
 
 
-def _candidates(weights, count=20, factor=0.8):
+def _checked(thresholds):
+    thresholds = [*thresholds]
+    if not thresholds:
+        raise ValueError("`thresholds` must have at least one candidate. Received: thresholds=[]")
+    for threshold in thresholds:
+        check_finite("thresholds", threshold)
+    return thresholds
+
+
+def _evaluate(model, x, y, metric, batch_size, prepare):
+    """Return the value of the metric for the model as it is."""
+    if prepare is not None:
+        prepare(model)
+    values = model.evaluate(x, y, batch_size=batch_size, verbose=0, return_dict=True)
+    if metric == "loss" or metric not in values:
+        known = sorted(set(values) - {"loss"})
+        raise ValueError(
+            f"`metric` must be one of {known}, the metrics of the model. The loss includes the KL and is excluded. "
+            f"Received: metric={metric!r}"
+        )
+    return float(values[metric])
+
+
+def _better(model, metric):
+    """Return "max" if higher values of a metric are better, else "min": as the metric says, or by its name."""
+    for each in model.metrics:
+        for one in (each, *getattr(each, "metrics", ())):
+            direction = getattr(one, "_direction", None)
+            if direction is not None and (metric == one.name or metric.endswith(f"_{one.name}")):
+                return "max" if direction == "up" else "min"
+    less, more = (any(part in metric.lower() for part in parts) for parts in (_LESS, _MORE))
+    if less == more:
+        raise ValueError(
+            f"The name {metric!r} does not tell whether higher values are better. "
+            'Pass mode="max" if they are, or mode="min" if not.'
+        )
+    return "min" if less else "max"
+
+
+def _default_thresholds(weights, count=20, factor=0.8):
     """Return the highest threshold of the weights, and lower ones that each keep `factor` times as many weights."""
     highest = max(weight.threshold for weight in weights)
     log_alpha = np.concatenate(
@@ -198,8 +239,8 @@ def _candidates(weights, count=20, factor=0.8):
     left = np.sort(log_alpha[log_alpha <= highest])
     if not len(left):
         return [highest]
-    places = np.ceil(len(left) * factor ** np.arange(1, count + 1)).astype(int) - 1
-    return sorted({highest, *left[places].tolist()})
+    indices = np.ceil(len(left) * factor ** np.arange(1, count + 1)).astype(int) - 1
+    return sorted({highest, *left[indices].tolist()})
 
 
 def _restore(states):

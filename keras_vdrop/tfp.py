@@ -14,9 +14,15 @@ def posterior(weight: VariationalWeight) -> Any:
 
     The pruning mask is ignored: pruned weights have a distribution too.
 
+    Args:
+        weight: A `VariationalWeight`, such as `layer.kernel` of a built `VariationalDense`, on TensorFlow.
+
     Returns:
         A `tfp.distributions.Independent`. If nothing is pruned, `tfd.kl_divergence(posterior(w), prior(w))` equals
         `w.kl()`.
+
+    Raises:
+        ImportError: If TensorFlow Probability is not installed.
 
     Examples:
         >>> import keras_vdrop as kv  # doctest: +SKIP
@@ -37,8 +43,15 @@ def prior(weight: VariationalWeight) -> Any:
 
     An ARD prior is fitted to the current posterior.
 
+    Args:
+        weight: As for `posterior`.
+
     Returns:
         A `tfp.distributions.Independent`.
+
+    Raises:
+        ImportError: If TensorFlow Probability is not installed.
+        NotImplementedError: For a prior that defines no distribution of TFP.
 
     Examples:
         >>> import keras_vdrop as kv, tensorflow_probability as tfp  # doctest: +SKIP

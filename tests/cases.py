@@ -38,7 +38,8 @@ class Case:
 
     def make(self, **arguments):
         """Return our layer: a cell inside `keras.layers.RNN`, a wrapper around its Keras layer."""
-        ours = {"kl_weight": 0.01, **self.ours, **arguments}
+        weight = {"kl_weight": 0.01} if "kl_weight" in self.own_arguments else {}
+        ours = {**weight, **self.ours, **arguments}
         if self.is_wrapper:
             dtype = {"dtype": ours["dtype"]} if "dtype" in ours else {}
             if self.cls is kv.Variational:

@@ -4,7 +4,7 @@ import ast
 import pathlib
 
 import keras_vdrop
-from tests.messages import messages
+from tests.messages import COMMANDS, messages, other_texts
 
 ROOT = pathlib.Path(keras_vdrop.__file__).parent
 FLOORS = [
@@ -83,6 +83,15 @@ def test_public_keras_only_and_heavy_imports_on_use():
         for module, _, at_top in imported(ast.parse(path.read_text())):
             assert not (module or "").startswith("keras.src"), path
             assert not (at_top and (module or "").split(".")[0] in HEAVY), f"{path.name} imports {module} at once"
+
+
+def test_every_message_is_listed():
+    """However it is put together: by `ELBO`, in a table of answers, by a command, with its reason in a variable."""
+    found = [text for path in [*modules(), COMMANDS] for _, text in other_texts(path)]
+    found += [text for path in modules() for *_, text in messages(path)]
+    for part in ("Pruning has collapsed", "The warm-up ends at epoch", "Stack layers", "There is no file", "needs the"):
+        assert any(part in text for text in found), part
+    assert not any(text.startswith("Return ") for text in found)  # docstrings are left out
 
 
 def test_messages_say_what_was_given_or_what_to_do():

@@ -475,7 +475,9 @@ def test_a_custom_loss_that_adds_up_its_examples_is_refused(model):
         assert float(array(model.layers[0].kl_weight)) == pytest.approx(1 / 64)
 
 
-@pytest.mark.parametrize("loss", ["hinge", keras.losses.BinaryFocalCrossentropy(), keras.losses.Dice(), ["hinge"]])
+@pytest.mark.parametrize(
+    "loss", ["hinge", keras.losses.BinaryFocalCrossentropy(), keras.losses.Dice(), "tversky", ["hinge"]]
+)
 def test_a_loss_that_is_no_likelihood_is_said(model, loss):
     model.compile("sgd", loss)
     with pytest.warns(RuntimeWarning, match="is not the negative log likelihood"):
@@ -519,6 +521,30 @@ def test_batches_of_sequences_of_different_lengths():
         else:
             model.fit(Sequences(lengths), validation_data=Sequences([2]), callbacks=[elbo], verbose=0, shuffle=False)
             assert float(array(model.dense.kl_weight)) == pytest.approx(1 / (24 * np.mean(lengths)))
+
+
+def built_by_a_call():
+    model = keras.Sequential([kv.VariationalDense(1)])
+    model(np.ones((8, 10, 4), "float32"))
+    return model
+
+
+@pytest.mark.parametrize("make", [built_by_a_call, Tagger])
+def test_each_fit_has_the_weight_of_its_own_sequences(make):
+    """The model was built, and trained before, on sequences of another length."""
+    model = make()
+    model.compile("sgd", "mse", jit_compile=False)
+    for steps in (5, 3, 3, 5):
+        arguments = {"callbacks": [kv.ELBO(24, start_epoch=0, warmup_epochs=0)], "verbose": 0}
+        try:
+            logs = model.fit(Sequences([steps] * 3), **arguments).history
+        except ValueError as error:  # TensorFlow has one function for all lengths, until it is told to make another
+            assert keras.backend.backend() == "tensorflow" and "labels_per_example" in str(error)
+            logs = model.fit(Sequences([steps] * 3), **arguments).history
+        weight = 1 / (24 * steps)
+        assert float(array(model.layers[0].kl_weight)) == pytest.approx(weight)
+        # The KL in the logs is that after the epoch; the one in `elbo_loss` is a mean over its steps.
+        assert logs["elbo_loss"][0] - logs["nll"][0] == pytest.approx(weight * logs["kl"][0], rel=0.05)
 
 
 class OwnMetrics(keras.Model):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from keras import layers, ops
 
 import keras_vdrop as kv
+from keras_vdrop.compaction.propagation import _kind
 from keras_vdrop.compaction.rules import Rule
-from keras_vdrop.compaction.whole import _kind
 from tests.cases import array, posteriors, stock
 
 pytestmark = pytest.mark.any_backend

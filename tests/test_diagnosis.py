@@ -23,7 +23,7 @@ def model_with(spread):
 
 
 def said(moves, kl, spread=0.0, steps=10, beta=1.0, nll=1.0, temperature=1.0, start_kl=0.0, **arguments):
-    """Names of the complaints after log variances have been at those places, relative to their start.
+    """Names of the warnings after log variances have been at those places, relative to their start.
 
     Args:
         moves: Numbers.
@@ -43,7 +43,7 @@ def said(moves, kl, spread=0.0, steps=10, beta=1.0, nll=1.0, temperature=1.0, st
             record.look()
     record.add(nll, kl * EXAMPLES)
     record.end()
-    return list(record.complaints(model, EXAMPLES, temperature, **arguments))
+    return list(record.warnings(model, EXAMPLES, temperature, **arguments))
 
 
 STRAIGHT = np.linspace(0.0, 1.0, 21)[1:]
@@ -110,7 +110,7 @@ def test_steps_count_from_where_the_kl_has_about_its_weight():
                 record.look()
         record.add(1.0, 50.0 * EXAMPLES)
         record.end()
-        return list(record.complaints(model, EXAMPLES, 1.0))
+        return list(record.warnings(model, EXAMPLES, 1.0))
 
     assert after([0.0] * 100 + [1.0] * 40) == []
     assert after([0.0] * 100 + [1.0] * 60) == ["stays"]

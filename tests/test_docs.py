@@ -4,7 +4,6 @@ import pathlib
 import re
 
 import keras
-import numpy as np
 import pytest
 
 import keras_vdrop as kv
@@ -21,13 +20,9 @@ def blocks(page):
 
 @pytest.fixture
 def names(tmp_path, monkeypatch):
-    """Return the names that a page may use: data, and a compiled model."""
+    """Return an empty namespace, as that of a reader who pastes a page into a new session, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    model = keras.Sequential([keras.Input((28, 28, 1)), keras.layers.Flatten(), kv.VariationalDense(10)])
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
-    x, y = rng.normal(size=(64, 28, 28, 1)).astype("float32"), rng.integers(0, 10, 64)
-    return {"x": x, "y": y, "model": model, "keras": keras, "kv": kv}
+    return {}
 
 
 @pytest.mark.slow

@@ -31,8 +31,9 @@ def saved(tmp_path):
 def test_report(saved, capsys):
     assert not main(["report", str(saved)])
     assert "variational_dense " in capsys.readouterr().out
-    main(["report", str(saved), "--threshold", "-50"])
-    assert "infx" in capsys.readouterr().out
+    main(["report", str(saved), "--threshold", "-50"])  # at which nothing is kept
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("variational_dense", "total"))]
+    assert len(rows) == 3 and all(row.split()[2:5] == ["0", "0.00", "-"] for row in rows)
 
 
 def test_compact(saved, tmp_path, capsys):
@@ -74,9 +75,11 @@ def test_nothing_is_written_over_unless_told(saved, tmp_path, capsys):
         (["report", "{saved}", "--html", "nowhere/page.html"], "There is no folder nowhere"),
         (["report", "{saved}", "--plots", "{saved}"], "--plots must be a folder"),
         (["compact", "nowhere.keras", "-o", "small.keras", "--threshold", "inf"], "must be a finite number"),
-        (["demo", "--beta", "-1"], "must be ≥ 0. Received: -1"),
-        (["demo", "--beta", "nan"], "must be a finite number. Received: nan"),
+        (["demo", "--beta", "-1"], "argument --beta: must be a finite number ≥ 0. Received: -1"),
+        (["demo", "--beta", "nan"], "must be a finite number ≥ 0. Received: nan"),
+        (["demo", "--beta", "half"], "must be a finite number ≥ 0. Received: half"),
         (["demo", "--seed", "-1"], "must be an int from 0"),
+        (["demo", "--seed", "1.5"], "must be an int from 0 to 2³² − 1. Received: 1.5"),
     ],
 )
 def test_bad_input(arguments, message, saved, tmp_path, capsys, monkeypatch):
@@ -92,17 +95,20 @@ def test_help_version_and_mistakes_need_no_import():
     """The package takes seconds to import: a command that only reads its arguments leaves it alone."""
     program = """
 import sys, keras_vdrop_cli
-for arguments in (["--help"], ["--version"], ["compact", "--help"], ["report", "nowhere.keras"], ["report"]):
+for arguments in (
+    ["--help"], ["--version"], ["compact", "--help"], ["report", "nowhere.keras"], ["report"], ["report", sys.argv[1]]
+):
     try:
-        keras_vdrop_cli.main(arguments)
+        sys.exit(keras_vdrop_cli.main(arguments))
     except SystemExit as end:
         print(end.code)
 print(sorted({"keras", "keras_vdrop", "numpy", "tensorflow"} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program, __file__], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert f"keras-vdrop {kv.__version__}" in lines
-    assert [line for line in lines if line.isdigit()] == ["0", "0", "0", "2", "2"] and lines[-1] == "[]"
+    assert [line for line in lines if line.isdigit()] == ["0", "0", "0", "2", "2", "1"] and lines[-1] == "[]"
+    assert f"{__file__} is not a .keras file" in done.stderr
 
 
 def test_report_saves_plots_and_a_page(saved, tmp_path, capsys):
@@ -111,13 +117,15 @@ def test_report_saves_plots_and_a_page(saved, tmp_path, capsys):
     arguments = ["report", str(saved), "--plots", str(tmp_path / "plots"), "--html", str(page)]
     assert not main(arguments)
     images = sorted((tmp_path / "plots").iterdir())
-    assert images and all(image.read_bytes().startswith(b"\x89PNG") for image in images)
+    assert [image.name for image in images] == sorted(keras_vdrop_cli.PLOTS)
+    assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
     text = page.read_text()
     assert text.count("<img ") == len(images) and "http" not in text  # the page needs no other file
     assert "<td>variational_dense</td><td>128</td><td>40</td><td>31.25</td><td>3.2x</td>" in text
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert "already exists" in capsys.readouterr().err
+    for taken in (arguments, arguments[:4]):
+        with pytest.raises(SystemExit):
+            main(taken)
+        assert "already exists" in capsys.readouterr().err
     assert not main([*arguments, "--force"])
 
 

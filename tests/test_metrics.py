@@ -239,6 +239,19 @@ def test_what_is_refused():
 
 
 @pytest.mark.parametrize("metric", [kv.metrics.BrierScore, kv.metrics.ExpectedCalibrationError])
+def test_logits_in_place_of_probabilities(metric):
+    """The result is NaN, unless the row does not count; rounding is no fault."""
+    logits = np.array([[1.0005, -0.0005], [3.0, -1.0]], "float32")
+    for weight, expected in (([1.0, 1.0], True), ([1.0, 0.0], False)):
+        of_logits = metric()
+        of_logits.update_state([0, 1], logits, sample_weight=weight)
+        assert np.isnan(value(of_logits)) == expected
+    binary = metric()
+    binary.update_state([0, 1], [[0.5], [3.0]])
+    assert np.isnan(value(binary))
+
+
+@pytest.mark.parametrize("metric", [kv.metrics.BrierScore, kv.metrics.ExpectedCalibrationError])
 def test_labels_that_are_no_classes(metric):
     probability = np.array([[0.9, 0.1], [0.8, 0.2]], "float32")
     right = metric()

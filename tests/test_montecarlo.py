@@ -90,6 +90,12 @@ def test_a_users_own_noise_is_drawn_anew_for_every_draw(source):
     np.testing.assert_array_equal(before, [array(each.state) for each in generators])
 
 
+@pytest.mark.parametrize("seed", [1.5, "1", True])
+def test_a_seed_is_an_int(seed):
+    with pytest.raises(ValueError, match="`seed` must be an int"):
+        kv.MonteCarlo(network(), 2, seed=seed)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_posterior_from_within_the_warm_up_is_said(share, tmp_path):
     model = network()

@@ -38,6 +38,32 @@ def test_log_alpha_histogram_counts_every_weight_once():
     plt.close("all")
 
 
+def test_log_alpha_histogram_has_the_threshold_of_each_layer():
+    layers = [kv.VariationalDense(30, kernel_prior="ard", threshold=0.5), kv.VariationalDense(30, threshold=1.0)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    randomize(model)
+    report = kv.sparsity(model)
+    ax = kv.plots.log_alpha_histogram(model)
+    counts = [f"kept ({report.left:,})", f"pruned ({report.weights - report.left:,})"]
+    assert texts(ax) == [*counts, "threshold 0.5", "threshold 1"]
+    # no bin holds both kept and pruned weights of the first layer, and the line ends below the legend
+    edges = np.array([bar.get_x() for bar in ax.patches])
+    assert np.abs(edges - 0.5).min() < 1e-6 and line(ax)[:, 1].max() < ax.get_ylim()[1] / 10
+    plt.close("all")
+
+
+def test_reliability_diagram_leaves_out_masked_steps():
+    probability = np.array([[[0.9, 0.1], [0.3, 0.7]], [[0.8, 0.2], [0.6, 0.4]]])
+    steps = kv.montecarlo.Predictions(
+        probability=probability, predictive_entropy=np.ones((2, 2)), mask=np.array([[True, False], [True, True]])
+    )
+    labels = np.array([[0, -1], [0, 1]])  # the padded step has no label
+    shown = kv.plots.reliability_diagram(steps, labels)
+    kept = kv.plots.reliability_diagram(probability.reshape(4, 2)[[0, 2, 3]], [0, 0, 1])
+    assert texts(shown) == texts(kept)
+    plt.close("all")
+
+
 def test_weight_histogram_shows_what_pruning_would_remove():
     model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(30, kl_weight=0.1, bias_prior="normal")])
     randomize(model)
@@ -163,8 +189,8 @@ def test_reliability_diagram():
     confidence = RNG.uniform(0.5, 1.0, size=400)
     probability = np.stack([confidence, 1 - confidence], axis=-1)
     labels = (RNG.uniform(size=400) > confidence - 0.2).astype(int)
-    bins = kv.functional.calibration.reliability(probability, labels, 10)
-    error = kv.functional.calibration.expected_calibration_error(probability, labels, 10)
+    bins = kv.functional.calibration.reliability(probability, labels)
+    error = kv.functional.calibration.expected_calibration_error(probability, labels)
     _, ax = plt.subplots()
     assert kv.plots.reliability_diagram(probability, labels, ax=ax) is ax
     assert texts(ax) == ["calibrated", "share of rows", f"model, ECE {100 * error:.1f} %"]
@@ -206,7 +232,7 @@ def test_regression_band():
     _, ax = plt.subplots()
     assert kv.plots.regression_band(x, mean, aleatoric, epistemic, observed=(x, mean), level=0.5, ax=ax) is ax
     kv.plots.regression_band(x[:, None], mean, aleatoric, epistemic)
-    assert texts(ax) == ["50 %, model and data", "50 %, model", "mean", "observed"]
+    assert texts(ax) == ["50 % epistemic and aleatoric", "50 % epistemic", "mean", "observed"]
     order = np.argsort(x)
     np.testing.assert_allclose(ax.lines[0].get_xydata(), np.stack([x, mean], axis=-1)[order])
     # the quartiles of a normal distribution are 0.674 standard deviations off, and 0.5² = 0.09 + 0.16
@@ -253,7 +279,7 @@ def test_plots_take_predictions():
     ax = plots.entropy_histogram(classes, kv.montecarlo.Predictions(classes))
     assert ax.get_xlabel() == "predictive entropy (nats)" and "0.500" in ax.get_title()
     assert plots.entropy_histogram(numbers, numbers).get_xlabel() == "predictive variance"
-    assert texts(plots.regression_band(x[:, 0], column)) == ["90 %, model", "mean"]
+    assert texts(plots.regression_band(x[:, 0], column)) == ["90 % epistemic", "mean"]
     for plot, arguments in (
         (plots.reliability_diagram, (numbers, labels)),
         (plots.regression_band, (x[:, 0], classes)),

@@ -237,6 +237,19 @@ class TestTFP:
         again = priors.get(priors.serialize(prior))
         np.testing.assert_allclose(array(again.kl(LOC, LOG_VARIANCE)), array(prior.kl(LOC, LOG_VARIANCE)), rtol=1e-6)
 
+    def test_a_distribution_of_ones_own_trains_but_is_not_saved(self, tmp_path):
+        """Its class cannot be found when the file is loaded, and `tfd` may have another of the same name."""
+        from tensorflow_probability import distributions as tfd
+
+        class Laplace(tfd.Normal):
+            pass
+
+        model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(3, kernel_prior=Laplace(0.0, 1.0))])
+        model.compile("sgd", "mse")
+        model.fit(np.ones((2, 4)), np.ones((2, 3)), verbose=0, callbacks=[kv.ELBO(2)])
+        with pytest.raises(ValueError, match="Laplace is not one of"):
+            model.save(tmp_path / "model.keras")
+
     def test_a_distribution_over_vectors_is_refused(self):
         from tensorflow_probability import distributions as tfd
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import keras_vdrop as kv
-from keras_vdrop.sampling import FixedSeeds
+from keras_vdrop.sampling import FixedSeeds, OneDraw
 from tests.cases import array
 
 X, Y = np.random.default_rng(0).normal(size=(64, 4)).astype("float32"), np.zeros((64, 3), "float32")
@@ -488,3 +488,12 @@ def test_fixed_seeds_of_many_draws_differ(dtype):
     generator = FixedSeeds(keras.ops.cast([7, 0], dtype))
     seeds = [tuple(keras.ops.convert_to_numpy(generator.next()).tolist()) for _ in range(600)]
     assert len({(first % 2**32, second % 2**32) for first, second in seeds}) == 600
+
+
+def test_any_number_of_generators_that_no_layer_owns_start_far_apart():
+    """Each of them counts up from its start: the streams of random numbers must not meet."""
+    generators = [keras.random.SeedGenerator(0) for _ in range(300)]
+    with OneDraw([], keras.ops.convert_to_tensor(7)):
+        states = [array(keras.ops.convert_to_tensor(each.state)).tolist() for each in generators]
+    assert {seed for seed, _ in states} == {7}
+    assert np.diff(sorted([0, *(counter for _, counter in states), 2**31])).min() > 2**20

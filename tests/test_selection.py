@@ -51,6 +51,27 @@ def test_where_more_is_better_and_where_nothing_will_do(judged):
         _ = nothing.threshold
 
 
+def interval_score(y, p):
+    return abs(y - p)
+
+
+def negative_log_likelihood(y, p):
+    return abs(y - p)
+
+
+def test_the_metric_or_its_name_tells_which_direction_is_better(judged):
+    fixture, x, y = judged
+    model = keras.models.clone_model(fixture)
+    model.set_weights(fixture.get_weights())
+    score = keras.metrics.MeanAbsoluteError(name="accuracy_gap")  # more would be better, by its name alone
+    model.compile("sgd", "mse", metrics=[score, negative_log_likelihood, interval_score])
+    for metric in ("accuracy_gap", "negative_log_likelihood"):
+        choice = kv.select_threshold(model, x, y, metric=metric, thresholds=[-20.0, 0.0])
+        assert [row.within for row in choice.candidates] == [True, False]
+    with pytest.raises(ValueError, match="'interval_score' does not tell"):
+        kv.select_threshold(model, x, y, metric="interval_score")
+
+
 def test_candidates_leave_four_fifths_each():
     model = keras.Sequential([keras.Input((100,)), kv.VariationalDense(50, kl_weight=0.1)])
     randomize(model)
@@ -80,8 +101,7 @@ def test_a_failure_leaves_the_model_as_it_was(judged, monkeypatch):
         ({"thresholds": []}, "at least one"),
         ({"thresholds": [np.nan]}, "must be a finite number"),
         ({"metric": "loss"}, "The loss includes the KL"),
-        ({"metric": "wellness"}, "'wellness' does not tell whether higher values are better"),
-        ({"metric": "error_head_accuracy"}, "Pass mode="),
+        ({"metric": "wellness"}, r"one of \['accuracy', 'mae'\]"),
         ({"metric": "ece"}, r"one of \['accuracy', 'mae'\]"),
         ({"metric": "auc"}, r"one of \['accuracy', 'mae'\]"),
     ],

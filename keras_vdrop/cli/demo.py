@@ -121,6 +121,28 @@ def _is_free(path):
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
+def train_all(x, y, epochs, beta):
+    """Train and return the plain network, the one with Keras's dropout, and the variational one."""
+    # Keras's progress bar moves the cursor and colours its text, which is noise in a file or a pipe.
+    learn = functools.partial(train, x=x, y=y, epochs=epochs, verbose="auto" if sys.stdout.isatty() else 2)
+    print("\nPlain network")
+    plain = learn(network(layers.Dense, layers.Conv2D))
+    print("\nWith Keras's Dropout(0.5)")
+    dropout = learn(network(layers.Dense, layers.Conv2D, dropout=0.5))
+    print(f"\nVariational: the KL weight rises to {beta:g} / {len(x)} over the first half of the epochs")
+    elbo = kv.ELBO(num_examples=len(x), schedule=lambda epoch: beta * min(1.0, 2 * epoch / epochs))
+    variational = network(*(functools.partial(cls, **SLOW) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
+    learn(variational, callbacks=[elbo, kv.SparsityLogger()], rate=6e-3)
+    return plain, dropout, variational
+
+
+def print_table(rows, title):
+    """Print the lines of the table below the names of its columns."""
+    print(f"{title:<34}{'accuracy':>9}{'NLL':>8}{'ECE':>9}{'weights':>10}{'ratio':>9}")
+    print("-" * 79)
+    print("\n".join(rows))
+
+
 def run(out="demo", seed=0, quick=False, beta=0.3):
     """Train all three networks, print a table (if not `quick`), and write `model.keras` and `digits.png` to a folder.
 
@@ -145,22 +167,10 @@ def run(out="demo", seed=0, quick=False, beta=0.3):
     keras.utils.set_random_seed(seed)
     (x, y), (x_test, y_test) = load_digits(seed)
 
-    # Keras's progress bar moves the cursor and colours its text, which is noise in a file or a pipe.
-    learn = functools.partial(train, x=x, y=y, epochs=epochs, verbose="auto" if sys.stdout.isatty() else 2)
-
-    print("\nPlain network")
-    plain = learn(network(layers.Dense, layers.Conv2D))
-    print("\nWith Keras's Dropout(0.5)")
-    dropout = learn(network(layers.Dense, layers.Conv2D, dropout=0.5))
-    print(f"\nVariational: the KL weight rises to {beta:g} / {len(x)} over the first half of the epochs")
-    elbo = kv.ELBO(num_examples=len(x), schedule=lambda epoch: beta * min(1.0, 2 * epoch / epochs))
-    model = network(*(functools.partial(cls, **SLOW) for cls in (kv.VariationalDense, kv.VariationalConv2D)))
-    learn(model, callbacks=[elbo, kv.SparsityLogger()], rate=6e-3)
-
-    dense = kv.sparsity(model).weights
-    rows = [row("plain", probabilities(plain, x_test), y_test, dense)]
-    rows += [row("Keras Dropout", probabilities(dropout, x_test), y_test, dense)]
-    rows += [row("variational", probabilities(model, x_test), y_test, dense)]
+    plain, dropout, model = train_all(x, y, epochs, beta)
+    trained = {"plain": plain, "Keras Dropout": dropout, "variational": model}
+    weights = kv.sparsity(model).weights
+    rows = [row(name, probabilities(each, x_test), y_test, weights) for name, each in trained.items()]
     sampler = kv.MonteCarlo(model, NUM_SAMPLES, output="samples", seed=seed)
     curve = frontier(sampler, x_test, y_test, thresholds=np.arange(-3.0, 13.0, 5.0 if quick else 1.0))
     report = kv.sparsity(model, THRESHOLD)
@@ -174,10 +184,7 @@ def run(out="demo", seed=0, quick=False, beta=0.3):
     if quick:
         print(f"{epochs} epochs are too few to compare the networks. Run the demo without --quick for the comparison.")
     else:
-        title = f"on {len(y_test)} test digits"
-        print(f"{title:<34}{'accuracy':>9}{'NLL':>8}{'ECE':>9}{'weights':>10}{'ratio':>9}")
-        print("-" * 79)
-        print("\n".join(rows))
+        print_table(rows, f"on {len(y_test)} test digits")
 
     replace(out / "model.keras", model.save)
     again = keras.saving.load_model(out / "model.keras")

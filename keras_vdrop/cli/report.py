@@ -95,7 +95,8 @@ def page_of(name, report, threshold, images):
     """Return the text of a page with a `Sparsity`, and with images by name, which it contains."""
     total = report.total
     at = "each layer's own threshold" if threshold is None else f"a threshold of {threshold:g}"
-    summary = f"{total.left:,} of {total.weights:,} weights are kept ({total.ratio:.1f}x) at {at} on log alpha."
+    ratio = f" ({total.ratio:.1f}x)" if total.left else ""
+    summary = f"{total.left:,} of {total.weights:,} weights are kept{ratio} at {at} on log alpha."
     return PAGE.format(
         title=html.escape(f"Weights of {name}"),
         summary=html.escape(summary),

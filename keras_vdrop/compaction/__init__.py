@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from keras_vdrop.compaction.whole import shrink
+from keras_vdrop.compaction.propagation import shrink
 from keras_vdrop.conversion import input_structure, stock_twin, to_deterministic
 from keras_vdrop.functional.precision import full_precision
 from keras_vdrop.posterior import posteriors, prunable_weights

@@ -9,12 +9,12 @@ from keras_vdrop.compaction.rules import Rule, first, is_as_built, most
 
 
 class Attention(Rule):
-    """MultiHeadAttention: removes heads, and numbers that a head compares (`key_dim`) or carries (`value_dim`).
+    """MultiHeadAttention: removes heads, and components that a head compares (`key_dim`) or carries (`value_dim`).
 
     What is the same for all keys, such as the key bias, adds the same number to all scores of a query, and softmax
-    ignores it. Query numbers that are nonzero constants turn the key numbers into one weighted sum, which one number
-    of the head can hold. As attention weights sum to 1, constant values come out unchanged, and the output bias
-    absorbs them.
+    ignores it. Where components of the query are nonzero constants, their products with the key add up to one weighted
+    sum, which a single component can hold. As attention weights sum to 1, constant components of the value come out
+    unchanged, and the output bias absorbs them.
     """
 
     @classmethod
@@ -47,7 +47,7 @@ class Attention(Rule):
         return self._is_fused or not (self.masked or self.layer.get_config().get("sliding_window"))
 
     def _needed(self, known):
-        """Return the `_Projections`, with zeros wherever a number does not affect the output."""
+        """Return the `_Projections`, with zeros wherever a component does not affect the output."""
         layer = self.layer
         parts = (layer.query_dense, layer.value_dense, layer.key_dense)
         query, value, key = (_projection(part, values) for part, values in zip(parts, known))

@@ -47,7 +47,7 @@ class Rule:
             mask[:] = True
 
     def settle(self, outs):
-        """Keep one channel of each output of which nothing else is needed, since a size cannot be 0."""
+        """Keep one channel of each output that needs none, since a size cannot be 0."""
         for mask in outs:
             mask[:1] |= not mask.any()
 
@@ -170,13 +170,13 @@ class Concatenation(Rule):
         return [np.concatenate(known) for _ in sizes]
 
     def need(self, known, ins, outs):
-        places = np.cumsum([len(mask) for mask in ins])[:-1]
+        ends = np.cumsum([len(mask) for mask in ins])[:-1]
         for out in outs:
-            for mask, part in zip(ins, np.split(out, places)):
+            for mask, part in zip(ins, np.split(out, ends)):
                 tie(mask, part)
 
 
-class Places(Rule):
+class Regrouping(Rule):
     """Flatten and Reshape: if the last axis changes its length, the longer one repeats the channels of the shorter.
 
     The numbers keep their order, so a channel is an index modulo the length of the shorter axis.
@@ -197,8 +197,8 @@ class Places(Rule):
     def _constants(self, value, size):
         if size >= len(value):
             return np.tile(value, size // len(value))
-        places = value.reshape(-1, size)
-        return np.where((places == places[0]).all(axis=0), places[0], np.nan)
+        rows = value.reshape(-1, size)
+        return np.where((rows == rows[0]).all(axis=0), rows[0], np.nan)
 
     def need(self, known, ins, outs):
         for out in outs:

@@ -16,7 +16,7 @@ from keras_vdrop.posterior import VariationalWeight, posteriors
 def stock_weights(layer):
     """Return the weights of a model or layer that the corresponding layers of Keras have too.
 
-    Of a posterior that is the mean, of noise nothing, and of a low-rank update only the weight that it updates.
+    A posterior contributes its mean, a low-rank update the weight that it updates, and a noise layer nothing.
     """
     ours_alone = set()
     for posterior in posteriors(layer):

@@ -7,16 +7,17 @@ import re
 import keras
 from keras import layers, ops
 
+from keras_vdrop.checks import require_built
 from keras_vdrop.conversion.copying import carry_over
 from keras_vdrop.conversion.graphs import (
     check_built,
     check_lookup,
+    finalize_normalizations,
     graph_copy,
     is_graph,
     known_layers,
     model_copy,
     serialized,
-    take_over,
 )
 from keras_vdrop.layers import ConcreteDropout, Variational, VariationalGaussianDropout
 from keras_vdrop.layers.drop_in import DropIn
@@ -29,9 +30,9 @@ def to_deterministic(model: keras.Model, sample: bool = False, seed: int | None 
     Pruned weights are 0. The result loads and runs without this package. At the mean, it predicts what `model`
     predicts. With `sample`, it is one draw from the posterior: several calls make an ensemble, each member of which can
     be saved to a plain file. Layers that only add noise are replaced by their noise-free form, and `ConcreteDropout` by
-    the layer that it wraps. A low-rank update is merged into its kernel. A layer that Keras named after its class is
-    renamed after its new class (`variational_dense_3` to `dense_3`), unless that name is taken; a name that you gave
-    stays.
+    the layer that it wraps: `sample` draws weights, but no dropout masks. A low-rank update is merged into its kernel.
+    A layer that Keras named after its class is renamed after its new class (`variational_dense_3` to `dense_3`), unless
+    that name is taken; a name that you gave stays.
 
     Args:
         model: A built Functional or Sequential model, or a `Variational` around any other model. Models and wrappers
@@ -81,8 +82,7 @@ def stock_twin(model, value):
             "are connected. Write it as keras.Model(inputs, outputs), or convert the models within it. "
             f"Received: {model.name!r} of type {type(model).__name__}"
         )
-    if not model.built:
-        raise ValueError(f"The model {model.name!r} has not been built: call it on some data first.")
+    require_built(model)
     names = _Names(model)
 
     def stock_layer(layer):
@@ -107,7 +107,7 @@ def stock_twin(model, value):
             twin = model_copy(inside)
         check_built(twin, inside)
     carry_over(model, twin, made, value)
-    take_over(twin)
+    finalize_normalizations(twin)
     return twin
 
 
@@ -215,7 +215,8 @@ def _stock_gaussian_dropout(layer, value, names):
     if rank == 2:
         if keras.config.image_data_format() == "channels_first":
             raise ValueError(
-                f'Keras cannot rescale vectors if the image data format is "channels_first". Received: {layer.name!r}'
+                f'Keras cannot rescale the vectors of {layer.name!r} if the image data format is "channels_first". '
+                'Call `keras.config.set_image_data_format("channels_last")` first, or leave the layer out.'
             )
         return layers.Rescaling(scale.tolist(), **arguments)
     shape = [1] * rank

@@ -122,7 +122,7 @@ def check_lookup(layer):
         )
 
 
-def take_over(model):
+def finalize_normalizations(model):
     """Let `Normalization` layers recompute the values that they derive from their weights and compute with."""
     for layer in model._flatten_layers():
         if isinstance(layer, layers.Normalization):

@@ -90,7 +90,7 @@ def wrapped_model(model, arguments, dropout):
 def _variational(layer, arguments, dropout):
     names = "kl_weight", "initial_log_variance", "log_variance_rate", "threshold", "lora_rank", "lora_alpha"
     given = {name: getattr(arguments, name) for name in names}
-    # Dropout inside cannot learn its noise, so it is drawn as it is for either kind.
+    # Dropout inside a wrapped layer cannot learn its rate, so both kinds draw it at its fixed rate.
     drawn = "monte_carlo" if dropout else None
     return Variational(layer, prior=arguments.kernel_prior, trainable=layer.trainable, dropout=drawn, **given)
 
@@ -157,7 +157,7 @@ def noise(layer, kind, kl_weight):
     """Return the layer that replaces one of Keras's noise layers.
 
     Args:
-        layer: A layer of one of the classes in `survey.NOISES`.
+        layer: A layer of one of the classes in `KERAS_NOISE`.
         kind: "monte_carlo" for the same noise, which can be sampled; "variational" for noise that learns its strength.
         kl_weight: As in `VariationalGaussianDropout`.
 

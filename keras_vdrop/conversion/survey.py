@@ -1,4 +1,4 @@
-"""Find the layers of a model that can be converted, their places in it, and those that the user chose."""
+"""Find the layers of a model that can be converted, their sites in it, and those that the user chose."""
 
 import dataclasses
 import inspect
@@ -9,21 +9,18 @@ from keras import layers
 
 from keras_vdrop import layers as ours
 from keras_vdrop.conversion.graphs import children, is_graph, is_plain_graph, serialized
+from keras_vdrop.costs import nodes
 from keras_vdrop.layers.drop_in import DropIn
+from keras_vdrop.layers.monte_carlo_dropout import KERAS_NOISE
 from keras_vdrop.layers.recurrent import RecurrentLayer
 from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.layers.variational import trained_variables
 from keras_vdrop.layers.weights import VariationalLayer
 from keras_vdrop.posterior import posteriors
 
-# The kinds of places: a layer that has a counterpart; another layer with kernels; a variational layer; a layer with a
+# The kinds of sites: a layer that has a counterpart; another layer with kernels; a variational layer; a layer with a
 # low-rank adaptation of Keras's; a noise layer.
 COUNTERPART, OTHER, VARIATIONAL, ADAPTED, NOISE = "counterpart", "other", "variational", "adapted", "noise"
-
-NOISES = (
-    *(layers.Dropout, layers.SpatialDropout1D, layers.SpatialDropout2D, layers.SpatialDropout3D),
-    *(layers.GaussianDropout, layers.GaussianNoise, layers.AlphaDropout),
-)
 
 # Layers whose weights are scales or shifts, whatever their number of axes.
 _NO_KERNELS = tuple(
@@ -44,7 +41,7 @@ COUNTERPARTS = _counterparts()
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Site:
     """A layer of a model that may be replaced, and where it is.
 
     Attributes:
@@ -68,7 +65,7 @@ class Place:
 
 
 def survey(model, has_counterpart=lambda layer: True):
-    """Return the places of a model, in its order. A layer that is at several places is listed at the first.
+    """Return the sites of a model, in its order. A layer that is at several sites is listed at the first.
 
     Args:
         model: A built model.
@@ -77,22 +74,22 @@ def survey(model, has_counterpart=lambda layer: True):
     if is_plain_graph(model):
         every = _in_graph(model, "", (), has_counterpart)
     else:  # a subclassed model, where only its own code knows how its layers are used
-        every = [Place(model, model.name, (), VARIATIONAL if posteriors(model) else OTHER)]
+        every = [Site(model, model.name, (), VARIATIONAL if posteriors(model) else OTHER)]
     found = {}
-    for place in every:
-        found.setdefault(id(place.layer), place)
+    for site in every:
+        found.setdefault(id(site.layer), site)
     return list(found.values())
 
 
 def _in_graph(graph, path, around, has_counterpart):
-    return [place for layer in graph.layers for place in _visit(layer, path + layer.name, around, has_counterpart)]
+    return [site for layer in graph.layers for site in _visit(layer, path + layer.name, around, has_counterpart)]
 
 
 def _visit(layer, path, around, has_counterpart):
-    """Return the places within a layer, or the layer itself as one place."""
+    """Return the sites within a layer, or the layer itself as one site."""
 
     def here(kind):
-        return [Place(layer, path, around, kind)]
+        return [Site(layer, path, around, kind)]
 
     if isinstance(layer, (DropIn, StochasticLayer)):
         return here(VARIATIONAL) if posteriors(layer) else []
@@ -100,13 +97,11 @@ def _visit(layer, path, around, has_counterpart):
         return _in_graph(layer, f"{path}/", (*around, layer), has_counterpart)
     if type(layer) in COUNTERPARTS:
         return here(ADAPTED if getattr(layer, "lora_enabled", False) else COUNTERPART)
-    if type(layer) in NOISES:
+    if type(layer) in KERAS_NOISE:
         return here(NOISE)
     exchangeable = layers_in_config(layer)
     inner = [
-        place
-        for each in exchangeable
-        for place in _visit(each, f"{path}/{each.name}", (*around, layer), has_counterpart)
+        site for each in exchangeable for site in _visit(each, f"{path}/{each.name}", (*around, layer), has_counterpart)
     ]
     if inner and _hold_all_kernels(exchangeable, layer) and _can_hold(layer, inner, has_counterpart):
         return inner
@@ -128,7 +123,7 @@ def _can_hold(layer, inner, has_counterpart):
     """
     if isinstance(layer, layers.TimeDistributed):
         return True
-    return all(place.kind != OTHER and (place.kind != COUNTERPART or has_counterpart(place.layer)) for place in inner)
+    return all(site.kind != OTHER and (site.kind != COUNTERPART or has_counterpart(site.layer)) for site in inner)
 
 
 def kernels(layer):
@@ -175,21 +170,21 @@ def exchange(value, pool, function):
     return {key: exchange(each, pool, function) for key, each in value.items() if key != "build_config"}
 
 
-# Choosing among the places
+# Choosing among the sites
 
 
-def choose(places, wanted, model):
-    """Return the places with kernels that the user chose.
+def choose(sites, wanted, model):
+    """Return the sites with kernels that the user chose.
 
     Args:
-        places: The places of `model`.
+        sites: The sites of `model`.
         wanted: As `layers` of `to_variational`.
         model: The model.
 
     Raises:
-        ValueError: If `wanted` is of an unknown kind or fits no place.
+        ValueError: If `wanted` is of an unknown kind or fits no site.
     """
-    found = [place for place in places if place.kind != NOISE]
+    found = [site for site in sites if site.kind != NOISE]
     if wanted is None or (isinstance(wanted, (list, tuple)) and not wanted):
         return found if wanted is None else []
     fits = _last(model, found) if isinstance(wanted, str) and wanted == "last" else _filter(wanted)
@@ -203,10 +198,10 @@ def choose(places, wanted, model):
 
 
 def _filter(wanted):
-    """Return a function from a place to whether it is chosen."""
+    """Return a function from a site to whether it is chosen."""
     if isinstance(wanted, (list, tuple)):
         filters = list(map(_filter, wanted))
-        return lambda place: any(fits(place) for fits in filters)
+        return lambda site: any(fits(site) for fits in filters)
     if isinstance(wanted, str):
         try:
             pattern = re.compile(wanted)
@@ -214,44 +209,35 @@ def _filter(wanted):
             raise ValueError(
                 f"`layers` must be a valid regular expression: {error}. Received: layers={wanted!r}"
             ) from error
-        return lambda place: pattern.search(place.path) is not None
+        return lambda site: pattern.search(site.path) is not None
     if inspect.isclass(wanted) and issubclass(wanted, keras.layers.Layer):
-        return lambda place: any(isinstance(each, wanted) for each in (*place.around, place.layer))
+        return lambda site: any(isinstance(each, wanted) for each in (*site.around, site.layer))
     if callable(wanted) and not inspect.isclass(wanted):
-        return lambda place: bool(wanted(place.layer))
+        return lambda site: bool(wanted(site.layer))
     raise ValueError(
         "`layers` must be a layer class, a regular expression, a function from a layer to a bool, a list of them, "
         f'"last" or None. Received: layers={wanted!r}'
     )
 
 
-def _last(model, places):
-    """Return a function from a place to whether no other place follows it on a path to one of the outputs."""
+def _last(model, sites):
+    """Return a function from a site to whether no other site follows it on a path to one of the outputs."""
 
     def within(layer):
         if is_plain_graph(layer):
             return _ends(layer, within)
-        return {id(place) for place in places if place.is_within(layer)}
+        return {id(site) for site in sites if site.is_within(layer)}
 
     last = within(model)
-    return lambda place: id(place) in last
+    return lambda site: id(site) in last
 
 
 def _ends(graph, within):
     """Return the union of `within(layer)` over the last layers of a graph for which it is not empty."""
     if isinstance(graph, keras.Sequential):
         return next((found for layer in reversed(graph.layers) if (found := within(layer))), set())
-    ends, seen, tensors = set(), set(), list(graph.outputs)
-    entries = set(map(id, graph.inputs))
-    while tensors:
-        tensor = tensors.pop()
-        operation, index, _ = tensor._keras_history
-        node = operation._inbound_nodes[index]
-        if id(tensor) in entries or id(node) in seen:
-            continue
-        seen.add(id(node))
-        found = within(operation) if isinstance(operation, keras.layers.Layer) else set()
-        ends |= found
-        if not found:
-            tensors += node.input_tensors
-    return ends
+
+    def of_call(node):
+        return within(node.operation) if isinstance(node.operation, keras.layers.Layer) else set()
+
+    return set().union(*map(of_call, nodes(graph, ends_at=of_call)))

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import keras
 
 from keras_vdrop import priors
-from keras_vdrop.checks import check_positive, check_positive_int
+from keras_vdrop.checks import check_positive, check_positive_int, require_built
 from keras_vdrop.conversion.copying import carry_over, compile_as, stock_weights
-from keras_vdrop.conversion.graphs import graph_copy, known_layers, take_over
+from keras_vdrop.conversion.graphs import finalize_normalizations, graph_copy, known_layers
 from keras_vdrop.conversion.making import NOISE_KINDS, Arguments, counterpart, noise, remade, wrapped, wrapped_model
-from keras_vdrop.conversion.survey import ADAPTED, COUNTERPART, NOISE, VARIATIONAL, Place, choose, kernels, survey
+from keras_vdrop.conversion.survey import ADAPTED, COUNTERPART, NOISE, VARIATIONAL, Site, choose, kernels, survey
 from keras_vdrop.functional import sparsity
 from keras_vdrop.layers import VariationalGaussianDropout
 from keras_vdrop.posterior import posteriors
@@ -123,7 +123,7 @@ def to_variational(
     )
     _check_model(model)
     changes, left_out = _changes(model, layers, arguments, dropout)
-    new_layers = {id(each.place.layer): each.make for each in changes if each.make is not None}
+    new_layers = {id(each.site.layer): each.make for each in changes if each.make is not None}
     if not new_layers:
         return _as_it_is(model, changes, print_fn, f"layers={layers!r}, dropout={dropout!r}")
     twin, made = _twin(model, new_layers)
@@ -131,31 +131,18 @@ def to_variational(
     fresh = [each for each in new_posteriors if not isinstance(each.owner, VariationalGaussianDropout)]
     for weight in fresh:
         weight.restart(relative_variance)
-    take_over(twin)
-    not_compiled = compile_as(model, twin)
-
-    for change in changes:
-        print_fn(change.line)
-    if left_out:
-        print_fn(
-            f"{left_out} of the layers with kernels {'stay' if left_out > 1 else 'stays'}: not selected by `layers`"
-        )
-    if type(twin) is not type(model) and _trains_by_own_code(model):
-        print_fn(
-            f"{type(model).__name__} defines its own training steps or losses: the result does not have them, and "
-            f"trains like any {type(twin).__name__}"
-        )
-    if not_compiled:
-        print_fn(f"not compiled: {not_compiled}")
+    finalize_normalizations(twin)
+    report = _report(model, twin, changes, left_out, compile_as(model, twin))
     if fresh:
-        print_fn(_about(arguments.kernel_prior, empirical_bayes))
-        print_fn(_count(model, fresh, rank))
+        report += [_about(arguments.kernel_prior, empirical_bayes), _count(model, fresh, rank)]
+    for line in report:
+        print_fn(line)
     return twin
 
 
 def _as_it_is(model, changes, print_fn, received):
     """Return the model unchanged if it is variational already; else raise a `ValueError` with the reasons."""
-    reasons = [each.line for each in changes if each.place.kind != VARIATIONAL]
+    reasons = [each.line for each in changes if each.site.kind != VARIATIONAL]
     if not posteriors(model):
         lines = "\n".join([f"{model.name!r} has nothing to convert. Received: {received}", *reasons])
         raise ValueError(lines)
@@ -177,8 +164,7 @@ def _prior(name, identifier, empirical_bayes):
 def _check_model(model):
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a keras.Model. Received: model={model!r}")
-    if not model.built:
-        raise ValueError(f"The model {model.name!r} has not been built: call it on some data first.")
+    require_built(model)
     for layer in model._flatten_layers():
         if getattr(layer.dtype_policy, "quantization_mode", None) is not None:
             raise ValueError(
@@ -196,50 +182,50 @@ class _Change:
     """What becomes of a layer.
 
     Attributes:
-        place: The `Place` of the layer.
+        site: The `Site` of the layer.
         line: Its line of the report.
         make: Function without arguments that makes the replacement; None if the layer stays.
     """
 
-    place: Place
+    site: Site
     line: str
     make: Callable | None = None
 
 
 def _changes(model, wanted, arguments, dropout):
     """Return the changes, and the number of layers with kernels that `wanted` leaves out."""
-    places = survey(model, lambda layer: _reason_against(layer, arguments) is None)
-    chosen = set(map(id, choose(places, wanted, model)))
+    sites = survey(model, lambda layer: _reason_against(layer, arguments) is None)
+    chosen = set(map(id, choose(sites, wanted, model)))
     changes = []
-    for place in places:
-        if place.kind == NOISE:
-            changes += [] if dropout is None else [_change_of_noise(place, dropout, arguments)]
-        elif id(place) in chosen:
-            changes.append(_change(place, place.layer is model, arguments, dropout))
-    return changes, sum(place.kind != NOISE for place in places) - len(chosen)
+    for site in sites:
+        if site.kind == NOISE:
+            changes += [] if dropout is None else [_change_of_noise(site, dropout, arguments)]
+        elif id(site) in chosen:
+            changes.append(_change(site, site.layer is model, arguments, dropout))
+    return changes, sum(site.kind != NOISE for site in sites) - len(chosen)
 
 
-def _change(place, is_model, arguments, dropout):
-    layer, cls = place.layer, type(place.layer).__name__
-    if place.kind == VARIATIONAL:
-        return _Change(place, f"{place.path}: {cls} stays: it is already variational")
-    if place.kind == ADAPTED:
+def _change(site, is_model, arguments, dropout):
+    layer, cls = site.layer, type(site.layer).__name__
+    if site.kind == VARIATIONAL:
+        return _Change(site, f"{site.path}: {cls} stays: it is already variational")
+    if site.kind == ADAPTED:
         return _Change(
-            place,
-            f"{place.path}: {cls} stays: it has a low-rank adaptation. To merge it, assign `layer.kernel` to the "
+            site,
+            f"{site.path}: {cls} stays: it has a low-rank adaptation. To merge it, assign `layer.kernel` to the "
             "kernel of a layer without `lora_rank`",
         )
-    _check_groups(place, arguments.kernel_prior)
+    _check_groups(site, arguments.kernel_prior)
     why_not = "keras_vdrop has no counterpart for it"
-    if place.kind == COUNTERPART:
+    if site.kind == COUNTERPART:
         why_not = _reason_against(layer, arguments)
         if why_not is None:
             new = counterpart(layer, arguments)
             notes = _notes(layer, arguments.estimator, new)
-            line = f"{place.path}: {cls} -> {type(new).__name__}{notes}"
-            return _Change(place, line, functools.partial(counterpart, layer, arguments))
+            line = f"{site.path}: {cls} -> {type(new).__name__}{notes}"
+            return _Change(site, line, functools.partial(counterpart, layer, arguments))
     make = functools.partial(wrapped_model if is_model else wrapped, layer, arguments, dropout)
-    return _Change(place, f"{place.path}: {cls} -> Variational({cls}), because {why_not}{_notes(layer)}", make)
+    return _Change(site, f"{site.path}: {cls} -> Variational({cls}), because {why_not}{_notes(layer)}", make)
 
 
 def _reason_against(layer, arguments):
@@ -251,12 +237,12 @@ def _reason_against(layer, arguments):
     return None
 
 
-def _check_groups(place, prior):
-    for kernel in kernels(place.layer):
+def _check_groups(site, prior):
+    for kernel in kernels(site.layer):
         try:
             sparsity.check_groups(tuple(kernel.shape), **prior.groups)
         except ValueError as error:
-            raise ValueError(f"The prior {prior} does not fit {place}: {error}") from error
+            raise ValueError(f"The prior {prior} does not fit {site}: {error}") from error
 
 
 def _notes(layer, estimator=None, new=None):
@@ -269,13 +255,13 @@ def _notes(layer, estimator=None, new=None):
     return notes
 
 
-def _change_of_noise(place, dropout, arguments):
-    cls = type(place.layer).__name__
-    make = functools.partial(noise, place.layer, dropout, arguments.kl_weight)
+def _change_of_noise(site, dropout, arguments):
+    cls = type(site.layer).__name__
+    make = functools.partial(noise, site.layer, dropout, arguments.kl_weight)
     try:
-        return _Change(place, f"{place.path}: {cls} -> {type(make()).__name__}", make)
+        return _Change(site, f"{site.path}: {cls} -> {type(make()).__name__}", make)
     except ValueError as error:
-        return _Change(place, f"{place.path}: {cls} stays: {error}")
+        return _Change(site, f"{site.path}: {cls} stays: {error}")
 
 
 def _twin(model, new_layers):
@@ -292,6 +278,30 @@ def _trains_by_own_code(model):
 
 
 # The report
+
+
+def _report(model, twin, changes, left_out, not_compiled):
+    """Return the lines about the layers and the training of the twin.
+
+    Args:
+        model, twin: The model, and the result.
+        changes: List of `_Change`.
+        left_out: The number of layers with kernels that were not chosen.
+        not_compiled: The reason why the twin is not compiled; None if it is, or if the model is not.
+    """
+    lines = [change.line for change in changes]
+    if left_out:
+        lines.append(
+            f"{left_out} of the layers with kernels {'stay' if left_out > 1 else 'stays'}: not selected by `layers`"
+        )
+    if type(twin) is not type(model) and _trains_by_own_code(model):
+        lines.append(
+            f"{type(model).__name__} defines its own training steps or losses: the result does not have them, and "
+            f"trains like any {type(twin).__name__}"
+        )
+    if not_compiled:
+        lines.append(f"not compiled: {not_compiled}")
+    return lines
 
 
 def _count(model, posteriors, rank):

@@ -105,7 +105,7 @@ def reliability(
         ([4], [0.75], [0.5])
 
     Reference:
-        As for `expected_calibration_error`
+        On Calibration of Modern Neural Networks, Guo et al., 2017, https://arxiv.org/abs/1706.04599
     """
     probability, labels = checks.classification(probability, labels)
     confidence = probability.max(axis=-1)

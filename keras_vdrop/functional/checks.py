@@ -42,7 +42,7 @@ def alike(**arrays: ArrayLike) -> tuple[np.ndarray, ...]:
 
 
 def positive(name: str, values: ArrayLike) -> np.ndarray:
-    """Return the values, standard deviations, or raise a `ValueError` unless all are above 0."""
+    """Return standard deviations as float64; raise a `ValueError` unless all are above 0."""
     values = np.asarray(values, "float64")
     if not (values > 0).all():
         raise ValueError(

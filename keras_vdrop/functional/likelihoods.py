@@ -12,8 +12,15 @@ LEAST_SCALE = 1e-3
 def scale_of(raw_scale: TensorLike) -> Tensor:
     """Map an unbounded output to a scale, log(1 + exp(raw_scale)) + `LEAST_SCALE`, in the units of y.
 
-    Without the least scale, an output far below 0, as for an outlier among the inputs, would make the scale so small
-    that ((y − loc) / scale)² overflows in float32. The least scale requires y not much smaller than 1: standardise y.
+    Without this lower bound, an output far below 0, as for an outlier among the inputs, would give a scale so small
+    that ((y − loc) / scale)² overflows in float32. Standardise y: the bound is too coarse for numbers much smaller than
+    1.
+
+    Args:
+        raw_scale: Tensor or number, any real values.
+
+    Returns:
+        Tensor of the same shape, > 0.
 
     Examples:
         >>> from keras_vdrop.functional import likelihoods

@@ -29,6 +29,13 @@ def hash_seed(seed: int | str, *salt: int | str) -> int:
 
     Neighbouring seeds give unrelated streams, which `seed + 1` does not guarantee on every backend.
 
+    Args:
+        seed: Int or str.
+        *salt: Ints or strs, names for what the seed is for.
+
+    Returns:
+        Int in [0, 2³¹).
+
     Examples:
         >>> from keras_vdrop.functional import noise
         >>> noise.hash_seed(0, "kernel") == noise.hash_seed(0, "kernel")
@@ -150,7 +157,13 @@ def _bits(count, philox):
 def rademacher(
     shape: tuple[int | Tensor, ...], seed: keras.random.SeedGenerator | int, dtype: DType = "float32"
 ) -> Tensor:
-    """Draw independent signs, −1 or 1 with probability ½ each. The arguments are those of `normal`.
+    """Draw independent signs, −1 or 1 with probability ½ each.
+
+    Args:
+        shape, seed, dtype: As for `normal`.
+
+    Returns:
+        Tensor of the shape and dtype.
 
     Examples:
         >>> from keras_vdrop.functional import noise
@@ -176,7 +189,13 @@ def _signs(shape, philox):
 def uniform(
     shape: tuple[int | Tensor, ...], seed: keras.random.SeedGenerator | int, dtype: DType = "float32"
 ) -> Tensor:
-    """Draw independent samples of U[0, 1). The arguments are those of `normal`.
+    """Draw independent samples of U[0, 1).
+
+    Args:
+        shape, seed, dtype: As for `normal`.
+
+    Returns:
+        Tensor of the shape and dtype.
 
     Examples:
         >>> from keras_vdrop.functional import noise
@@ -206,7 +225,14 @@ def bernoulli(
     seed: keras.random.SeedGenerator | int,
     dtype: DType = "float32",
 ) -> Tensor:
-    """Draw independent 1s with the given probability, else 0. The other arguments are those of `normal`.
+    """Draw independent 1s with the given probability, else 0.
+
+    Args:
+        shape, seed, dtype: As for `normal`.
+        probability: Number or tensor that broadcasts to the shape, in [0, 1].
+
+    Returns:
+        Tensor of the shape and dtype.
 
     Examples:
         >>> from keras_vdrop.functional import noise

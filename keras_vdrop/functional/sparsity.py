@@ -18,13 +18,13 @@ def log_alpha(
     group_axis: int | None = None,
     blocks: int = 1,
 ) -> Tensor:
-    """Compute log alpha = log_variance − log(loc²), the log noise-to-signal ratio. A large one means dispensable.
+    """Compute log alpha = log_variance − log(loc²), the log noise-to-signal ratio.
 
-    For a group of weights it is log(Σ variance / Σ loc²).
+    A weight with a large log alpha is dispensable. For a group of weights it is log(Σ variance / Σ loc²).
 
     Args:
         loc: Tensor, the posterior mean.
-        log_variance: Tensor of the same shape, the logarithm of the posterior variance.
+        log_variance: Tensor that broadcasts to that shape, the logarithm of the posterior variance.
         group_axis: Int, an axis of which each index forms a group, or None to treat every weight separately.
         blocks: Positive int, the number of equal blocks that make up the axis, such as the gates of a recurrent kernel.
             A group takes the weights at one index of every block.
@@ -47,6 +47,7 @@ def log_alpha(
     loc, log_variance = tensors(loc, log_variance, least="float32")
     square = ops.square(loc)
     if group_axis is not None:
+        log_variance = ops.broadcast_to(log_variance, ops.shape(loc))
         log_variance = over_groups(ops.logsumexp, log_variance, group_axis, blocks)
         square = over_groups(ops.sum, square, group_axis, blocks)
     return log_variance - ops.log(ops.maximum(square, _SMALLEST_SQUARE))

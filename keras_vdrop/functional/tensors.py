@@ -32,6 +32,11 @@ def is_float(x: Tensor) -> bool:
     return keras.backend.is_float_dtype(x.dtype)
 
 
+def channel_axis(layer: keras.layers.Layer) -> int:
+    """Return the axis of the channels in the inputs and outputs of a layer."""
+    return 1 if getattr(layer, "data_format", None) == "channels_first" else -1
+
+
 def left_along(kept: np.ndarray, axes: Iterable[int]) -> tuple[int, int]:
     """Return, for the indices along some axes of a boolean array, (number with any True, number of all)."""
     axes = {axis % kept.ndim for axis in axes}

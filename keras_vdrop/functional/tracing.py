@@ -1,4 +1,4 @@
-"""Functions that are compiled: which one is being traced when a layer is called, and how often one is traced.
+"""Compiled functions: which one is being traced when a layer is called, and how to trace one only once.
 
 TensorFlow and JAX run the Python code of a function only when they trace it. Whatever a layer reads there, such as
 whether it is within a scope, is fixed for all later calls. PyTorch recompiles if what was read has changed.
@@ -81,7 +81,9 @@ def _owner(is_boundary, otherwise):
         elif is_boundary(frame):
             return found or (None, None)
         frame = frame.f_back
-    return otherwise and (found or otherwise)
+    if otherwise is None:
+        return None
+    return found or otherwise
 
 
 def _is_tensorflow_call(frame):

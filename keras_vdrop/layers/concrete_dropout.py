@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_vdrop.checks import check_positive, check_rate
 from keras_vdrop.functional import noise
-from keras_vdrop.functional.tensors import is_float
+from keras_vdrop.functional.tensors import channel_axis, is_float
 from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.posterior import KLPenalty, Posterior
 from keras_vdrop.sampling import mask_shape
@@ -81,7 +81,7 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
         self.supports_masking = True
 
     def build(self, input_shape):
-        channels = input_shape[self._channel_axis()]
+        channels = input_shape[channel_axis(self.layer)]
         if channels is None:
             raise ValueError(
                 f"The number of channels of the inputs to {self.name!r} must be known. Specify it in `keras.Input`. "
@@ -107,12 +107,11 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
         self._posterior_size = posterior.size
         self._build_noise()
 
-    def _channel_axis(self):
-        return 1 if getattr(self.layer, "data_format", None) == "channels_first" else -1
-
     @property
     def rate(self):
-        """p, the probability that an input is dropped, as learned so far."""
+        """p, the probability that an input is dropped, as learned so far; `initial_rate` before `build`."""
+        if not hasattr(self, "rate_logit"):
+            return self.initial_rate
         return ops.sigmoid(ops.convert_to_tensor(self.rate_logit))
 
     def call(self, inputs, training=False):
@@ -123,7 +122,7 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
             x = ops.cast(x, self.compute_dtype)
         shape = ops.shape(x)
         if self.spatial:
-            kept = (0, self._channel_axis() % len(shape))
+            kept = (0, channel_axis(self.layer) % len(shape))
             shape = tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
         logit = ops.convert_to_tensor(self.rate_logit)
         dropped = noise.concrete(mask_shape(shape), logit, self.temperature, self._seeds())

@@ -62,6 +62,7 @@ class VariationalConv1D(ConvolutionLayer, keras.layers.Conv1D):
             of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
+        lora_rank, lora_alpha: As in `Variational`.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:
@@ -111,6 +112,7 @@ class VariationalConv2D(ConvolutionLayer, keras.layers.Conv2D):
             of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
+        lora_rank, lora_alpha: As in `Variational`.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:
@@ -149,6 +151,7 @@ class VariationalConv3D(ConvolutionLayer, keras.layers.Conv3D):
             of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
+        lora_rank, lora_alpha: As in `Variational`.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Input shape:
@@ -329,6 +332,8 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
         https://arxiv.org/abs/1701.05369
     """
 
+    _depthwise = VariationalDepthwiseConv2D.linear
+
     def transform(self, x, noisy):
         estimator = self._estimator(x.shape)
         x = self._apply(self.depthwise_kernel, self._depthwise, x, noisy, estimator)
@@ -339,9 +344,6 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
             "channels": left_along(kept["depthwise_kernel"], (-2, -1)),
             "filters": left_along(kept["pointwise_kernel"], (-1,)),
         }
-
-    def _depthwise(self, x, kernel):
-        return ops.depthwise_conv(x, kernel, self.strides, self.padding, self.data_format, self.dilation_rate)
 
     def _pointwise(self, x, kernel):
         if self.data_format == "channels_first":  # TensorFlow convolves this format on few devices only

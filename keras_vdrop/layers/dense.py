@@ -22,7 +22,7 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
         activation, use_bias, kernel_initializer, bias_initializer, kernel_regularizer: As in `keras.layers.Dense`.
         bias_regularizer, activity_regularizer, kernel_constraint, bias_constraint: As in `keras.layers.Dense`; those of
             the kernel apply to its mean.
-        kernel_prior: "log_uniform" (prunes hardest), "ard" (prunes, and is a proper prior), "normal",
+        kernel_prior: "log_uniform" (prunes hardest), "ard" (prunes, and is a proper prior), "normal", "scale_mixture",
             a `priors.Prior`, a TFP distribution, or None for a plain kernel.
         bias_prior: The same for the bias; None for a plain bias.
         estimator: "local_reparameterization", "flipout" or "reparameterization" (see `functional.estimators`); or
@@ -78,6 +78,7 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
         bias_constraint: As in `keras.layers.EinsumDense`; those of the kernel apply to its mean.
         kernel_prior, bias_prior, estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in
             `VariationalDense`.
+        lora_rank, lora_alpha: As in `Variational`.
         **kwargs: `name`, `dtype`, `trainable`, `activity_regularizer`.
 
     Input shape:

@@ -2,11 +2,10 @@
 
 import inspect
 
-from keras_vdrop.layers.foreign_arguments import check_arguments
+from keras_vdrop.layers.foreign_arguments import refuse_foreign_arguments
 from keras_vdrop.layers.rematerialization import Rematerialized
 
-# The values for arguments that a config lacks. Such a config, and the optimizer state saved with it, is older than the
-# argument.
+# Values of arguments that older configs lack. With them, the optimizer state in the same file still fits.
 _BEFORE_RATES = {"log_variance_rate": 1.0}
 
 
@@ -52,7 +51,7 @@ class DropIn:
         if len(args) > len(names):
             raise TypeError(f"{cls.__name__} takes at most {len(names)} positional arguments. Received: {len(args)}")
         named = dict(zip(names, args))
-        check_arguments(cls, kwargs)
+        refuse_foreign_arguments(cls, kwargs)
         if twice := set(named) & set(kwargs):
             raise TypeError(f"{cls.__name__} got multiple values for {sorted(twice)}.")
         return {**named, **kwargs}

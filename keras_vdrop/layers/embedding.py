@@ -24,6 +24,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
             apply to the table's mean.
         mask_zero: As in `keras.layers.Embedding`: whether index 0 is padding, to be masked.
         weights: Optional array (V, U), the initial mean.
+        lora_rank, lora_alpha: As in `Variational`.
         kernel_prior: The prior of the table; `priors.ARD(group_axis=0)` prunes words.
         estimator, kl_weight, initial_log_variance, log_variance_rate, threshold, seed: As in `VariationalDense`.
         **kwargs: `name`, `dtype`, `trainable`.

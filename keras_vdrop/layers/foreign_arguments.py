@@ -12,7 +12,7 @@ _NOISE = (
     "or `MonteCarloDropout` in front of it."
 )
 _OF_RECURRENT = "Pass `dropout` for the inputs, and `recurrent_dropout` for the state."
-_SHAPE = "As in Keras, the layer finds the shape of its inputs by itself."
+_SHAPE = "Leave it out: as in Keras, the layer finds the shape of its inputs by itself."
 
 ANSWERS = {
     # tfp.layers
@@ -20,15 +20,22 @@ ANSWERS = {
     **dict.fromkeys(["kernel_prior_fn", "make_prior_fn"], _PRIOR),
     **dict.fromkeys(["bias_posterior_fn", "bias_posterior_tensor_fn", "bias_prior_fn"], _BIAS_PRIOR),
     **dict.fromkeys(["kernel_divergence_fn", "bias_divergence_fn"], _KL + " The KL itself is in closed form."),
-    "kl_use_exact": "The KL is in closed form wherever the prior allows it.",
+    "kl_use_exact": "Leave it out: the KL is in closed form wherever the prior allows it.",
     # bayesian-torch, blitz
     **dict.fromkeys(
         ["prior_mean", "prior_variance", "prior_mu", "prior_sigma", "prior_sigma_1", "prior_sigma_2", "prior_pi"],
         _PRIOR,
     ),
     **dict.fromkeys(["posterior_mu_init", "posterior_rho_init", "log_sigma2"], _INITIAL),
+    "return_kl": "Leave it out: a layer returns its outputs, and its KL is in `layer.losses`.",
     # torch.nn
     **dict.fromkeys(["in_features", "in_channels", "input_size"], _SHAPE),
+    "num_embeddings": "Pass `input_dim`.",
+    "embedding_dim": "Pass `output_dim`.",
+    "padding_idx": "Pass `mask_zero=True`, and use 0 for padding.",
+    "embed_dim": "Pass `key_dim`, the size of one head: the embedding's size divided by `num_heads`.",
+    "nonlinearity": "Pass `activation`.",
+    "dilation": "Pass `dilation_rate`.",
     "out_features": "Pass `units`.",
     "out_channels": "Pass `filters`.",
     "hidden_size": "Pass `units`.",
@@ -36,7 +43,8 @@ ANSWERS = {
     "stride": "Pass `strides`.",
     "num_layers": "Stack layers, all but the last with `return_sequences=True`.",
     "bidirectional": "Wrap the layer in `keras.layers.Bidirectional`.",
-    "batch_first": "The axes are (batch, time, channel).",
+    "batch_first": "Leave it out: the axes are always (batch, time, channel).",
+    "proj_size": "Put a `keras_vdrop.VariationalDense` behind the layer.",
     "p": "Pass `rate`, the share that is dropped, to a dropout layer. " + _NOISE,
     # Dropout of Keras and of snippets for PyTorch
     **dict.fromkeys(["rate", "dropout", "dropout_rate"], _NOISE),
@@ -50,11 +58,11 @@ ANSWERS = {
     "num_examples": _KL,
     "temperature": "Pass `temperature` to the callback `keras_vdrop.ELBO`.",
     "beta": "Pass `temperature` to the callback `keras_vdrop.ELBO`.",
-    "initial_rate": "Pass `initial_log_variance`: log alpha + log(loc²).",
+    "initial_rate": "Pass `initial_log_variance`: log α + log(loc²) for the noise-to-signal ratio α.",
 }
 
 
-def check_arguments(cls, names):
+def refuse_foreign_arguments(cls, names):
     """Raise a ValueError if the class lacks an argument that has an answer here.
 
     Args:

@@ -1,13 +1,12 @@
 """`VariationalGaussianDropout`: multiplicative Gaussian noise on activations, of learned variance."""
 
 import math
-import numbers
 
 import keras
 from keras import ops
 
 from keras_vdrop import priors
-from keras_vdrop.checks import check_finite, check_rate
+from keras_vdrop.checks import check_finite, check_rate, is_int
 from keras_vdrop.functional import noise
 from keras_vdrop.functional.tensors import is_float, left_along
 from keras_vdrop.layers.stochastic import StochasticLayer
@@ -33,7 +32,7 @@ class VariationalGaussianDropout(StochasticLayer):
             kept at or below 1 (also initially), where its cubic KL is valid, so nothing is pruned.
         axis: Int, the axis of the units in the input.
         kl_weight: Float ≥ 0, 1 / (number of training examples); None if the `ELBO` callback sets it.
-        threshold: Float, the log alpha above which a unit is pruned.
+        threshold: Float, the log alpha above which a unit is pruned; None for that of the prior.
         seed: Int for the same noise in every run, or None.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -75,9 +74,10 @@ class VariationalGaussianDropout(StochasticLayer):
             raise ValueError("`rate` must be > 0, or the initial log alpha is infinite. Received: rate=0.0")
         if alpha not in ("unit", "layer", "fixed"):
             raise ValueError(f'`alpha` must be "unit", "layer" or "fixed". Received: alpha={alpha!r}')
-        if not isinstance(axis, numbers.Integral) or isinstance(axis, bool) or axis == 0:
+        if not is_int(axis) or axis == 0:
             raise ValueError(f"`axis` must be an int other than 0, the batch axis. Received: axis={axis!r}")
-        check_finite("threshold", threshold)
+        if threshold is not None:
+            check_finite("threshold", threshold)
         prior = priors.get(prior)
         if prior is None:
             raise ValueError(
@@ -89,7 +89,7 @@ class VariationalGaussianDropout(StochasticLayer):
         self.alpha = alpha
         self.prior = prior
         self.axis = int(axis)
-        self.threshold = float(threshold)
+        self.threshold = None if threshold is None else float(threshold)
         self.supports_masking = True
 
     def build(self, input_shape):

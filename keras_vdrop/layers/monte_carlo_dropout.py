@@ -4,8 +4,15 @@ import keras
 from keras import layers, ops
 
 from keras_vdrop.functional import noise
+from keras_vdrop.functional.tensors import channel_axis
 from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.sampling import mask_shape
+
+# Keras's layers of noise, which is active in training only.
+KERAS_NOISE = (
+    *(layers.Dropout, layers.SpatialDropout1D, layers.SpatialDropout2D, layers.SpatialDropout3D),
+    *(layers.GaussianDropout, layers.GaussianNoise, layers.AlphaDropout),
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -48,6 +55,11 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
     """
 
     def __init__(self, rate, noise_shape=None, seed=None, per_example=True, **kwargs):
+        if "kl_weight" in kwargs:
+            raise ValueError(
+                "MonteCarloDropout has no argument `kl_weight`: its rate is fixed, so it has no KL. Leave it out. "
+                "Use `keras_vdrop.ConcreteDropout` to learn a rate."
+            )
         super().__init__(rate=rate, noise_shape=noise_shape, seed=seed, **kwargs)
         self.per_example = bool(per_example)
 
@@ -83,7 +95,7 @@ def noise_shape_of(layer):
     if type(layer) not in ranks:
         return layer.noise_shape
     shape = [None, *[1] * (ranks[type(layer)] - 1)]
-    shape[1 if getattr(layer, "data_format", None) == "channels_first" else -1] = None
+    shape[channel_axis(layer)] = None
     return tuple(shape)
 
 
@@ -95,7 +107,7 @@ def take_over_dropout(layer):
     """
     found = []
     for inner in layer._flatten_layers():
-        if isinstance(inner, layers.Dropout) and not isinstance(inner, StochasticLayer) and not takes_part(inner):
+        if isinstance(inner, layers.Dropout) and not isinstance(inner, StochasticLayer) and not is_taken_over(inner):
             drawing = MonteCarloDropout.like(inner)
             drawing.build((None,))
             inner.call = drawing.__call__
@@ -103,6 +115,6 @@ def take_over_dropout(layer):
     return found
 
 
-def takes_part(layer):
+def is_taken_over(layer):
     """Return whether a layer is dropout that `take_over_dropout` has made active under `sampling()`."""
     return isinstance(layer, layers.Dropout) and "call" in vars(layer)

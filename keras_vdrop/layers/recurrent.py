@@ -96,7 +96,9 @@ class VariationalLSTM(RecurrentLayer, keras.layers.LSTM):
         True
 
     Reference:
-        As for `VariationalLSTMCell`.
+        Bayesian Sparsification of Recurrent Neural Networks, Lobacheva, Chirkova, Vetrov, 2017,
+        https://arxiv.org/abs/1708.00077; masks: A Theoretically Grounded Application of Dropout in Recurrent Neural
+        Networks, Gal, Ghahramani, 2016, https://arxiv.org/abs/1512.05287
     """
 
     _cell_class = VariationalLSTMCell
@@ -131,7 +133,9 @@ class VariationalGRU(RecurrentLayer, keras.layers.GRU):
         True
 
     Reference:
-        As for `VariationalLSTMCell`.
+        Bayesian Sparsification of Recurrent Neural Networks, Lobacheva, Chirkova, Vetrov, 2017,
+        https://arxiv.org/abs/1708.00077; masks: A Theoretically Grounded Application of Dropout in Recurrent Neural
+        Networks, Gal, Ghahramani, 2016, https://arxiv.org/abs/1512.05287
     """
 
     _cell_class = VariationalGRUCell
@@ -166,7 +170,9 @@ class VariationalSimpleRNN(RecurrentLayer, keras.layers.SimpleRNN):
         True
 
     Reference:
-        As for `VariationalLSTMCell`.
+        Bayesian Sparsification of Recurrent Neural Networks, Lobacheva, Chirkova, Vetrov, 2017,
+        https://arxiv.org/abs/1708.00077; masks: A Theoretically Grounded Application of Dropout in Recurrent Neural
+        Networks, Gal, Ghahramani, 2016, https://arxiv.org/abs/1512.05287
     """
 
     _cell_class = VariationalSimpleRNNCell

@@ -4,15 +4,14 @@ import contextlib
 import contextvars
 import functools
 import math
-import numbers
 import weakref
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_vdrop.checks import check_non_negative, check_policy
-from keras_vdrop.layers.foreign_arguments import check_arguments
+from keras_vdrop.checks import check_non_negative, check_policy, check_seed
+from keras_vdrop.layers.foreign_arguments import refuse_foreign_arguments
 from keras_vdrop.layers.rematerialization import Rematerialized
 from keras_vdrop.posterior import VariationalWeight, note_kl, posteriors
 from keras_vdrop.sampling import is_sampling, seed_generator, seeds, use_scope
@@ -49,7 +48,7 @@ _costs = contextvars.ContextVar("costs", default=None)
 _watcher = contextvars.ContextVar("watcher", default=None)
 
 # Whether a callback sets the KL weight of the layers being built.
-_weighed = contextvars.ContextVar("weighed", default=False)
+_weighted_by_callback = contextvars.ContextVar("weighted_by_callback", default=False)
 
 
 @contextlib.contextmanager
@@ -72,9 +71,9 @@ def watched(watcher):
         _watcher.reset(token)
 
 
-def weighed_by_callback(yes):
+def set_weighted_by_callback(yes):
     """Set whether a callback sets the KL weight of the layers that are built from now on."""
-    _weighed.set(yes)
+    _weighted_by_callback.set(yes)
 
 
 def is_unset(layer):
@@ -95,9 +94,8 @@ class StochasticLayer(Rematerialized):
     def __init__(self, *, kl_weight=None, seed=None, **kwargs):
         if kl_weight is not None:
             check_non_negative("kl_weight", kl_weight)
-        if seed is not None and (not isinstance(seed, numbers.Integral) or isinstance(seed, bool)):
-            raise ValueError(f"`seed` must be an int or None. Received: seed={seed!r}")
-        check_arguments(type(self), kwargs)
+        check_seed(seed)
+        refuse_foreign_arguments(type(self), kwargs)
         super().__init__(**kwargs)
         check_policy(self.dtype_policy)
         self.seed = None if seed is None else int(seed)
@@ -130,7 +128,7 @@ class StochasticLayer(Rematerialized):
         if self._posterior_size:
             self._kl_weight = self._add_scalar("kl_weight", self._default_kl_weight())
             self._free_bits = self._add_scalar("free_bits", 0.0)
-            if self._initial_kl_weight is None and not _weighed.get():
+            if self._initial_kl_weight is None and not _weighted_by_callback.get():
                 _unset.add(self)
             elif (self._initial_kl_weight or 0.0) >= 1.0:
                 _heavy.add(self)
@@ -287,7 +285,7 @@ class StochasticLayer(Rematerialized):
         return {id(weight.log_variance.variable): weight.log_variance for weight in self._variational_weights()}
 
     def _value_before(self, variable):
-        """Return, as an array, the value that a variable had before files stored it; None if they always did."""
+        """Return, as an array, the value for a variable that an older file lacks; None if every file has it."""
         if variable is self._kl_weight:
             return np.float32(self._default_kl_weight())
         if variable is self._free_bits or variable.name.endswith("_prior_log_scale"):

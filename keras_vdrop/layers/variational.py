@@ -1,7 +1,6 @@
 """`Variational`: a wrapper that runs any Keras layer or model on random weights."""
 
 import copy
-import itertools
 import re
 
 import keras
@@ -10,6 +9,7 @@ from keras_vdrop import priors
 from keras_vdrop.checks import check_finite, check_log_variance, check_policy, check_positive, check_positive_int
 from keras_vdrop.layers.monte_carlo_dropout import take_over_dropout
 from keras_vdrop.layers.stochastic import StochasticLayer
+from keras_vdrop.layers.weights import distinct
 from keras_vdrop.posterior import LowRankUpdate, VariationalWeight, posteriors
 
 
@@ -31,8 +31,8 @@ class Variational(StochasticLayer, keras.Model):
             the layer; for example "attention/.*kernel". None for every kernel and table: all variables that train, have
             at least two axes and are not called a bias.
         exclude: The same for weights that are not drawn.
-        prior: "log_uniform" (prunes hardest), "ard" (prunes, and is a proper prior), "normal", a `priors.Prior`, or a
-            TFP distribution.
+        prior: "log_uniform" (prunes hardest), "ard" (prunes, and is a proper prior), "normal", "scale_mixture", a
+            `priors.Prior`, or a TFP distribution.
         kl_weight: Float ≥ 0, 1 / (number of training examples); None if the `ELBO` callback sets it.
         initial_log_variance, log_variance_rate, threshold: As in `VariationalDense`.
         lora_rank: Positive int, r. Each weight W then stays fixed, and the layer draws and learns an update of it:
@@ -135,12 +135,17 @@ class Variational(StochasticLayer, keras.Model):
     # Building
 
     def __call__(self, *args, **kwargs):
-        if self._called_on is None:
-            self._called_on = keras.tree.map_structure(_symbolic, (args, kwargs))
+        if self._called_on is not None:
+            return super().__call__(*args, **kwargs)
+        self._called_on = keras.tree.map_structure(_symbolic, (args, kwargs))
+        try:
             if not self.built and len(args) == 1:
                 # Keras does not pass the shapes of `*args` to `build`.
                 self.build(keras.tree.map_structure(lambda x: x.shape, self._called_on[0][0]))
-        return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
+        except Exception:
+            self._called_on = None  # the next call may have the right arguments
+            raise
 
     def build(self, input_shape=None):
         if not self.layer.built:
@@ -158,7 +163,7 @@ class Variational(StochasticLayer, keras.Model):
         taken = {id(each) for posterior in posteriors(self.layer) for each in posterior.variables}
         pairs = [(path, each) for path, each in trained_variables(self.layer) if id(each) not in taken]
         # Sublayers may have the same name.
-        found = dict(zip(_distinct(path for path, _ in pairs), (each for _, each in pairs)))
+        found = dict(zip(distinct(path for path, _ in pairs), (each for _, each in pairs)))
         for name, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns or ():
                 if not any(_matches([pattern], path) for path in found):
@@ -175,7 +180,7 @@ class Variational(StochasticLayer, keras.Model):
                 f"`include` and `exclude` select no weight of {self.layer.name!r}. They are matched against these "
                 f"paths: {list(found)}. Received: include={self.include}, exclude={self.exclude}"
             )
-        names = _distinct(found[path].name for path in paths)
+        names = distinct(found[path].name for path in paths)
         return [(name, path, found[path]) for name, path in zip(names, paths)]
 
     def _draw_from(self, name, path, loc):
@@ -207,7 +212,7 @@ class Variational(StochasticLayer, keras.Model):
     # Calling
 
     def call(self, *args, training=None, **kwargs):
-        # Quantization replaces the variables that are drawn. Keras quantizes the layers within without asking this one.
+        # Quantization replaces the variables that are drawn, and Keras quantizes inner layers without calling this one.
         for each in self.layer._flatten_layers():
             check_policy(each.dtype_policy)
         # The wrapped layer gets `training` from the context of this call.
@@ -375,15 +380,6 @@ def _patterns(name, value):
 
 def _matches(patterns, path):
     return any(re.search(pattern, path) for pattern in patterns)
-
-
-def _distinct(names):
-    """Return the names as a list, with a number appended to each one that repeats an earlier name."""
-    found = []
-    for name in names:
-        others = (f"{name}_{number}" for number in itertools.count(1))
-        found.append(next(each for each in itertools.chain([name], others) if each not in found))
-    return found
 
 
 def _symbolic(x):

@@ -5,13 +5,15 @@ checks, the shapes and `build`. When `build` adds a weight that has a prior, `Va
 `VariationalWeight`, and the layer's `call` applies it.
 """
 
+import itertools
+
 import keras
 from keras import ops
 
 from keras_vdrop import priors
 from keras_vdrop.checks import check_finite, check_log_variance, check_positive
 from keras_vdrop.functional import estimators
-from keras_vdrop.functional.tensors import is_float, left_along, product
+from keras_vdrop.functional.tensors import channel_axis, is_float, left_along, product
 from keras_vdrop.layers.drop_in import DropIn
 from keras_vdrop.layers.stochastic import StochasticLayer, plain_variable
 from keras_vdrop.posterior import LowRankUpdate, VariationalWeight, posteriors
@@ -19,6 +21,15 @@ from keras_vdrop.sampling import is_repeated
 
 # Estimators that saved models may name but that no longer exist, and their replacements.
 _RETIRED_ESTIMATORS = {"fast_local_reparameterization": "local_reparameterization"}
+
+
+def distinct(names):
+    """Return the names as a list, with a number appended to each one that repeats an earlier name."""
+    found = []
+    for name in names:
+        others = (f"{name}_{number}" for number in itertools.count(1))
+        found.append(next(each for each in itertools.chain([name], others) if each not in found))
+    return found
 
 
 class VariationalLayer(DropIn, StochasticLayer):
@@ -42,6 +53,13 @@ class VariationalLayer(DropIn, StochasticLayer):
             keeps or prunes weights in groups.
         seed: As for `StochasticLayer`.
         **kwargs: The arguments of the Keras layer.
+
+    Examples:
+        >>> import keras_vdrop as kv
+        >>> layer = kv.VariationalDense(3, kernel_prior="ard", bias_prior="normal", kl_weight=1 / 1000)
+        >>> layer.build((None, 4))
+        >>> layer.kernel.prior, layer.bias.prior
+        (ARD(group_axis=None, blocks=1), Normal(scale=None, trainable=False))
     """
 
     def __init__(
@@ -103,13 +121,9 @@ class VariationalLayer(DropIn, StochasticLayer):
         once = self.uses(tuple(input_shape)) == 1 and not (self.draws and is_repeated(self.seed_generator))
         return "local_reparameterization" if once else "flipout"
 
-    def _channel_axis(self):
-        """Return the axis of the channels in inputs and outputs."""
-        return 1 if getattr(self, "data_format", None) == "channels_first" else -1
-
     def _sign_axes(self):
         """Return, for inputs and for outputs, the batch axis and the axes that they share with the kernel."""
-        return (0, self._channel_axis()), (0, self._channel_axis())
+        return (0, channel_axis(self)), (0, channel_axis(self))
 
     def places(self, input_shape):
         """Count the positions along the input axes other than the batch and those shared with the kernel."""
@@ -159,6 +173,9 @@ class VariationalLayer(DropIn, StochasticLayer):
             prior, trainable = None, False  # the layer learns only the low-rank update
         if prior is None or not trainable:
             return super().add_weight(shape=shape, dtype=dtype, trainable=trainable, name=name, **arguments)
+        # Under `sampling(consistent=True)`, weights of the same name would have the same noise.
+        taken = [each.name for each in posteriors(self) if isinstance(each, VariationalWeight) and each.owner is self]
+        *_, name = distinct([*taken, name or "weight"])
         weight = VariationalWeight(
             self,
             super().add_weight,
@@ -277,7 +294,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         if self._update is None:
             return y
         inner = self._apply(self.lora_a, linear, x, noisy)
-        axis = self._channel_axis()
+        axis = channel_axis(self)
         update = ops.matmul(ops.moveaxis(inner, axis, -1), ops.cast(self.lora_b, inner.dtype))
         return y + ops.cast(self._update.scale, y.dtype) * ops.moveaxis(update, -1, axis)
 
@@ -317,7 +334,7 @@ class AffineLayer(VariationalLayer):
         """Return the bias, shaped to be added to `x`; a variational bias is the weight of an input that is always 1."""
         rank = len(x.shape)
         shape = [1] * (rank - len(self.bias.shape)) + list(self.bias.shape)
-        if self._channel_axis() == 1:
+        if channel_axis(self) == 1:
             shape = [1, -1] + [1] * (rank - 2)
         if not isinstance(self.bias, VariationalWeight):
             return ops.reshape(ops.cast(self.bias, self._dtype_with(x)), shape)

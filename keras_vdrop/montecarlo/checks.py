@@ -5,31 +5,21 @@ import numbers
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import ops
 
 from keras_vdrop import costs
+from keras_vdrop.checks import require_built
 from keras_vdrop.layers.drop_in import DropIn
-from keras_vdrop.layers.monte_carlo_dropout import takes_part
+from keras_vdrop.layers.monte_carlo_dropout import KERAS_NOISE, is_taken_over
 from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.losses import NegativeLogLikelihood
 from keras_vdrop.montecarlo.predictions import flat_rows
 from keras_vdrop.outputs import check_activation, last_activation, last_layer, output_names
-from keras_vdrop.posterior import learning_posteriors
+from keras_vdrop.posterior import learning_posteriors, owners
 from keras_vdrop.warning import warn
 
-# Keras layers whose noise is active in training only.
-_KERAS_NOISE = (
-    layers.Dropout,
-    layers.SpatialDropout1D,
-    layers.SpatialDropout2D,
-    layers.SpatialDropout3D,
-    layers.GaussianDropout,
-    layers.GaussianNoise,
-    layers.AlphaDropout,
-)
-
 # The lowest and highest of the values that should be probabilities, and the lowest and highest of their sums.
-ENDS = ("low", "high", "least", "most")
+ENDS = ("low", "high", "sum_low", "sum_high")
 # The number of rows whose outputs are looked at.
 ROWS = 32
 # The fewest different outputs from which a warning says that they look like probabilities.
@@ -38,8 +28,7 @@ _FEW = 20
 
 def check_built(model):
     """Raise if the model or a layer that draws has not been built: only then are its generators of noise known."""
-    if not model.built:
-        raise ValueError(f"The model {model.name!r} has not been built: call it on some data first.")
+    require_built(model)
     layers = [layer.name for layer in model._flatten_layers() if isinstance(layer, StochasticLayer) and not layer.built]
     if layers:
         raise ValueError(
@@ -85,20 +74,19 @@ def _keras_noise(model):
     for layer in model._flatten_layers():
         if isinstance(layer, (StochasticLayer, DropIn)):
             continue
-        names = ("rate", "stddev") if isinstance(layer, _KERAS_NOISE) else ("dropout", "recurrent_dropout")
+        names = ("rate", "stddev") if isinstance(layer, KERAS_NOISE) else ("dropout", "recurrent_dropout")
         rates = [getattr(layer, name, 0.0) for name in names]
         if not any(isinstance(rate, numbers.Real) and rate > 0 for rate in rates) or layer.name in found:
             continue
-        if not any(map(takes_part, layer._flatten_layers())):
+        if not any(map(is_taken_over, layer._flatten_layers())):
             found.append(layer.name)
     return found
 
 
 def check_kl_weight(model):
     """Warn of a posterior that was learned or saved while the KL did not have its full weight in the loss."""
-    owners = {id(posterior.owner): posterior.owner for posterior in learning_posteriors(model)}.values()
     names, least = [], 1.0
-    for owner in owners:
+    for owner in owners(learning_posteriors(model)):
         weight, full = (float(ops.convert_to_numpy(each)) for each in (owner.kl_weight, owner.full_kl_weight or 0.0))
         if weight == 0.0 or weight < 0.99 * full:
             names.append(owner.name)
@@ -236,11 +224,12 @@ def range_of(probability, likelihood, of):
     return *extremes(probability), *extremes(sums)
 
 
-def check_probabilities(low, high, least, most):
+def check_probabilities(low, high, sum_low, sum_high):
     """Raise if means are not probabilities: means of probabilities always are, and those of logits hardly ever."""
-    if low < -1e-3 or high > 1 + 1e-3 or (math.isfinite(least) and max(1.0 - least, most - 1.0) > 1e-2):
+    wrong_sums = math.isfinite(sum_low) and max(1.0 - sum_low, sum_high - 1.0) > 1e-2
+    if low < -1e-3 or high > 1 + 1e-3 or wrong_sums:
         raise ValueError(
             "With `from_logits=False` the outputs must be probabilities. Pass `from_logits=True`, or end the model "
-            f"with a softmax or a sigmoid. Received: means from {low:g} to {high:g}, with sums from {least:g} to "
-            f"{most:g}"
+            f"with a softmax or a sigmoid. Received: means from {low:g} to {high:g}, with sums from {sum_low:g} to "
+            f"{sum_high:g}"
         )

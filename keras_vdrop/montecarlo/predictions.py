@@ -135,7 +135,8 @@ class Predictions(dict):
             return self._of_rows(self["mutual_information"])
         if "variance" in self:
             raise ValueError(
-                "`bald` requires a likelihood, which tells how noisy labels are. Pass `likelihood` to `MonteCarlo`."
+                "`bald` requires a likelihood, which tells how noisy labels are. "
+                'Pass `likelihood="categorical"` or another to `MonteCarlo`, or use `predictions.variance`.'
             )
         return self._of_rows(0.5 * np.log1p(self["epistemic_variance"] / self["aleatoric_variance"]))
 

@@ -107,16 +107,16 @@ class Probabilities(Report):
     def __init__(self, name, likelihood):
         super().__init__(name="probabilities", dtype="float32")
         self.output, self.likelihood = name, likelihood
-        self.ends = [self._add(end, math.inf if end in ("low", "least") else -math.inf) for end in ENDS]
+        self.ends = [self._add(end, math.inf if end in ("low", "sum_low") else -math.inf) for end in ENDS]
 
     def reset_state(self):
         for variable, end in zip(self.ends, ENDS):
-            variable.assign(math.inf if end in ("low", "least") else -math.inf)
+            variable.assign(math.inf if end in ("low", "sum_low") else -math.inf)
 
     def update_state(self, found, rows):
         found = found if self.output is None else found[self.output]
         for variable, value, end in zip(self.ends, range_of(found["probability"], self.likelihood, ops), ENDS):
-            variable.assign((ops.minimum if end in ("low", "least") else ops.maximum)(variable, value))
+            variable.assign((ops.minimum if end in ("low", "sum_low") else ops.maximum)(variable, value))
 
     def report(self):
         check_probabilities(*map(self._number, self.ends))
@@ -133,11 +133,13 @@ class Fit(Report):
     def update_state(self, found, rows):
         if self.output not in rows:
             return
-        y, found, _ = rows[self.output]
-        y, _ = self.reading.laid_out(y, found, None)
+        y, found, weight = rows[self.output]
+        y, weight = self.reading.laid_out(y, found, weight)
         y = ops.cast(y, "float32")
-        mask = mask_of(found["mean"])
-        counts = ops.ones_like(y) if mask is None else ops.ones_like(y) * weights_of(ops.cast(mask, y.dtype), y)
+        counts = ops.ones_like(y)
+        for each in (weight, mask_of(found["mean"])):
+            if each is not None:
+                counts *= weights_of(ops.cast(each, y.dtype), y)
         count = ops.sum(counts)
         mean = ops.divide_no_nan(ops.sum(counts * y), count)
         shift, total = mean - self.mean, self.count + count

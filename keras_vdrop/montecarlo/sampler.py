@@ -1,29 +1,29 @@
 """The model that predicts with many draws of another model's weights."""
 
 import contextlib
-import itertools
 from typing import Any, Literal
 
 import keras
 from keras import ops
 
-from keras_vdrop import costs
-from keras_vdrop.checks import check_positive_int
+from keras_vdrop.checks import check_positive_int, check_seed
 from keras_vdrop.functional import uncertainty
-from keras_vdrop.functional.tracing import in_tensorflow, side_by_side, traced_once
-from keras_vdrop.montecarlo import checks, empty, reports
+from keras_vdrop.functional.tracing import in_tensorflow
+from keras_vdrop.montecarlo import checks, reports
+from keras_vdrop.montecarlo.draws import draw_seeds, draws_of
 from keras_vdrop.montecarlo.readings import point_name, readings_of, serialized
-from keras_vdrop.outputs import output_names
-from keras_vdrop.sampling import (
-    FixedSeeds,
-    OneDraw,
-    drawing,
-    generator_states,
-    is_generator_state,
-    seed_generator,
-    take_part,
+from keras_vdrop.montecarlo.rows import (
+    first_rows,
+    gives_no_rows,
+    has_no_batch,
+    has_no_rows,
+    no_rows_message,
+    one_row_of,
+    without_rows,
 )
-from keras_vdrop.targets import mask_of, with_mask
+from keras_vdrop.outputs import output_names
+from keras_vdrop.sampling import FixedSeeds, seed_generator, take_part
+from keras_vdrop.targets import with_mask
 
 _OUTPUTS = ("statistics", "samples")
 _SEED_STATE = "seed_state"
@@ -128,6 +128,7 @@ class MonteCarlo(keras.Model):
             )
         readings = readings_of(likelihood, from_logits)
         checks.check_num_samples(num_samples, output)
+        check_seed(seed)
         checks.check_built(model)
         checks.check_draws(model)
         checks.check_noise_is_a_draw(model)
@@ -159,10 +160,9 @@ class MonteCarlo(keras.Model):
 
     def samples(self, inputs):
         """Return the outputs of the wrapped model under S draws, (S, B, ...)."""
-        if empty.has_no_rows(inputs):
-            return keras.tree.map_structure(lambda each: each[:, :0], self.samples(empty.one_row_of(inputs)))
-        first, rest = self._seeds()
-        draws = self._draws_of(inputs)
+        if has_no_rows(inputs):
+            return keras.tree.map_structure(lambda each: each[:, :0], self.samples(one_row_of(inputs)))
+        draws, first, rest = self._draws(inputs)
         samples, _ = draws(first)
         if rest is None:
             return samples
@@ -172,70 +172,23 @@ class MonteCarlo(keras.Model):
             lambda one, others: ops.concatenate([one, ops.reshape(others, (count, *ops.shape(one)[1:]))]), samples, more
         )
 
-    def _seeds(self):
-        """Draw one seed for each draw and each of the G generators of random numbers.
-
-        Returns:
-            The seeds of the first group of draws, (s, G), and those of n more groups of k draws each, (n, k, G), or
-            None if n = 0. k is the number of draws side by side, and s is the remainder of S / k, or k where that is 0.
-        """
-        shape = self.num_samples, len(generator_states(self.model))
+    def _draws(self, inputs):
+        """Return the function `draws_of` the model, the seeds of the first group of draws, and those of the others."""
         generator = FixedSeeds(self.seed_generator.state) if self.consistent else self.seed_generator
-        seeds = keras.random.randint(shape, 0, 2**31 - 1, seed=generator)
         # XLA cannot tell where a loop ends, such as an RNN's, once TensorFlow has vectorised it.
         together = 1 if in_tensorflow() and self.jit_compile else self.sample_batch_size
-        first = self.num_samples % together or min(together, self.num_samples)
-        if first == self.num_samples:
-            return seeds, None
-        return seeds[:first], ops.reshape(seeds[first:], (-1, together, shape[1]))
-
-    def _draws_of(self, inputs):
-        """Return a function from seeds (s, G) to the outputs (s, B, ...) under s draws, computed side by side.
-
-        The function also returns the masks (B, ...) of the outputs that have one, by the index of the output.
-        """
-        states = generator_states(self.model)
-        # An example keeps its draw of a layer that it uses more than once. Only the code of a user's layer tells how
-        # often it calls its sublayers, so these count as well. Layers with local reparameterization do not: they
-        # learned with independent noise at each position, and draw like that here.
-        repeated = [
-            id(layer.seed_generator.state)
-            for layer, _ in costs.used_repeatedly(self.model, calls_within=None)
-            if layer.estimator != "local_reparameterization"
-        ]
-        held = [(v, ops.convert_to_tensor(v)) for v in self.model.variables if not is_generator_state(v)]
-
-        def draw(seeds):
-            """Return outputs and masks of a draw: each generator starts from its seed, and no other state changes."""
-            started = [
-                (state, ops.cast(ops.stack([seed, 0]), state.dtype)) for state, seed in zip(states, ops.unstack(seeds))
-            ]
-            with OneDraw(started + held, seeds[0]), drawing(self.consistent, repeated) as scope:
-                outputs = self.model(inputs, training=False)
-                masks = {place: mask_of(each) for place, each in enumerate(self._in_order(outputs))}
-            if not scope.used:
-                raise ValueError(
-                    f"Nothing was drawn from {self.model.name!r}: its layers are called by a function that was "
-                    "compiled before, such as a `call` under `tf.function`. Do not compile it: `MonteCarlo` does so."
-                )
-            return outputs, {place: mask for place, mask in masks.items() if mask is not None}
-
-        def draws(seeds):
-            outputs, masks = side_by_side(draw, seeds)
-            return outputs, {place: mask[0] for place, mask in masks.items()}
-
-        return traced_once(draws)
+        first, rest = draw_seeds(self.model, self.num_samples, together, generator)
+        return draws_of(self.model, inputs, self.consistent, self._in_order), first, rest
 
     # Statistics
 
     def call(self, inputs):
-        if empty.has_no_rows(inputs):  # TensorFlow can neither vectorise draws of 0 rows nor sum them
-            return empty.without_rows(self.call(empty.one_row_of(inputs)))
+        if has_no_rows(inputs):  # TensorFlow can neither vectorise draws of 0 rows nor sum them
+            return without_rows(self.call(one_row_of(inputs)))
         if self.output_kind == "samples":
             return keras.tree.map_structure(lambda each: ops.swapaxes(each, 0, 1), self.samples(inputs))
         summary = self._summary()
-        first, rest = self._seeds()
-        draws = self._draws_of(inputs)
+        draws, first, rest = self._draws(inputs)
         outputs, masks = draws(first)
         samples = self._interpreted(outputs)
         origin = keras.tree.map_structure(lambda each: each[0], samples)
@@ -297,20 +250,14 @@ class MonteCarlo(keras.Model):
         """Add the masks of the outputs, and attach them to the statistics that y is compared with, for `evaluate`."""
         if not masks:
             return found
-        places = itertools.count()
-
-        def keep(found):
-            key, first = point_name(found), next(places)
-            if ops.is_tensor(found[key]):
-                mask = masks.get(first)
-                return found if mask is None else {**found, key: with_mask(found[key], mask), "mask": mask}
-            indices = itertools.chain([first], places)
-            return {
-                **found,
-                key: keras.tree.map_structure(lambda each: with_mask(each, masks.get(next(indices))), found[key]),
-            }
-
-        return {name: keep(found[name]) for name in sorted(found)} if self._is_named else keep(found)
+        by_name = found if self._is_named else {None: found}
+        points = {name: each[point_name(each)] for name, each in by_name.items()}
+        flat = keras.tree.flatten(points)
+        in_order = [masks.get(index) for index in range(len(flat))]
+        masks = keras.tree.pack_sequence_as(points, in_order)
+        points = keras.tree.pack_sequence_as(points, list(map(with_mask, flat, in_order)))
+        by_name = {name: _with_point(by_name[name], points[name], masks[name]) for name in sorted(by_name)}
+        return by_name if self._is_named else by_name[None]
 
     # The interface of a Keras model
 
@@ -343,7 +290,7 @@ class MonteCarlo(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
 
     def make_predict_function(self, force=False):
-        take_part()  # a MonteCarlo draws in any scope, but once compiled it no longer tells the scope
+        take_part()  # mark the scope as used: a compiled MonteCarlo draws without asking for the scope
         return super().make_predict_function(force)
 
     def make_test_function(self, force=False):
@@ -358,7 +305,7 @@ class MonteCarlo(keras.Model):
         Raises:
             ValueError: For a data set or generator without a batch.
         """
-        if empty.has_no_rows(x):
+        if has_no_rows(x):
             return self.predict_on_batch(x)
         self._check_logits(x)
         try:
@@ -373,16 +320,16 @@ class MonteCarlo(keras.Model):
 
     def predict_on_batch(self, x):
         """Predict one batch; otherwise as `predict`."""
-        if not empty.has_no_rows(x):
+        if not has_no_rows(x):
             self._check_logits(x)
             return self._as_predictions(super().predict_on_batch(x))
-        return self._as_predictions(empty.without_rows(super().predict_on_batch(empty.one_row_of(x))))
+        return self._as_predictions(without_rows(super().predict_on_batch(one_row_of(x))))
 
     def _check_logits(self, data):
         """Look for probabilities in the first outputs, where the last layer does not show what they are."""
         if not self._unchecked or self.output_kind == "samples":
             return
-        rows = empty.first_rows(data, checks.ROWS)
+        rows = first_rows(data, checks.ROWS)
         if rows is None:
             return
         with keras.StatelessScope(state_mapping=[(v, ops.convert_to_tensor(v)) for v in self.model.variables]):
@@ -407,26 +354,26 @@ class MonteCarlo(keras.Model):
         Raises:
             ValueError: If there are no rows.
         """
-        if empty.has_no_rows(x) or empty.has_no_batch(x):
-            raise ValueError(empty.nothing_to_evaluate(x))
+        if has_no_rows(x) or has_no_batch(x):
+            raise ValueError(no_rows_message(x))
         self._check_logits(x)
         try:
             with self._restored():
                 result = super().evaluate(x, *args, **kwargs)
         except Exception as error:  # the type differs between backends
-            if empty.gives_no_rows(x):
-                raise ValueError(empty.nothing_to_evaluate(x)) from error
+            if gives_no_rows(x):
+                raise ValueError(no_rows_message(x)) from error
             raise
         if not self._reports[0].count:
-            raise ValueError(empty.nothing_to_evaluate(x))
+            raise ValueError(no_rows_message(x))
         for report in self._reports:
             report.report()
         return result
 
     def test_on_batch(self, x, *args, **kwargs):
         """Evaluate one batch, which must have rows; otherwise as in Keras."""
-        if empty.has_no_rows(x):
-            raise ValueError(empty.nothing_to_evaluate(x))
+        if has_no_rows(x):
+            raise ValueError(no_rows_message(x))
         return super().test_on_batch(x, *args, **kwargs)
 
     @contextlib.contextmanager
@@ -550,6 +497,12 @@ class MonteCarlo(keras.Model):
             return {name: loaded(each) for name, each in value.items()}
 
         return cls(**{**config, "model": loaded(config["model"]), "likelihood": loaded(config["likelihood"])})
+
+
+def _with_point(found, point, mask):
+    """Return statistics with the one that y is compared with, and with its mask if that is one tensor."""
+    own = {"mask": mask} if ops.is_tensor(mask) else {}
+    return {**found, point_name(found): point, **own}
 
 
 def _at_least_float32(x):

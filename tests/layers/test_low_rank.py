@@ -119,6 +119,20 @@ def test_attention_adapts_every_projection():
     assert again.lora_rank == 2
 
 
+@pytest.mark.parametrize("axis", [0, -1])
+def test_log_alpha_of_a_factor_with_a_prior_over_groups(axis):
+    """The variance of a factor may be one number for all weights; a group adds up the variances of its weights."""
+    layer = kv.VariationalDense(8, lora_rank=4, kernel_prior=kv.priors.ARD(axis, blocks=2))
+    layer.build((None, 6))
+    factor = layer.lora_a
+    loc, variance = (np.broadcast_to(array(each), factor.shape) for each in (factor.loc, np.exp(factor.log_variance)))
+    parts = [np.split(each, 2, axis) for each in (variance, loc**2)]
+    other = 1 - axis % 2
+    variance, square = (sum(part.sum(other, keepdims=True) for part in each) for each in parts)
+    expected = np.broadcast_to(np.concatenate([np.log(variance / square)] * 2, axis), factor.shape)
+    np.testing.assert_allclose(array(factor.log_alpha()), expected, rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_learns_saves_loads_and_is_sampled(tmp_path):
     x, y = RNG.normal(size=(64, 5)).astype("float32"), RNG.normal(size=(64, 1)).astype("float32")

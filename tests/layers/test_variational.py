@@ -384,6 +384,13 @@ def test_bad_arguments(arguments, message):
         kv.Variational(**{"layer": layers.Dense(3), **arguments})(X)
 
 
+def test_a_failed_first_call_is_forgotten():
+    layer = kv.Variational(keras.layers.Dense(3))
+    with pytest.raises(Exception, match="ndim"):
+        layer(np.ones(3, "float32"))
+    assert layer(np.ones((2, 4), "float32")).shape == (2, 3)
+
+
 def test_quantization_within_is_refused():
     """Keras quantizes the layers within a `Variational`, which replaces the variables that it draws."""
     block = keras.Sequential([keras.Input((4,)), layers.Dense(8, "relu"), layers.Dense(3)])

@@ -51,7 +51,7 @@ def _first_batch(data, otherwise=None):
     return otherwise if batches is data else next(batches, None)
 
 
-def nothing_to_evaluate(x):
+def no_rows_message(x):
     return f"There are no rows to evaluate. Pass data with at least one row. Received: x={x!r}"
 
 

@@ -17,14 +17,14 @@ from keras_vdrop.compaction.rules import (
     Padding,
     PassThrough,
     Permutation,
-    Places,
+    Regrouping,
     Rule,
     Scaling,
     Separable,
     Table,
     rewrapped,
 )
-from keras_vdrop.conversion import is_graph, known_layers, take_over
+from keras_vdrop.conversion import finalize_normalizations, is_graph, known_layers
 
 
 def shrink(model, masked=None):
@@ -38,28 +38,61 @@ def shrink(model, masked=None):
     graph = graph_of(model)
     sizes = {key: (shape[-1] if shape else None) or 0 for key, shape in graph.shapes.items()}
     groups = _groups(model, graph, masked)
+    constants = _constants(graph, groups, sizes)
+    kept = _needs(graph, groups, sizes, constants)
+    return _rebuild(model, *_cut(groups, constants, kept))
 
+
+def _constants(graph, groups, sizes):
+    """Return, by the key of each tensor, the values of its constant channels, and NaN for the others: forward, once."""
     group_of = {key: group for group in groups for call in group.calls for key in call.outputs}
-    known = {}
+    constants = {}
     for call in graph.calls:
         if not call.outputs:
             continue
         group = group_of[call.outputs[0]]
-        values = group.rule.constants(group.known(known), [sizes[key] for key in call.outputs])
-        known.update(zip(call.outputs, values))
+        values = group.rule.constants(group.input_constants(constants), [sizes[key] for key in call.outputs])
+        constants.update(zip(call.outputs, values))
+    return constants
 
+
+def _needs(graph, groups, sizes, constants):
+    """Return, by the key of each tensor, a mask of the channels to keep: those of the outputs, and what they need."""
     kept = {key: np.full(size, key in graph.outputs) for key, size in sizes.items()}
     before = None
     while before != _count(kept):
         before = _count(kept)
-        _grow(groups, known, kept)
+        _propagate_needs(groups, constants, kept)
         for group in groups:
             group.settle(kept)
+    return kept
 
+
+def _propagate_needs(groups, constants, kept):
+    """Add to `kept` what its channels need, until nothing changes."""
+    before = None
+    while before != _count(kept):
+        before = _count(kept)
+        for group in reversed(groups):
+            group.need(constants, kept)
+
+
+def _count(kept):
+    return sum(int(mask.sum()) for mask in kept.values())
+
+
+def _cut(groups, constants, kept):
+    """Return the changes of the layers and their smaller weights, both by name."""
     changes, weights = {}, {}
     for group in groups:
         if isinstance(group.rule.layer, layers.Layer):
-            changes[group.name], weights[group.name] = group.rule.cut(group.known(known), *group.masks(kept))
+            known = group.input_constants(constants)
+            changes[group.name], weights[group.name] = group.rule.cut(known, *group.masks(kept))
+    return changes, weights
+
+
+def _rebuild(model, changes, weights):
+    """Return a copy of the model with changed layers and these weights."""
     config = model.get_config()
     for entry in config["layers"]:
         entry.pop("build_config", None)  # it holds the old sizes
@@ -72,7 +105,7 @@ def shrink(model, masked=None):
         small = type(model).from_config(config)
     for name, values in weights.items():
         small.get_layer(name).set_weights(values)
-    take_over(small)
+    finalize_normalizations(small)
     return small
 
 
@@ -140,7 +173,7 @@ _RULES = {
     Normalization: "BatchNormalization",
     Merge: "Add Subtract Multiply Average Maximum Minimum",
     Concatenation: "Concatenate",
-    Places: "Flatten Reshape",
+    Regrouping: "Flatten Reshape",
     Permutation: "Permute",
     Affine: "Dense Conv1D Conv2D Conv3D Conv1DTranspose Conv2DTranspose Conv3DTranspose",
     Separable: "SeparableConv1D SeparableConv2D",
@@ -202,9 +235,9 @@ class Group:
                 return None
         return inputs if all(kind.fits(layer, each) for each in of_calls) else None
 
-    def known(self, known):
+    def input_constants(self, constants):
         """Return the constants of the inputs; with several calls none, because constants may differ between calls."""
-        values = [known[key] for key in self._inputs[0]]
+        values = [constants[key] for key in self._inputs[0]]
         return values if len(self.calls) == 1 else [np.full_like(value, np.nan) for value in values]
 
     def masks(self, kept):
@@ -220,10 +253,10 @@ class Group:
         inputs = self._inputs if self.rule.reads_channels else [[]]
         return union(inputs), union([call.outputs for call in self.calls])
 
-    def grow(self, known, kept):
+    def need(self, constants, kept):
         """Add what the layer needs to `kept`, the same for all calls."""
         ins, outs = self.masks(kept)
-        self.rule.need(self.known(known), ins, outs)
+        self.rule.need(self.input_constants(constants), ins, outs)
         self._keep(kept, ins, outs)
         for call, keys in zip(self.calls, self._inputs):
             for key in [*call.masks, *([] if self.rule.reads_channels else keys)]:
@@ -256,16 +289,3 @@ def _groups(model, graph, masked):
                 continue
         groups += [Group(layer, [call], graph.shapes, masked, kind) for call in calls]
     return groups
-
-
-def _grow(groups, known, kept):
-    """Propagate needs until nothing changes."""
-    before = None
-    while before != _count(kept):
-        before = _count(kept)
-        for group in reversed(groups):
-            group.grow(known, kept)
-
-
-def _count(kept):
-    return sum(int(mask.sum()) for mask in kept.values())
