@@ -141,7 +141,10 @@ def _check_compact(options, parser):
             parser.error(f"{options.data} is not an .npz file. Write one with numpy.savez.")
 
 
-_MODULES = {"scikit-learn": "sklearn", "matplotlib": "matplotlib"}  # where the name differs from that of the distribution
+_MODULES = {
+    "scikit-learn": "sklearn",
+    "matplotlib": "matplotlib",
+}  # where the name differs from that of the distribution
 
 
 def _check_installed(what, modules, parser):

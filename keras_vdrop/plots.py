@@ -271,7 +271,9 @@ def posterior_intervals(weight: VariationalWeight, num_weights: int = 60, ax: Ax
         ylabel="mean ± standard deviation",
         title=f"Posterior of {weight.owner.name}/{weight.name}",
     )
-    ax.legend(loc="upper left")
+    low, high = ax.get_ylim()
+    ax.set_ylim(top=high + 0.2 * (high - low))  # room for the legend
+    ax.legend(loc="upper center", ncols=2)
     return ax
 
 
