@@ -55,7 +55,7 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
     """
 
     def __init__(self, rate, noise_shape=None, seed=None, per_example=True, **kwargs):
-        if "kl_weight" in kwargs:
+        if kwargs.pop("kl_weight", None) is not None:
             raise ValueError(
                 "MonteCarloDropout has no argument `kl_weight`: its rate is fixed, so it has no KL. Leave it out. "
                 "Use `keras_vdrop.ConcreteDropout` to learn a rate."
