@@ -141,10 +141,8 @@ def _check_compact(options, parser):
             parser.error(f"{options.data} is not an .npz file. Write one with numpy.savez.")
 
 
-_MODULES = {
-    "scikit-learn": "sklearn",
-    "matplotlib": "matplotlib",
-}  # where the name differs from that of the distribution
+# The module that each distribution installs.
+_MODULES = {"scikit-learn": "sklearn", "matplotlib": "matplotlib"}
 
 
 def _check_installed(what, modules, parser):

@@ -71,11 +71,8 @@ def _class_rows(probability, labels):
     )
     if given != expected:
         raise ValueError(f"Expected labels of the shape {values.shape[:-1]}. Received: shape {labels.shape}")
-    labels = labels.reshape(values.shape[:-1])
-    if "mask" in probability:
-        mask = np.asarray(probability["mask"], bool)
-        return values[mask].reshape(-1, values.shape[-1]), labels[mask].ravel()
-    return values.reshape(-1, values.shape[-1]), labels.ravel()
+    kept = np.asarray(probability.get("mask", np.ones(values.shape[:-1])), bool)
+    return values[kept].reshape(-1, values.shape[-1]), labels.reshape(values.shape[:-1])[kept].ravel()
 
 
 def log_alpha_histogram(
