@@ -5,6 +5,8 @@ separate the terms. `Observer` does so in `compute_loss`, and `LossTerms` is the
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import Any, Literal
 
 import keras
 from keras import ops
@@ -29,18 +31,18 @@ class LossTerms(keras.metrics.Metric):
         )
         self.full_weight = self.add_variable((), "zeros", name="full_weight")
 
-    def update_state(self, nll, rest, kl, examples):
+    def update_state(self, nll: Any, rest: Any, kl: Any, examples: Any) -> None:
         examples = ops.cast(examples, "float32")
         self.examples.assign_add(examples)
         for total, value in ((self.nll, nll), (self.rest, rest), (self.kl, kl)):
             total.assign_add(ops.cast(value, "float32") * examples)
 
-    def result(self):
+    def result(self) -> dict[str, Any]:
         means = (ops.divide_no_nan(total, self.examples) for total in (self.nll, self.rest, self.kl))
         nll, rest, kl = means
         return {"nll": nll, "elbo_loss": rest + self.full_weight * kl}
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         for total in (self.examples, self.nll, self.rest, self.kl):
             total.assign(0.0)
 
@@ -63,7 +65,7 @@ class Observer:
         traces_each_fit: Whether every `fit` must trace its own training step, to see its own outputs.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model):
         self.model = model
         self.terms = None
         self.on_outputs = None
@@ -85,11 +87,11 @@ class Observer:
         model.compute_loss.observer = self
 
     @classmethod
-    def of(cls, model):
+    def of(cls, model: keras.Model) -> "Observer":
         """Return the observer of a model; the first call makes it."""
         return getattr(model.compute_loss, "observer", None) or cls(model)
 
-    def attach(self):
+    def attach(self) -> None:
         """Attach terms to the metrics that `compile` has made. A model without metrics has no terms."""
         metrics = self.model.metrics
         host = metrics[0] if metrics else None
@@ -116,7 +118,7 @@ class Observer:
 
         host.result, host.reset_state = result_with_terms, reset_with_terms
 
-    def observe(self, name):
+    def observe(self, name: Literal["train_function", "test_function"]) -> None:
         """Replace a compiled step of the model by an observed one.
 
         Args:
@@ -134,16 +136,16 @@ class Observer:
         self._own[name] = own
         setattr(self.model, name, self._steps[name])
 
-    def retrace(self):
+    def retrace(self) -> None:
         """Forget the training step and its outputs, so that the next one is traced anew."""
         self._steps.pop("train_function", None)
         self.outputs = None
 
-    def restore(self, name):
+    def restore(self, name: Literal["train_function", "test_function"]) -> None:
         """Put the model's own step back."""
         setattr(self.model, name, self._own.pop(name, None))
 
-    def examples_seen(self, steps=None):
+    def examples_seen(self, steps: int | None = None) -> float | None:
         """Return the number of examples that the terms cover, or None if it is not known.
 
         Args:
@@ -155,7 +157,7 @@ class Observer:
             return None  # on JAX, variables are up to date only at the end of an epoch
         return float(ops.convert_to_numpy(self.terms.examples))
 
-    def _observed(self, function, trains):
+    def _observed(self, function: Callable[..., Any], trains: bool) -> Callable[..., Any]:
         is_traced = False  # only the first call runs the Python code
 
         def run(*args, **kwargs):
@@ -177,7 +179,7 @@ class Observer:
 
         return run
 
-    def _check_kl(self, is_in_loss):
+    def _check_kl(self, is_in_loss: object) -> None:
         """Warn if a training step of the user's own leaves out the KL."""
         if not is_in_loss and learning_posteriors(self.model):
             warn(
@@ -187,7 +189,7 @@ class Observer:
                 RuntimeWarning,
             )
 
-    def _watch(self, layer):
+    def _watch(self, layer: keras.layers.Layer) -> None:
         """Warn if the model calls a layer that is not one of its own: Keras trains only layers that it finds."""
         if id(layer) in self._owners:
             return
@@ -202,7 +204,7 @@ class Observer:
             RuntimeWarning,
         )
 
-    def _observe(self, *args, **kwargs):
+    def _observe(self, *args: Any, **kwargs: Any) -> Any:
         if not self._running:
             return self._compute_loss(*args, **kwargs)
         named = dict(zip(("x", "y", "y_pred"), args)) | kwargs
@@ -227,7 +229,7 @@ class Observer:
         return loss
 
 
-def _penalties(model):
+def _penalties(model: keras.Model) -> list[Any]:
     """Return all terms of the loss of a step except for the data part.
 
     If `compile` was given a loss, these are all that layers add to it: penalties of weights (the KL among them) and of
@@ -239,16 +241,16 @@ def _penalties(model):
     return of_weights if model.loss is None else model.losses
 
 
-def _has_rows(one):
+def _has_rows(one: Any) -> bool:
     return ops.is_tensor(one) and len(one.shape) > 0
 
 
-def _replicas(model):
+def _replicas(model: keras.Model) -> int:
     """Return the number of replicas by which Keras divides a loss on TensorFlow; 1 on other backends."""
     strategy = getattr(model, "distribute_strategy", None)
     return 1 if strategy is None else strategy.num_replicas_in_sync
 
 
-def _strategy_scope(model):
+def _strategy_scope(model: keras.Model) -> contextlib.AbstractContextManager[Any]:
     strategy = getattr(model, "distribute_strategy", None)
     return contextlib.nullcontext() if strategy is None else strategy.scope()
