@@ -272,7 +272,8 @@ class Variational(StochasticLayer, keras.Model):
         return None
 
     def stock_variables(self) -> list[Any]:
-        own = {id(each) for posterior in posteriors(self) for each in posterior.variables if each is not posterior.loc}
+        means = {id(getattr(posterior, "loc", None)) for posterior in posteriors(self)}
+        own = {id(each) for posterior in posteriors(self) for each in posterior.variables} - means
         return [each for each in self.layer.weights if id(each) not in own]
 
     # Saving

@@ -137,7 +137,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         """Exclude the KL's scalars, the low-rank update and, of each posterior, everything but its mean."""
         own = {id(self._kl_weight), id(self._free_bits)}
         for posterior in posteriors(self):
-            stands = posterior.loc if posterior is not self.lora_a else None
+            stands = getattr(posterior, "loc", None) if posterior is not self.lora_a else None
             own.update(id(variable) for variable in posterior.variables if variable is not stands)
         if self._update is not None:
             own.add(id(self._update.b))
