@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_vdrop.checks import check_finite, check_non_negative, check_positive
 from keras_vdrop.diagnosis import Record, learning_kl
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.layers.stochastic import set_weighted_by_callback
 from keras_vdrop.objective import (
     Output,
@@ -648,25 +648,25 @@ class SparsityLogger(keras.callbacks.Callback):
             report = sparsity(self.model, self.threshold)
             logs["weights_left"] = report.left / report.weights
             if self.log_dir is not None:
-                self._write(epoch, report)
+                self._write(os.fspath(self.log_dir), epoch, report)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def _write(self, epoch: int, report: Sparsity) -> None:
+    def _write(self, log_dir: str, epoch: int, report: Sparsity) -> None:
         """Write the state after an epoch for TensorBoard."""
         import tensorflow as tf
 
         if self._writer is None:
-            self._writer = tf.summary.create_file_writer(os.fspath(self.log_dir))
+            self._writer = tf.summary.create_file_writer(log_dir)
         with self._writer.as_default(step=epoch):
             tf.summary.scalar("weights_left", report.left / report.weights)
             for row in report.layers:
                 tf.summary.scalar(f"weights_left/{row.name}", row.left / row.weights)
             for weight in prunable_weights(self.model):
-                log_alpha, mask = (ops.convert_to_numpy(each) for each in (weight.log_alpha(), weight.mask))
+                log_alpha, mask = (to_numpy(each) for each in (weight.log_alpha(), weight.mask))
                 log_alpha = np.broadcast_to(log_alpha, weight.shape)[mask]
                 tf.summary.histogram(f"log_alpha/{row_name(self.model, weight)}/{weight.name}", log_alpha)
         self._writer.flush()

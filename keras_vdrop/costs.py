@@ -79,7 +79,8 @@ _CALL_ONCE = ("keras", "keras_vdrop")
 def known_sum(numbers: Iterable[int | None]) -> int | None:
     """Return the sum, or None if a number is None, which means unknown."""
     numbers = list(numbers)
-    return None if None in numbers else sum(numbers)
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
 
 
 def itemsize(dtype: str) -> int:

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.normalization import normalizations_of_noise
 from keras_vdrop.posterior import VariationalWeight, learning_posteriors
 from keras_vdrop.pruning import sparsity
@@ -218,7 +219,7 @@ def _statistics_of_noise(model: keras.Model) -> dict[str, str]:
 
 def learning_kl(model: keras.Model) -> float:
     """Return Σ KL of the posteriors that are not frozen, in nats: a float."""
-    return float(sum(ops.convert_to_numpy(each.kl()) for each in learning_posteriors(model)))
+    return float(sum(to_numpy(each.kl()) for each in learning_posteriors(model)))
 
 
 def _learning(model: keras.Model) -> list[tuple[Any, VariationalWeight]]:
@@ -240,14 +241,14 @@ def _indices(weight: VariationalWeight) -> np.ndarray:
     Any other weight costs next to nothing, so its log variance drifts without end.
     """
     shape = tuple(weight.log_variance.shape)
-    left = ops.convert_to_numpy(weight.keep_mask()) if shape == tuple(weight.shape) else np.ones(shape, bool)
+    left = to_numpy(weight.keep_mask()) if shape == tuple(weight.shape) else np.ones(shape, bool)
     indices = np.flatnonzero(left)
     return indices[:: max(1, indices.size // _FOLLOWED)]
 
 
 def _values(variable: Any, factor: float, indices: np.ndarray) -> np.ndarray:
     """Return the log variances at some flat indices, in nats."""
-    return factor * np.asarray(ops.convert_to_numpy(ops.take(ops.ravel(ops.convert_to_tensor(variable)), indices)))
+    return factor * to_numpy(ops.take(ops.ravel(ops.convert_to_tensor(variable)), indices))
 
 
 def _are_alike(values: np.ndarray) -> bool:

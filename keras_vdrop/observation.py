@@ -12,8 +12,9 @@ import keras
 from keras import ops
 
 from keras_vdrop.functional import tracing
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.layers.stochastic import kl_costs, set_weighted_by_callback, watched
-from keras_vdrop.objective import outputs_of
+from keras_vdrop.objective import Output, outputs_of
 from keras_vdrop.posterior import learning_posteriors, owners, posteriors, recorded_kls
 from keras_vdrop.warning import warn
 
@@ -67,24 +68,24 @@ class Observer:
 
     def __init__(self, model: keras.Model):
         self.model = model
-        self.terms = None
-        self.on_outputs = None
+        self.terms: LossTerms | None = None
+        self.on_outputs: Callable[[], None] | None = None
         self._trains = False
         self.reads_outputs = True
-        self.outputs = None
-        self.batch_size = None
+        self.outputs: list[Output] | None = None
+        self.batch_size: int | None = None
         self.traces_each_fit = False
         self._running = False
         self._shown = False
         self._recorded = self._kl_in_loss = None
-        self._owners = set()
-        self._steps = {}
-        self._made_for = {}
-        self._own = {}
+        self._owners: set[int] = set()
+        self._steps: dict[str, Callable[..., Any]] = {}
+        self._made_for: dict[str, tuple[Any, Any]] = {}
+        self._own: dict[str, Any] = {}
         self._compute_loss = model.compute_loss
         # Not a bound method of the observer: Keras saves what the attributes of a model hold.
         model.compute_loss = lambda *args, **kwargs: self._observe(*args, **kwargs)
-        model.compute_loss.observer = self
+        vars(model.compute_loss)["observer"] = self
 
     @classmethod
     def of(cls, model: keras.Model) -> "Observer":
@@ -155,7 +156,7 @@ class Observer:
             return steps * self.batch_size
         if self.terms is None or (steps is not None and keras.backend.backend() == "jax"):
             return None  # on JAX, variables are up to date only at the end of an epoch
-        return float(ops.convert_to_numpy(self.terms.examples))
+        return float(to_numpy(self.terms.examples))
 
     def _observed(self, function: Callable[..., Any], trains: bool) -> Callable[..., Any]:
         is_traced = False  # only the first call runs the Python code
@@ -219,13 +220,16 @@ class Observer:
         if self.terms is None or loss is None:
             return loss
         total = loss * _replicas(self.model)
-        penalty = sum(ops.cast(ops.sum(each), total.dtype) for each in penalties)
+        penalty: Any = 0
+        for each in penalties:
+            penalty = penalty + ops.cast(ops.sum(each), total.dtype)
         weighed = sum(ops.cast(p.owner.kl_weight, cost.dtype) * cost for p, cost in costs.items())
         kl = sum(costs.values())
         examples = next((ops.shape(one)[0] for one in keras.tree.flatten(list(named.values())) if _has_rows(one)), 1)
         self.batch_size = examples if isinstance(examples, int) else None
-        terms = (ops.stop_gradient(ops.convert_to_tensor(value)) for value in (total - penalty, total - weighed, kl))
-        self.terms.update_state(*terms, examples)
+        values = (total - penalty, total - weighed, kl)
+        nll, rest, kl = (ops.stop_gradient(ops.convert_to_tensor(value)) for value in values)
+        self.terms.update_state(nll, rest, kl, examples)
         return loss
 
 

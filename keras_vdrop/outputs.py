@@ -8,6 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_vdrop.functional import likelihoods
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.losses import NegativeLogLikelihood
 from keras_vdrop.warning import warn
 
@@ -72,7 +73,7 @@ def check_activation(model: keras.Model, name: str | None = None) -> None:
         return
     grid = np.linspace(-100.0, 100.0, 2001, dtype="float32")
     function = layer if isinstance(layer, _ACTIVATION_LAYERS) else keras.activations.get(activation)
-    raw = ops.convert_to_numpy(function(ops.convert_to_tensor(np.stack([-grid, grid], axis=-1))))[:, 1]
+    raw = to_numpy(function(ops.convert_to_tensor(np.stack([-grid, grid], axis=-1))))[:, 1]
     scale = np.logaddexp(0.0, raw.astype("float64")) + likelihoods.LEAST_SCALE
     least, most = (f"{end:.3g}" for end in (scale.min(), scale.max()))
     reach = f"at least {least}" if raw.max() > 50 else f"between {least} and {most}"

@@ -73,7 +73,7 @@ def weights_of(sample_weight: Any, values: Any) -> Any:
             f"Sample weights and masks must have the shape of the values, {tuple(values.shape)}, or of their leading "
             f"axes. Received: sample_weight or mask of shape {tuple(sample_weight.shape)}"
         )
-    return ops.reshape(weight, (*ops.shape(weight), *[1] * (rank - len(weight.shape))))
+    return ops.reshape(weight, tuple(ops.shape(weight)) + (1,) * (rank - len(weight.shape)))
 
 
 def mask_of(tensor: Any) -> Any:

@@ -174,7 +174,7 @@ class LogScaleOf(keras.initializers.Initializer):
         self.zeros = zeros
 
     def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:
-        values = ops.convert_to_tensor(self.variable)
+        values: Any = ops.convert_to_tensor(self.variable)
         values = ops.cast(values, dtype or values.dtype)
         rms = ops.sqrt(ops.mean(ops.square(values)))
         rms = ops.where(rms > 0.0, rms, self.zeros)

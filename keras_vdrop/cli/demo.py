@@ -31,7 +31,7 @@ def load_digits(seed: int) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Return scikit-learn's 1,797 digits of 8×8 pixels as (x, y), (x_test, y_test); four fifths are training data."""
     from sklearn import datasets, model_selection
 
-    digits = datasets.load_digits()
+    digits: Any = datasets.load_digits()
     x = (digits.images[..., None] / 16.0).astype("float32")
     x, x_test, y, y_test = model_selection.train_test_split(
         x, digits.target, test_size=0.2, stratify=digits.target, random_state=seed

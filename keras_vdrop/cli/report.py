@@ -5,6 +5,7 @@ import html
 import io
 import os
 import pathlib
+from typing import Any
 
 import keras
 
@@ -91,7 +92,7 @@ def figures(model: keras.Model, threshold: float | None = None) -> dict[str, byt
 
     images = {}
     for draw in (plots.log_alpha_by_layer, plots.weight_histogram):
-        figure = draw(model, threshold).figure
+        figure: Any = draw(model, threshold).figure
         file = io.BytesIO()
         figure.savefig(file, dpi=130)
         plt.close(figure)

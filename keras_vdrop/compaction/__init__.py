@@ -17,6 +17,7 @@ from keras import layers, ops
 from keras_vdrop.compaction.propagation import shrink
 from keras_vdrop.conversion import input_structure, stock_twin, to_deterministic
 from keras_vdrop.functional.precision import full_precision
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.posterior import posteriors, prunable_weights
 from keras_vdrop.pruning import sparsity, warn_of_empty_layers
 
@@ -98,7 +99,7 @@ def _compare(large: keras.Model, small: keras.Model, inputs: Iterable[Any]) -> N
 
 
 def _floats(tensor: Any) -> np.ndarray:
-    return ops.convert_to_numpy(ops.cast(tensor, "float32")).astype("float64")
+    return to_numpy(ops.cast(tensor, "float32")).astype("float64")
 
 
 @contextlib.contextmanager
@@ -106,7 +107,7 @@ def _forgetting(model: keras.Model) -> Iterator[None]:
     """Reset the states of stateful recurrent layers, and restore them afterwards."""
     keeping = [layer for layer in model._flatten_layers() if isinstance(layer, layers.RNN) and layer.stateful]
     states = [state for layer in keeping for state in keras.tree.flatten(layer.states)]
-    before = [ops.convert_to_numpy(state) for state in states]
+    before = [to_numpy(state) for state in states]
     for layer in keeping:
         layer.reset_state()
     try:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from keras import ops
 
 from keras_vdrop.compaction.graph import Call, Key, Shape
 from keras_vdrop.compaction.rules import Cut, Rule, first, is_as_built, most
+from keras_vdrop.functional.tensors import to_numpy
 
 
 class Attention(Rule):
@@ -27,7 +27,7 @@ class Attention(Rule):
         """Return the keys of query, value and key; None for a call with other tensors, or one that returns scores."""
         if call.options.get("return_attention_scores"):
             return None
-        places = {0: "query", 1: "value", 2: "key"}
+        places: dict[Any, str] = {0: "query", 1: "value", 2: "key"}
         given = {places.get(place, place): keys for place, keys in call.arguments.items()}
         if not set(given) <= set(places.values()) or not {"query", "value"} <= set(given):
             return None
@@ -86,7 +86,7 @@ class Attention(Rule):
 
     def cut(self, known: list[np.ndarray], ins: list[np.ndarray], outs: list[np.ndarray]) -> Cut:
         parts = self._needed(known).of(outs[0])
-        heads = parts.value.alive.any(axis=1)
+        heads: Any = parts.value.alive.any(axis=1)
         heads[:1] |= not heads.any()
         alive = [(parts.query.alive | parts.key.alive)[heads], parts.value.alive[heads]]
         sizes = [most(each) for each in alive]
@@ -137,9 +137,9 @@ class _Projection:
 
 def _projection(dense: Any, known: np.ndarray | None = None) -> _Projection:
     """Return a layer's `_Projection` in float64, with the contribution of constant inputs folded into the bias."""
-    kernel = ops.convert_to_numpy(dense.kernel).astype("float64")
+    kernel = to_numpy(dense.kernel).astype("float64")
     shape = kernel.shape[-1:] if known is None else kernel.shape[1:]
-    bias = np.zeros(shape) if dense.bias is None else ops.convert_to_numpy(dense.bias).astype("float64")
+    bias = np.zeros(shape) if dense.bias is None else to_numpy(dense.bias).astype("float64")
     if known is not None:
         constant = ~np.isnan(known)
         bias = bias + np.einsum("c,chd->hd", known[constant], kernel[constant])
@@ -161,7 +161,7 @@ class _Projections:
 
     def of(self, out: np.ndarray) -> _Projections:
         """Set to zero, in place, what the outputs `out` do not need; return the same object."""
-        carried = self.output.kernel[..., out].any(axis=-1)
+        carried: Any = self.output.kernel[..., out].any(axis=-1)
         self.value.keep(carried)
         for part in (self.query, self.key):
             part.keep(carried.any(axis=1)[:, None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -27,7 +28,7 @@ class Call:
     """
 
     name: str
-    arguments: dict[int | str, list[Key | None]]
+    arguments: dict[int | str, Sequence[Key | None]]
     masks: list[Key]
     options: dict[str, Any]
     outputs: list[Key]
@@ -64,7 +65,7 @@ def graph_of(model: keras.Model) -> Graph:
 
 
 def _sequential_graph(model: keras.Model) -> Graph:
-    before = [("", 0, 0)]
+    before: list[Key] = [("", 0, 0)]
     calls, shapes = [Call("", {}, [], {}, before)], {before[0]: model.inputs[0].shape}
     for layer in model.layers:
         outputs = keras.tree.flatten(layer.output)

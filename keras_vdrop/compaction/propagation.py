@@ -195,7 +195,7 @@ _RULES = {
     Wrapped: "TimeDistributed",
 }
 # The rule of each class of layers. A layer of another class keeps its channels.
-RULES = {getattr(layers, name): rule for rule, names in _RULES.items() for name in names.split()}
+RULES: dict[Any, type[Rule]] = {getattr(layers, name): rule for rule, names in _RULES.items() for name in names.split()}
 
 # Rules of Keras's operations, by class name, because the classes are not public.
 _OPERATIONS = {
@@ -227,9 +227,10 @@ class Group:
     def __init__(self, layer: Any, calls: list[Call], shapes: dict[Key, Shape], masked: bool, kind: type[Rule]):
         self.name = calls[0].name
         self.calls = calls
-        self._inputs = self._known_inputs(kind, layer, shapes)
-        if self._inputs is None:
-            kind, self._inputs = Rule, [call.inputs for call in calls]
+        inputs = self._known_inputs(kind, layer, shapes)
+        if inputs is None:
+            kind, inputs = Rule, [call.inputs for call in calls]
+        self._inputs = inputs
         masked = masked or any(call.masks for call in calls)
         self.rule = kind(layer, [[shapes[key] for key in keys] for keys in self._inputs], masked)
 

@@ -8,6 +8,7 @@ import numpy as np
 from keras import activations, layers, ops
 
 from keras_vdrop.compaction.graph import Call, Key, Shape
+from keras_vdrop.functional.tensors import to_numpy
 
 # The changed arguments of a layer, or a new layer; and the weights to set.
 Cut: TypeAlias = tuple[dict[str, Any] | keras.layers.Layer, list[np.ndarray]]
@@ -127,7 +128,7 @@ class Normalization(PassThrough):
 
     def of_constants(self, value: np.ndarray) -> np.ndarray:
         def array(variable):
-            return ops.convert_to_numpy(variable).astype("float64")
+            return to_numpy(variable).astype("float64")
 
         layer = self.layer
         value = (value - array(layer.moving_mean)) / np.sqrt(array(layer.moving_variance) + layer.epsilon)
@@ -237,7 +238,7 @@ class Affine(Rule):
     def __init__(self, layer: Any, *place: Any):
         super().__init__(layer, *place)
         self.taps = self._taps()
-        self.bias = ops.convert_to_numpy(layer.bias) if layer.use_bias else np.zeros(self.taps.shape[-1], "float32")
+        self.bias = to_numpy(layer.bias) if layer.use_bias else np.zeros(self.taps.shape[-1], "float32")
 
     @property
     def _is_transposed(self) -> bool:
@@ -245,13 +246,13 @@ class Affine(Rule):
 
     def _taps(self) -> np.ndarray:
         """Return the kernel as an array (taps, inputs, outputs)."""
-        kernel = ops.convert_to_numpy(self.layer.kernel)
+        kernel = to_numpy(self.layer.kernel)
         kernel = np.swapaxes(kernel, -1, -2) if self._is_transposed else kernel
         return kernel.reshape(-1, *kernel.shape[-2:])
 
     def _kernels(self, into: np.ndarray, out: np.ndarray) -> tuple[dict[str, Any], list[np.ndarray]]:
         """Return the arguments that change, and the kernels of the channels that are kept."""
-        kernel = np.asarray(ops.convert_to_numpy(self.layer.kernel))
+        kernel = to_numpy(self.layer.kernel)
         rows, columns = (out, into) if self._is_transposed else (into, out)
         return {}, [kernel[..., rows, :][..., columns]]
 
@@ -292,7 +293,7 @@ class Separable(Affine):
 
     def _parts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the two kernels as (taps, inputs, multiplier) and (inputs, multiplier, outputs)."""
-        depthwise, pointwise = map(ops.convert_to_numpy, (self.layer.depthwise_kernel, self.layer.pointwise_kernel))
+        depthwise, pointwise = map(to_numpy, (self.layer.depthwise_kernel, self.layer.pointwise_kernel))
         depthwise = depthwise.reshape(-1, *depthwise.shape[-2:])
         return depthwise, pointwise.reshape(*depthwise.shape[1:], -1)
 
@@ -410,7 +411,7 @@ def is_elementwise(activation: Any) -> bool:
 
 def _apply(function: Callable[[Any], Any], values: np.ndarray) -> np.ndarray:
     """Apply an elementwise function of tensors to an array."""
-    return ops.convert_to_numpy(function(ops.convert_to_tensor(values, "float32"))).astype("float64")
+    return to_numpy(function(ops.convert_to_tensor(values, "float32"))).astype("float64")
 
 
 def zeros_only(value: np.ndarray) -> np.ndarray:

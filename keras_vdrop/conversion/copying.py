@@ -7,9 +7,9 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_vdrop.conversion.graphs import children, is_graph
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.layers import Variational, VariationalGaussianDropout
 from keras_vdrop.layers.stochastic import StochasticLayer, is_unset
 from keras_vdrop.posterior import LowRankUpdate, Posterior, VariationalWeight, posteriors
@@ -24,8 +24,8 @@ def stock_weights(layer: Any) -> list[Any]:
     for posterior in posteriors(layer):
         owner = posterior.owner
         ours_alone.update(map(id, (owner.kl_weight, owner.free_bits, *posterior.variables)))
-        if _update(posterior) is not None:
-            ours_alone.add(id(posterior.update.b))
+        if (update := _update(posterior)) is not None:
+            ours_alone.add(id(update.b))
         elif isinstance(posterior, VariationalWeight) and not isinstance(owner, VariationalGaussianDropout):
             ours_alone.discard(id(posterior.loc))
     return [variable for variable in layer.weights if id(variable) not in ours_alone]
@@ -48,17 +48,19 @@ def _origins(layer: Any, value: Callable[[VariationalWeight], Any]) -> dict[int,
         returns the value to copy, and the variable whose `trainable` flag the target takes over.
     """
     found = {}
-    for posterior in posteriors(layer):
-        if _update(posterior) is not None:
-            found[id(posterior.update.kernel)] = (lambda one=posterior: one.update.whole(value(one))), posterior.loc
-        elif isinstance(posterior, VariationalWeight):
-            found[id(posterior.loc)] = (lambda one=posterior: value(one)), posterior.loc
+    for weight in posteriors(layer):
+        if not isinstance(weight, VariationalWeight):
+            continue
+        if weight.update is None:
+            found[id(weight.loc)] = (lambda one=weight: value(one)), weight.loc
+        else:
+            found[id(weight.update.kernel)] = (lambda one=weight: one.update.whole(value(one))), weight.loc
     return found
 
 
 def array(variable: Any) -> np.ndarray:
     """Return the values of a variable or tensor as a copy: JAX may donate the buffer of a variable."""
-    return np.array(ops.convert_to_numpy(variable))
+    return np.array(to_numpy(variable))
 
 
 def carry_over(
@@ -98,8 +100,8 @@ def carry_over(
             _assign(old, _recurrent_states(old), _recurrent_states(new))
     _check_shared(model, twin)
     for posterior in fresh:
-        if _update(posterior) is not None:
-            posterior.update.kernel.trainable = False
+        if (update := _update(posterior)) is not None:
+            update.kernel.trainable = False
         elif isinstance(posterior, VariationalWeight) and not posterior.loc.trainable:
             posterior.log_variance.trainable = False
     return fresh

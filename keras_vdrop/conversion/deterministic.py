@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import layers, ops
+from keras import layers
 
 from keras_vdrop.checks import require_built
 from keras_vdrop.conversion.copying import carry_over
@@ -23,6 +23,7 @@ from keras_vdrop.conversion.graphs import (
     model_copy,
     serialized,
 )
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.layers import ConcreteDropout, Variational, VariationalGaussianDropout
 from keras_vdrop.layers.drop_in import DropIn
 from keras_vdrop.layers.stochastic import StochasticLayer
@@ -209,10 +210,10 @@ def _stock_of_ours(cls: type, config: dict[str, Any], names: _Names | _SameNames
 
 
 def _stock_gaussian_dropout(
-    layer: VariationalGaussianDropout, value: Callable[[VariationalWeight], Any], names: _Names | _SameNames
+    layer: Any, value: Callable[[VariationalWeight], Any], names: _Names | _SameNames
 ) -> keras.layers.Layer:
     """Return `Identity`, or `Rescaling` by a factor for each unit: 0 for a pruned unit, or the drawn factor."""
-    scale = None if layer.alpha == "fixed" else ops.convert_to_numpy(value(layer.scale))
+    scale = None if layer.alpha == "fixed" else to_numpy(value(layer.scale))
     plain = scale is None or (scale == 1.0).all()
     stock = layers.Identity if plain else layers.Rescaling
     arguments = {"name": names(layer.name, type(layer), stock), "dtype": layer.dtype_policy.name}

@@ -130,7 +130,7 @@ def to_variational(
         return _as_it_is(model, changes, print_fn, f"layers={layers!r}, dropout={dropout!r}")
     twin, made = _twin(model, new_layers)
     new_posteriors = carry_over(model, twin, made)
-    fresh = [each for each in new_posteriors if not isinstance(each.owner, VariationalGaussianDropout)]
+    fresh: list[Any] = [each for each in new_posteriors if not isinstance(each.owner, VariationalGaussianDropout)]
     for weight in fresh:
         weight.restart(relative_variance)
     finalize_normalizations(twin)

@@ -141,7 +141,7 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
     @kl_weight.setter
     def kl_weight(self, value: float) -> None:
         if not self.built:
-            VariationalLayer.kl_weight.fset(self, value)
+            VariationalLayer.kl_weight.__set__(self, value)
             return
         for layer in self._projections:
             layer.kl_weight = value

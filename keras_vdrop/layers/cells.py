@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_vdrop.checks import check_positive_int, check_rate
 from keras_vdrop.functional import noise
+from keras_vdrop.functional.tensors import equal_parts
 from keras_vdrop.layers.held import Held, Product
 from keras_vdrop.layers.weights import VariationalLayer
 from keras_vdrop.posterior import VariationalWeight
@@ -261,11 +262,11 @@ class VariationalLSTMCell(RecurrentCell, keras.layers.LSTMCell):
 
     _gate_names = ("input", "forget", "cell", "output")
 
-    def call(self, inputs: Any, states: Any, training: bool = False) -> tuple[Any, Any]:
+    def call(self, inputs: Any, states: Any, training: bool | None = False) -> tuple[Any, Any]:
         noisy = self._noisy(training)
         h, c = states
         of_inputs, of_state = self._products(inputs, h, noisy)
-        i, f, z, o = ops.split(of_inputs(inputs) + of_state(h), 4, axis=-1)
+        i, f, z, o = equal_parts(of_inputs(inputs) + of_state(h), 4)
         c = self.recurrent_activation(f) * c + self.recurrent_activation(i) * self.activation(z)
         h = self.recurrent_activation(o) * self.activation(c)
         return self._output(h, noisy), [h, c]
@@ -307,16 +308,16 @@ class VariationalGRUCell(RecurrentCell, keras.layers.GRUCell):
 
     _gate_names = ("update", "reset", "candidate")
 
-    def call(self, inputs: Any, states: Any, training: bool = False) -> tuple[Any, Any]:
+    def call(self, inputs: Any, states: Any, training: bool | None = False) -> tuple[Any, Any]:
         noisy = self._noisy(training)
         (h,) = keras.tree.flatten(states)
         of_inputs, of_state = self._products(inputs, h, noisy)
-        x_z, x_r, x_h = ops.split(of_inputs(inputs), 3, axis=-1)
+        x_z, x_r, x_h = equal_parts(of_inputs(inputs), 3)
         if self.reset_after:
-            h_z, h_r, h_h = ops.split(of_state(h), 3, axis=-1)
+            h_z, h_r, h_h = equal_parts(of_state(h), 3)
         else:
             h_h = None  # it depends on r
-            h_z, h_r = ops.split(of_state(h, last=2), 2, axis=-1)
+            h_z, h_r = equal_parts(of_state(h, last=2), 2)
         z, r = self.recurrent_activation(x_z + h_z), self.recurrent_activation(x_r + h_r)
         h_h = of_state(r * h, first=2) if h_h is None else r * h_h
         candidate = self.activation(x_h + h_h)
@@ -355,7 +356,7 @@ class VariationalSimpleRNNCell(RecurrentCell, keras.layers.SimpleRNNCell):
         As for `VariationalLSTMCell`.
     """
 
-    def call(self, inputs: Any, states: Any, training: bool = False) -> tuple[Any, Any]:
+    def call(self, inputs: Any, states: Any, training: bool | None = False) -> tuple[Any, Any]:
         noisy = self._noisy(training)
         (h,) = keras.tree.flatten(states)
         of_inputs, of_state = self._products(inputs, h, noisy)

@@ -116,7 +116,7 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
             return self.initial_rate
         return ops.sigmoid(ops.convert_to_tensor(self.rate_logit))
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
         return self.layer(self._drop(inputs) if self._noisy(training) else inputs)
 
     def _drop(self, x: Any) -> Any:

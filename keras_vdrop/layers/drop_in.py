@@ -60,7 +60,8 @@ class DropIn:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        return super().from_config({**_BEFORE_RATES, **config})
+        keras_layer: Any = super()
+        return keras_layer.from_config({**_BEFORE_RATES, **config})
 
 
 def _signature_of(method: Callable[..., Any]) -> inspect.Signature:

@@ -70,7 +70,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
         if not self.built:
             super().build(input_shape)
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
         if hasattr(inputs, "nested_row_lengths"):  # TensorFlow's ragged tensor
             table = self.call(inputs.to_tensor(), training)
             lengths, dtype = inputs.nested_row_lengths(), inputs.row_splits.dtype
@@ -86,7 +86,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
     def _dtype_with(self, x: Any) -> str:
         return self.compute_dtype  # Keras's layer casts to it, wherever it is called
 
-    def compute_output_spec(self, inputs: Any, training: bool = False) -> Any:
+    def compute_output_spec(self, inputs: Any, training: bool | None = False) -> Any:
         return super().compute_output_spec(inputs)
 
     def structure(self, kept: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:

@@ -131,7 +131,7 @@ class VariationalGaussianDropout(StochasticLayer):
     def _initial_log_alpha(self) -> float:
         return math.log(self.rate / (1.0 - self.rate))
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
         noisy = self._noisy(training)
         if noisy and not is_float(inputs):
             inputs = ops.cast(inputs, self.compute_dtype)

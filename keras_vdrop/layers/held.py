@@ -29,7 +29,7 @@ class Product:
         masks: Sequence[Any] = (None,),
     ):
         self.units = units
-        self.gates = matrix.shape[-1] // units
+        self.gates: int = matrix.shape[-1] // units
         self.matrix = matrix
         self.bias = bias
         self.flips = flips
@@ -70,6 +70,6 @@ class Held:
 
     def __init__(self, state: Any):
         self.state = state
-        self.products = [None, None]
-        self.output_mask = None
+        self.products: list[Any] = [None, None]
+        self.output_mask: Any = None
         self.used = False

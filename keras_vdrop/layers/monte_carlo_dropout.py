@@ -82,7 +82,7 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
     def draws(self) -> bool:
         return self.rate > 0.0
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
         if not self.draws or not self._noisy(training):
             return inputs
         shape = list(ops.shape(inputs))

@@ -15,7 +15,8 @@ class RecurrentLayer(DropIn):
     The constructor bypasses that of the Keras layer, which would make a Keras cell.
     """
 
-    _cell_class = None
+    _cell_class: Any = None
+    cell: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         arguments = self._bind(args, kwargs)
@@ -52,9 +53,10 @@ class RecurrentLayer(DropIn):
     def free_bits(self, value: float) -> None:
         self.cell.free_bits = value
 
-    def call(self, sequences: Any, initial_state: Any = None, mask: Any = None, training: bool = False) -> Any:
+    def call(self, sequences: Any, initial_state: Any = None, mask: Any = None, training: bool | None = False) -> Any:
+        keras_layer: Any = super()
         try:
-            return super().call(sequences, initial_state=initial_state, mask=mask, training=training)
+            return keras_layer.call(sequences, initial_state=initial_state, mask=mask, training=training)
         finally:  # Keras does not reset if a step fails
             self.cell.reset_dropout_mask()
 
@@ -63,8 +65,9 @@ class RecurrentLayer(DropIn):
         return {} if cls._cell_class is None else cls._cell_class._own_arguments()
 
     def get_config(self) -> dict[str, Any]:
+        keras_layer: Any = super()
         ours = self.cell.get_config()
-        return {**super().get_config(), **{name: ours[name] for name in self._own_arguments()}}
+        return {**keras_layer.get_config(), **{name: ours[name] for name in self._own_arguments()}}
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")

@@ -164,8 +164,9 @@ class StochasticLayer(Rematerialized):
         if training and self in _heavy:
             _heavy.clear()
             warn(_HEAVY_MESSAGE.format(self._initial_kl_weight), RuntimeWarning)
-        if training and self._posterior_size and _watcher.get() is not None:
-            _watcher.get()(self)
+        watcher = _watcher.get()
+        if training and self._posterior_size and watcher is not None:
+            watcher(self)
         replay = self._replay.get()
         if replay is not None:
             return replay.noisy

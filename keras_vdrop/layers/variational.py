@@ -132,7 +132,7 @@ class Variational(StochasticLayer, keras.Model):
         self.lora_alpha = lora_alpha
         self.dropout = dropout
         self.drawn = {}
-        self._called_on = None
+        self._called_on: Any = None
         self._allow_non_tensor_positional_args = True
         if layer.built:
             self.build()
@@ -281,7 +281,7 @@ class Variational(StochasticLayer, keras.Model):
     def get_build_config(self) -> dict[str, Any]:
         if self._called_on is None:
             return {"layer": self.layer.get_build_config()}
-        args, kwargs = keras.tree.map_structure(_described, self._called_on)
+        args, kwargs = (keras.tree.map_structure(_described, each) for each in self._called_on)
         return {"args": list(args), "kwargs": kwargs}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
@@ -294,7 +294,7 @@ class Variational(StochasticLayer, keras.Model):
             self.build()
 
     def get_config(self) -> dict[str, Any]:
-        layer = keras.saving.serialize_keras_object(self.layer)
+        layer: Any = keras.saving.serialize_keras_object(self.layer)
         # The wrapped layer is compiled and built only as a part of this layer.
         layer = {name: value for name, value in layer.items() if name not in ("compile_config", "build_config")}
         config = {

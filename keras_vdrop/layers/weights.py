@@ -333,7 +333,7 @@ class AffineLayer(VariationalLayer):
     """Mixin for activation(linear(x, kernel) + bias); the subclass defines `linear`."""
 
     # The name of the outputs, and the axes of the kernel that index them.
-    _outputs: tuple[str, Sequence[int]] = "units", (-1,)
+    _outputs: Any = "units", (-1,)
 
     def linear(self, x: Any, kernel: Any) -> Any:
         """Apply the layer's operation, which is linear in the input and in the kernel."""
@@ -348,7 +348,7 @@ class AffineLayer(VariationalLayer):
         name, axes = self._outputs
         return {name: left_along(kept["kernel"], axes)}
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
         noisy = self._noisy(training)
         x = self.transform(inputs, noisy)
         if self.bias is not None:

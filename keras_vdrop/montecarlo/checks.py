@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_vdrop import costs
 from keras_vdrop.checks import require_built
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.layers.drop_in import DropIn
 from keras_vdrop.layers.monte_carlo_dropout import KERAS_NOISE, is_taken_over
 from keras_vdrop.layers.stochastic import StochasticLayer
@@ -94,7 +94,7 @@ def check_kl_weight(model: keras.Model) -> None:
     """Warn of a posterior that was learned or saved while the KL did not have its full weight in the loss."""
     names, least = [], 1.0
     for owner in owners(learning_posteriors(model)):
-        weight, full = (float(ops.convert_to_numpy(each)) for each in (owner.kl_weight, owner.full_kl_weight or 0.0))
+        weight, full = (float(to_numpy(each)) for each in (owner.kl_weight, owner.full_kl_weight or 0.0))
         if weight == 0.0 or weight < 0.99 * full:
             names.append(owner.name)
             least = min(least, weight / full if full else 0.0)

@@ -62,7 +62,7 @@ class Reading:
                 f"`likelihood` must be one of {_LIKELIHOODS}, a loss of `keras_vdrop.losses`, or a dict of these by "
                 f"output name. Received: likelihood={likelihood!r}"
             )
-        self.likelihood = likelihood
+        self.likelihood: Any = likelihood
         self.from_logits = from_logits
         self.where = "" if name is None else f" for {name!r}"
 

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.montecarlo.checks import ENDS, check_probabilities, range_of, report_not_finite
 from keras_vdrop.montecarlo.readings import MomentsNLL, Reading, moments
 from keras_vdrop.targets import mask_of, outside, weights_of
@@ -18,7 +19,7 @@ from keras_vdrop.warning import warn
 _ENOUGH = 30
 
 
-def of(readings: Mapping[str | None, Reading]) -> list[Report]:
+def of(readings: Mapping[str | None, Reading]) -> list[Any]:
     """Return the reports for the readings of a model's outputs, given by name."""
     return [Finite(), *(report for name, reading in readings.items() for report in _of_output(name, reading))]
 
@@ -46,7 +47,7 @@ class Report(keras.metrics.Metric):
         return self.add_variable((), initializer=keras.initializers.Constant(initial), name=name)
 
     def _number(self, variable: Any) -> float:
-        return float(ops.convert_to_numpy(variable))
+        return float(to_numpy(variable))
 
 
 class Finite(Report):

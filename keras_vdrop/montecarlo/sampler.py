@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_vdrop.checks import check_positive_int, check_seed
 from keras_vdrop.functional import uncertainty
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.functional.tracing import in_tensorflow
 from keras_vdrop.montecarlo import checks, reports
 from keras_vdrop.montecarlo.draws import draw_seeds, draws_of
@@ -341,7 +342,7 @@ class MonteCarlo(keras.Model):
             outputs = self.model(rows, training=False)
         outputs = self._by_name(outputs, "outputs") if self._is_named else {None: outputs}
         for name, reading in self._unchecked.items():
-            checks.check_logits(ops.convert_to_numpy(outputs[name]), reading.likelihood, reading.where)
+            checks.check_logits(to_numpy(outputs[name]), reading.likelihood, reading.where)
         self._unchecked = {}
 
     def _as_predictions(self, result: Any) -> Any:
@@ -482,7 +483,7 @@ class MonteCarlo(keras.Model):
             self.seed_generator.state.assign(store[_SEED_STATE])
 
     def get_config(self) -> dict[str, Any]:
-        model = keras.saving.serialize_keras_object(self.model)
+        model: Any = keras.saving.serialize_keras_object(self.model)
         model.pop("compile_config", None)  # not used here, but loading would need its custom objects
         return {
             **super().get_config(),
