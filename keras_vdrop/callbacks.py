@@ -54,7 +54,7 @@ class ELBO(keras.callbacks.Callback):
     gives up weights before it has learned which ones it needs. By default β is 0 for a tenth of the epochs of `fit` and
     rises over the next three tenths, both rounded down, so that a single epoch has the full KL. β depends only on the
     number of the epoch (and batch): a `fit` resumed with `initial_epoch` continues the schedule, and so does the next
-    `fit` of the same model with the same callback.
+    `fit` of the same model with the same callback, unless its weights have been set back to the initial ones.
 
     Validation within `fit` uses the full weight of the KL, β = 1. So `val_loss`, which Keras's callbacks monitor, does
     not depend on β, and its lowest value is that of the best model. The callback adds to the logs of every epoch:
@@ -210,9 +210,14 @@ class ELBO(keras.callbacks.Callback):
         return epoch * self._steps if epoch else 0
 
     def _continue_schedule(self, epoch: int) -> None:
-        """At the first epoch of a `fit`, continue the schedule if this callback has trained the model before."""
-        if self._fitted() is not self.model:
-            self._fitted, self._next, self._epochs, self._record = weakref.ref(self.model), 0, None, None
+        """At the first epoch of a `fit`, continue the schedule if this callback has trained the model before.
+
+        It starts again if the model has been set back to where it started, as between the folds of a cross-validation.
+        """
+        is_repeated = self._first_record is not None and self._first_record.is_repeated_by(self.model)
+        if self._fitted() is not self.model or is_repeated:
+            self._fitted, self._next, self._epochs = weakref.ref(self.model), 0, None
+            self._record = self._first_record = None
         self._before = max(0, self._next - epoch)
         if self._epochs is None or not self._before:
             self._epochs = (self.params or {}).get("epochs")
@@ -344,6 +349,8 @@ class ELBO(keras.callbacks.Callback):
     # The hooks that Keras calls
 
     _training = False
+    # The record at the start of the schedule.
+    _first_record = None
     # The course of the training, over all `fit`s of one model that continue one schedule.
     _record: Record | None = None
 
@@ -404,7 +411,14 @@ class ELBO(keras.callbacks.Callback):
         """Start a record, unless this `fit` continues another; if the first batch builds the model, start it later."""
         if self._record is not None and self._record.is_continued_by(self.model):
             return
-        self._record = Record(self.model) if _is_built(self.model) else None
+        if _is_built(self.model):
+            self._new_record()
+        else:
+            self._record = None
+
+    def _new_record(self) -> None:
+        self._record = Record(self.model)
+        self._first_record = self._first_record or self._record
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self.per == "batch":
@@ -436,7 +450,7 @@ class ELBO(keras.callbacks.Callback):
         elif self._corrected:
             self._apply()
         if self._record is None:
-            self._record = Record(self.model)
+            self._new_record()
         examples = self._observer.examples_seen(steps)
         batch_size = self._batch_size = 0 if examples is None else examples / steps
         if batch_size > self.num_examples or (self.num_examples == self._steps and batch_size > 1):

@@ -110,9 +110,18 @@ class Record:
 
     def is_continued_by(self, model: keras.Model) -> bool:
         """Return whether the model is as the last `fit` left it, so that the next one continues its course."""
+        return self._follows(model) and np.array_equal(self._log_variances(), self._end)
+
+    def is_repeated_by(self, model: keras.Model) -> bool:
+        """Return whether the model is again as it was at the start of the record, although it has moved since."""
+        now = self._log_variances()
+        has_moved = not (np.array_equal(now, self._last) and np.array_equal(now, self._end))
+        return has_moved and self._follows(model) and np.array_equal(now, self._start)
+
+    def _follows(self, model: keras.Model) -> bool:
+        """Return whether the model learns the variables of the record."""
         variables = [id(variable) for variable, _ in _learning(model)]
-        same = variables == [id(variable) for variable, _, _ in self._followed]
-        return same and np.array_equal(self._log_variances(), self._end)
+        return variables == [id(variable) for variable, _, _ in self._followed]
 
     @property
     def without_kl(self) -> bool:
