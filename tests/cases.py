@@ -38,7 +38,7 @@ class Case:
 
     def make(self, **arguments):
         """Return our layer: a cell inside `keras.layers.RNN`, a wrapper around its Keras layer."""
-        weight = {"kl_weight": 0.01} if "kl_weight" in self.own_arguments else {}
+        weight = {} if issubclass(self.cls, kv.MonteCarloDropout) else {"kl_weight": 0.01}
         ours = {**weight, **self.ours, **arguments}
         if self.is_wrapper:
             dtype = {"dtype": ours["dtype"]} if "dtype" in ours else {}

@@ -65,7 +65,7 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
         per_example: bool = True,
         **kwargs: Any,
     ):
-        if "kl_weight" in kwargs:
+        if kwargs.pop("kl_weight", None) is not None:
             raise ValueError(
                 "MonteCarloDropout has no argument `kl_weight`: its rate is fixed, so it has no KL. Leave it out. "
                 "Use `keras_vdrop.ConcreteDropout` to learn a rate."
