@@ -1,5 +1,7 @@
 """The command `keras-vdrop`: it reads and checks arguments before it imports the package, which takes seconds."""
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import math
@@ -9,11 +11,13 @@ import re
 import runpy
 import sys
 import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 PLOTS = ("log_alpha_by_layer.png", "weight_histogram.png")  # what `report` draws
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:
@@ -42,7 +46,7 @@ def main(arguments=None):
         return 1
 
 
-def _parsers():
+def _parsers() -> tuple[argparse.ArgumentParser, Any]:
     parser = argparse.ArgumentParser(prog="keras-vdrop", description="Variational dropout for Keras 3.")
     parser.add_argument("--version", action="version", version=f"keras-vdrop {_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -78,7 +82,7 @@ def _parsers():
     return parser, commands
 
 
-def _version():
+def _version() -> str:
     """Return the package's version without importing the package."""
     path = pathlib.Path(__file__).with_name("keras_vdrop") / "version.py"
     return runpy.run_path(str(path))["__version__"]
@@ -87,7 +91,7 @@ def _version():
 # Types of arguments
 
 
-def _number(kind, in_range, text, expected):
+def _number(kind: Callable[[str], float], in_range: Callable[[float], bool], text: str, expected: str) -> float:
     """Return a number of a given type and range; argparse reports the error with the name of the argument."""
     try:
         value = kind(text)
@@ -98,27 +102,27 @@ def _number(kind, in_range, text, expected):
     return value
 
 
-def _finite(text):
+def _finite(text: str) -> float:
     return _number(float, math.isfinite, text, "a finite number")
 
 
-def _beta(text):
+def _beta(text: str) -> float:
     return _number(float, lambda value: 0 <= value < math.inf, text, "a finite number ≥ 0")
 
 
-def _seed(text):
+def _seed(text: str) -> float:
     return _number(int, lambda value: 0 <= value < 2**32, text, "an int from 0 to 2³² − 1")
 
 
 # Checks of the files and of what is installed
 
 
-def _check_demo(options, parser):
+def _check_demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     _check_installed("the demo needs", ("scikit-learn", "matplotlib"), parser)
     _check_writable(_nearest_folder(options.out))
 
 
-def _check_report(options, parser):
+def _check_report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     _check_model(options.model, parser)
     if options.plots or options.html:
         _check_installed("the plots need", ("matplotlib",), parser)
@@ -132,7 +136,7 @@ def _check_report(options, parser):
         _check_new_file("--html", options.html, (".html", ".htm"), options.force, parser)
 
 
-def _check_compact(options, parser):
+def _check_compact(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     _check_model(options.model, parser)
     _check_new_file("--out", options.out, (".keras",), options.force, parser)
     if options.data is not None:
@@ -145,24 +149,26 @@ def _check_compact(options, parser):
 _MODULES = {"scikit-learn": "sklearn", "matplotlib": "matplotlib"}
 
 
-def _check_installed(what, modules, parser):
+def _check_installed(what: str, modules: Iterable[str], parser: argparse.ArgumentParser) -> None:
     missing = [name for name in modules if importlib.util.find_spec(_MODULES[name]) is None]
     if missing:
         parser.error(f"{what} {' and '.join(missing)}, which cannot be imported: pip install {' '.join(missing)}")
 
 
-def _check_model(path, parser):
+def _check_model(path: pathlib.Path, parser: argparse.ArgumentParser) -> None:
     _check_file(path, parser)
     if path.suffix not in (".h5", ".hdf5") and not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a .keras file, or is damaged. Write one with model.save.")
 
 
-def _check_file(path, parser):
+def _check_file(path: pathlib.Path, parser: argparse.ArgumentParser) -> None:
     if not path.is_file():
         parser.error(f"There is no file {path}.")
 
 
-def _check_new_file(name, path, suffixes, force, parser):
+def _check_new_file(
+    name: str, path: pathlib.Path, suffixes: tuple[str, ...], force: bool, parser: argparse.ArgumentParser
+) -> None:
     if path.suffix not in suffixes:
         parser.error(f"{name} must end in {suffixes[0]}. Received: {path}")
     if path.is_dir():
@@ -173,17 +179,17 @@ def _check_new_file(name, path, suffixes, force, parser):
     _check_writable(path.parent)
 
 
-def _check_free(path, force, parser):
+def _check_free(path: pathlib.Path, force: bool, parser: argparse.ArgumentParser) -> None:
     if path.exists() and not force:
         parser.error(f"{path} already exists. Choose another place, or pass --force.")
 
 
-def _check_writable(folder):
+def _check_writable(folder: pathlib.Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"Cannot write to the folder {folder}.")
 
 
-def _nearest_folder(path):
+def _nearest_folder(path: pathlib.Path) -> pathlib.Path:
     """Return the folder, or if it does not exist, its nearest parent that does."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
@@ -191,19 +197,19 @@ def _nearest_folder(path):
 # Commands: each imports the package
 
 
-def _demo(options):
+def _demo(options: argparse.Namespace) -> int:
     from keras_vdrop.cli import demo
 
     return demo.run(options.out, options.seed, options.quick, options.beta)
 
 
-def _report(options):
+def _report(options: argparse.Namespace) -> int:
     from keras_vdrop.cli import report
 
     return report.run(options.model, options.threshold, options.plots, options.html)
 
 
-def _compact(options):
+def _compact(options: argparse.Namespace) -> int:
     from keras_vdrop.cli import compact
 
     return compact.run(options.model, options.out, options.threshold, options.data)

@@ -14,7 +14,6 @@ from keras_vdrop.selection import select_threshold
 from keras_vdrop.version import __version__
 
 __all__ = [
-    *layers.__all__,
     "ELBO",
     "MonteCarlo",
     "SparsityLogger",
@@ -36,3 +35,4 @@ __all__ = [
     "to_variational",
     "update_batch_normalization",
 ]
+__all__ += layers.__all__

@@ -5,17 +5,24 @@ import importlib.util
 import math
 import os
 import weakref
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_vdrop.checks import check_finite, check_non_negative, check_positive
 from keras_vdrop.diagnosis import Record, learning_kl
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.layers.stochastic import set_weighted_by_callback
-from keras_vdrop.objective import compiled_loss_weights, likelihood_factor, outputs_of, require_loss, without_likelihood
+from keras_vdrop.objective import (
+    Output,
+    compiled_loss_weights,
+    likelihood_factor,
+    outputs_of,
+    require_loss,
+    without_likelihood,
+)
 from keras_vdrop.observation import Observer
 from keras_vdrop.outputs import check_outputs
 from keras_vdrop.posterior import (
@@ -25,7 +32,7 @@ from keras_vdrop.posterior import (
     require_posteriors,
     require_prunable_weights,
 )
-from keras_vdrop.pruning import row_name, sparsity
+from keras_vdrop.pruning import Sparsity, row_name, sparsity
 from keras_vdrop.warning import warn
 
 # The KL's share of its full weight after a fraction p of the warm-up.
@@ -47,7 +54,7 @@ class ELBO(keras.callbacks.Callback):
     gives up weights before it has learned which ones it needs. By default β is 0 for a tenth of the epochs of `fit` and
     rises over the next three tenths, both rounded down, so that a single epoch has the full KL. β depends only on the
     number of the epoch (and batch): a `fit` resumed with `initial_epoch` continues the schedule, and so does the next
-    `fit` of the same model with the same callback.
+    `fit` of the same model with the same callback, unless its weights have been set back to the initial ones.
 
     Validation within `fit` uses the full weight of the KL, β = 1. So `val_loss`, which Keras's callbacks monitor, does
     not depend on β, and its lowest value is that of the best model. The callback adds to the logs of every epoch:
@@ -162,15 +169,15 @@ class ELBO(keras.callbacks.Callback):
     # The schedule
 
     # Batches per epoch; None until Keras knows them, or the first epoch is over.
-    _steps = None
+    _steps: int | None = None
     # Number of epochs from which the default warm-up is computed.
-    _epochs = None
+    _epochs: int | None = None
     # Number of epochs of the schedule before epoch 0 of this `fit`.
     _before = 0
     # Number of epochs of the schedule that are over.
     _next = 0
     # Weak reference to the model that was trained last.
-    _fitted = staticmethod(lambda: None)
+    _fitted: Callable[[], keras.Model | None] = staticmethod(lambda: None)
 
     def beta(self, epoch: int, batch: int = 0) -> float:
         """Return β in an epoch (with `per="batch"`, at a batch of the epoch); 1 for the ELBO itself."""
@@ -183,7 +190,7 @@ class ELBO(keras.callbacks.Callback):
             return float(elapsed >= 0)
         return SCHEDULES[self.schedule](min(1.0, max(0.0, elapsed / warmup)))
 
-    def _warmup(self):
+    def _warmup(self) -> tuple[float, float]:
         """Return (start_epoch, warmup_epochs)."""
         if self.start_epoch is None and self.warmup_epochs is None:
             if self._epochs is None:
@@ -194,7 +201,7 @@ class ELBO(keras.callbacks.Callback):
             return self._epochs // 10, 3 * self._epochs // 10
         return self.start_epoch or 0, self.warmup_epochs or 0
 
-    def _batches_before(self, epoch):
+    def _batches_before(self, epoch: int) -> int:
         if epoch and not self._steps:
             raise ValueError(
                 "The schedule counts batches, but the number of batches before this epoch is unknown. "
@@ -202,10 +209,15 @@ class ELBO(keras.callbacks.Callback):
             )
         return epoch * self._steps if epoch else 0
 
-    def _continue_schedule(self, epoch):
-        """At the first epoch of a `fit`, continue the schedule if this callback has trained the model before."""
-        if self._fitted() is not self.model:
-            self._fitted, self._next, self._epochs, self._record = weakref.ref(self.model), 0, None, None
+    def _continue_schedule(self, epoch: int) -> None:
+        """At the first epoch of a `fit`, continue the schedule if this callback has trained the model before.
+
+        It starts again if the model has been set back to where it started, as between the folds of a cross-validation.
+        """
+        is_repeated = self._first_record is not None and self._first_record.is_repeated_by(self.model)
+        if self._fitted() is not self.model or is_repeated:
+            self._fitted, self._next, self._epochs = weakref.ref(self.model), 0, None
+            self._record = self._first_record = None
         self._before = max(0, self._next - epoch)
         if self._epochs is None or not self._before:
             self._epochs = (self.params or {}).get("epochs")
@@ -213,17 +225,17 @@ class ELBO(keras.callbacks.Callback):
     # The weight of the KL
 
     # c, the factor between the NLL of an example and the loss; None until it is known.
-    _factor = None
+    _factor: float | None = None
     # The shapes of the outputs, without the batch, in the first batch of this `fit` that was seen.
-    _shapes = None
+    _shapes: list[tuple[int | None, ...]] | None = None
     # Whether that batch has changed c, which was known from another call or another `fit`.
     _corrected = False
 
     @property
-    def _full_weight(self):
+    def _full_weight(self) -> float:
         return self._factor * self.temperature / self.num_examples
 
-    def _set(self, beta):
+    def _set(self, beta: float) -> None:
         """Set the KL weight of every layer; 0 while c is unknown.
 
         Always get the model from `self.model`: on JAX, that property makes the trainer notice assignments.
@@ -235,7 +247,7 @@ class ELBO(keras.callbacks.Callback):
             owner.full_kl_weight = None if self._factor is None else self._full_weight
             owner.free_bits = self.free_bits
 
-    def _find_factor(self, outputs):
+    def _find_factor(self, outputs: Sequence[Output] | None) -> float | None:
         """Return c for the outputs of the model, as `outputs_of` gives them; None if they are not known yet."""
         if self.labels_per_example is not None:
             scale = self.likelihood_scale
@@ -244,7 +256,7 @@ class ELBO(keras.callbacks.Callback):
             return None
         return likelihood_factor(outputs, self.model.loss, self._loss_weights, self.likelihood_scale)
 
-    def _finish_setup(self):
+    def _finish_setup(self) -> None:
         """Finish the setup of a model that its first step builds. That step calls this method while it is traced.
 
         Raises:
@@ -259,7 +271,7 @@ class ELBO(keras.callbacks.Callback):
             with _eagerly():
                 self._start()
 
-    def _check_factor(self):
+    def _check_factor(self) -> None:
         """Correct c by the first batch of this `fit`, and raise if a later one has another c.
 
         Before the first batch, c comes from the call that built the model or from the `fit` before, which may have had
@@ -292,20 +304,20 @@ class ELBO(keras.callbacks.Callback):
                 f"`keras_vdrop.losses`. Received: outputs of shapes {shapes} after {self._shapes}, without the batch"
             )
 
-    def _start(self):
+    def _start(self) -> None:
         """Do everything that needs the model's weights before the first step."""
         _exclude_from_weight_decay(self.model)
         self._warn_of_own_weights()
         self._apply()
         self._pending = self._factor is None
 
-    def _apply(self):
+    def _apply(self) -> None:
         """Set the KL weights, and the full one for the logs."""
         self._set(self._beta)
         if self._observer.terms is not None and self._factor is not None:
             self._observer.terms.full_weight.assign(self._full_weight)
 
-    def _warn_of_own_weights(self):
+    def _warn_of_own_weights(self) -> None:
         if self._factor is None:
             return
         for layer in owners(posteriors(self.model)):
@@ -318,7 +330,7 @@ class ELBO(keras.callbacks.Callback):
                     "pass `temperature` to `ELBO`.",
                 )
 
-    def _warn_of_the_loss(self):
+    def _warn_of_the_loss(self) -> None:
         names = without_likelihood(self.model.loss)
         if names:
             self._warn_once(
@@ -328,7 +340,7 @@ class ELBO(keras.callbacks.Callback):
                 "or a loss of `keras_vdrop.losses`.",
             )
 
-    def _warn_once(self, what, message):
+    def _warn_once(self, what: str, message: str) -> None:
         """Warn once for each kind of message."""
         if what not in self._warned:
             self._warned.add(what)
@@ -337,15 +349,17 @@ class ELBO(keras.callbacks.Callback):
     # The hooks that Keras calls
 
     _training = False
+    # The record at the start of the schedule.
+    _first_record = None
     # The course of the training, over all `fit`s of one model that continue one schedule.
-    _record = None
+    _record: Record | None = None
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         if _is_built(model):
             require_posteriors(model)
         super().set_model(model)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._steps = (self.params or {}).get("steps")
         if self._steps and self.num_examples < self._steps:
             raise ValueError(
@@ -379,7 +393,7 @@ class ELBO(keras.callbacks.Callback):
             check_outputs(self.model)
         set_weighted_by_callback(not self._checked)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._first_epoch:
             self._continue_schedule(epoch)
         self._epoch = self._before + epoch
@@ -393,17 +407,24 @@ class ELBO(keras.callbacks.Callback):
             self._first_epoch = False
             self._begin_record()
 
-    def _begin_record(self):
+    def _begin_record(self) -> None:
         """Start a record, unless this `fit` continues another; if the first batch builds the model, start it later."""
         if self._record is not None and self._record.is_continued_by(self.model):
             return
-        self._record = Record(self.model) if _is_built(self.model) else None
+        if _is_built(self.model):
+            self._new_record()
+        else:
+            self._record = None
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def _new_record(self) -> None:
+        self._record = Record(self.model)
+        self._first_record = self._first_record or self._record
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self.per == "batch":
             self._set(self.beta(self._epoch, batch))
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self._steps:  # with `steps_per_execution`, Keras counts the last call as a full one
             batch = min(batch, self._steps - 1)
         batches, self._last_batch = batch - self._last_batch, batch
@@ -414,7 +435,7 @@ class ELBO(keras.callbacks.Callback):
             _ = self.model  # on JAX, this brings the variables up to date
             self._record.look()
 
-    def _after_first_batch(self, steps):
+    def _after_first_batch(self, steps: int) -> None:
         require_posteriors(self.model)
         if not self._checked:
             check_outputs(self.model)
@@ -429,7 +450,7 @@ class ELBO(keras.callbacks.Callback):
         elif self._corrected:
             self._apply()
         if self._record is None:
-            self._record = Record(self.model)
+            self._new_record()
         examples = self._observer.examples_seen(steps)
         batch_size = self._batch_size = 0 if examples is None else examples / steps
         if batch_size > self.num_examples or (self.num_examples == self._steps and batch_size > 1):
@@ -439,19 +460,19 @@ class ELBO(keras.callbacks.Callback):
                 f"{batch_size:g} examples"
             )
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._training:
             self._note_examples()
             self._scheduled = self._beta
             self._set(1.0)
             self._observer.observe("test_function")
 
-    def on_test_end(self, logs=None):
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._training:
             self._observer.restore("test_function")
             self._set(self._scheduled)
 
-    def _note_examples(self):
+    def _note_examples(self) -> None:
         """Warn if `num_examples` does not fit the number of examples in the first epoch."""
         if self._seen is not None:
             return
@@ -480,7 +501,7 @@ class ELBO(keras.callbacks.Callback):
                 "warning if `steps_per_epoch` ends an epoch early.",
             )
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._steps = self._steps or self._last_batch + 1
         self._next = self._before + epoch + 1
         self._fitted_epochs += 1
@@ -493,7 +514,7 @@ class ELBO(keras.callbacks.Callback):
         nll = logs.get("nll")
         self._record.add(None if nll is None else nll / (self._factor or 1.0), kl)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._training = False
         self._observer.restore("train_function")
         self._observer.on_outputs = None
@@ -506,7 +527,7 @@ class ELBO(keras.callbacks.Callback):
             self._warn_once(what, message)
         self._warn_of_the_end()
 
-    def _warn_of_the_end(self):
+    def _warn_of_the_end(self) -> None:
         """Warn if the KL was never in the loss, or if training was stopped before β = 1."""
         beta = self._record.betas[-1]
         stopped = self.model.stop_training and beta < 1 and not callable(self.schedule)
@@ -524,7 +545,7 @@ class ELBO(keras.callbacks.Callback):
         self._warn_once("beta", f"Training has ended with β = {beta:.2g}: the KL was not fully in the loss. {way_out}")
 
 
-def _exclude_from_weight_decay(model):
+def _exclude_from_weight_decay(model: keras.Model) -> None:
     """Exclude the variables of posteriors, except for the means, from the optimizer's weight decay.
 
     Raises:
@@ -535,7 +556,7 @@ def _exclude_from_weight_decay(model):
             _exclude_from(optimizer, model)
 
 
-def _exclude_from(optimizer, model):
+def _exclude_from(optimizer: Any, model: keras.Model) -> None:
     own = [
         v for posterior in posteriors(model) for v in posterior.variables if v is not getattr(posterior, "loc", None)
     ]
@@ -556,29 +577,29 @@ def _exclude_from(optimizer, model):
         ) from error
 
 
-def _batches_a_step(optimizer):
+def _batches_a_step(optimizer: Any) -> int:
     """Return the number of batches over which an optimizer accumulates gradients before a step."""
     return max(getattr(each, "gradient_accumulation_steps", None) or 1 for each in _optimizers(optimizer))
 
 
-def _optimizers(optimizer):
+def _optimizers(optimizer: Any) -> list[Any]:
     """Return the optimizers that change the weights: those within a `LossScaleOptimizer` or `MultiOptimizer`."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     return getattr(optimizer, "optimizers", [optimizer])
 
 
-def _build_optimizer(model):
+def _build_optimizer(model: keras.Model) -> None:
     """Create the variables of the optimizer, so that TensorFlow does not trace the training step a second time."""
     if keras.backend.backend() == "tensorflow" and model.optimizer is not None and not model.optimizer.built:
         with model.distribute_strategy.scope():
             model.optimizer.build(model.trainable_variables)
 
 
-def _is_built(model):
+def _is_built(model: keras.Model) -> bool:
     return model.built and bool(model.weights)
 
 
-def _symbolic_outputs(model):
+def _symbolic_outputs(model: Any) -> list[Output] | None:
     """Return the `Output`s of a model that has not been called yet; None if they are not known."""
     try:
         # A `Sequential` that was built by a call has no `output`, but it has `outputs`.
@@ -588,7 +609,7 @@ def _symbolic_outputs(model):
     return outputs_of(tensors, getattr(model, "output_names", None))
 
 
-def _eagerly():
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
     """Return a scope in which assignments run at once, even while TensorFlow traces a graph."""
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
@@ -629,37 +650,37 @@ class SparsityLogger(keras.callbacks.Callback):
         self.log_dir = log_dir
         self._writer = None
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         if _is_built(model):  # raise the errors now, not after an epoch
             require_prunable_weights(model)
             sparsity(model, self.threshold)
         super().set_model(model)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:
             require_prunable_weights(self.model)
             report = sparsity(self.model, self.threshold)
             logs["weights_left"] = report.left / report.weights
             if self.log_dir is not None:
-                self._write(epoch, report)
+                self._write(os.fspath(self.log_dir), epoch, report)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def _write(self, epoch, report):
+    def _write(self, log_dir: str, epoch: int, report: Sparsity) -> None:
         """Write the state after an epoch for TensorBoard."""
         import tensorflow as tf
 
         if self._writer is None:
-            self._writer = tf.summary.create_file_writer(os.fspath(self.log_dir))
+            self._writer = tf.summary.create_file_writer(log_dir)
         with self._writer.as_default(step=epoch):
             tf.summary.scalar("weights_left", report.left / report.weights)
             for row in report.layers:
                 tf.summary.scalar(f"weights_left/{row.name}", row.left / row.weights)
             for weight in prunable_weights(self.model):
-                log_alpha, mask = (ops.convert_to_numpy(each) for each in (weight.log_alpha(), weight.mask))
+                log_alpha, mask = (to_numpy(each) for each in (weight.log_alpha(), weight.mask))
                 log_alpha = np.broadcast_to(log_alpha, weight.shape)[mask]
                 tf.summary.histogram(f"log_alpha/{row_name(self.model, weight)}/{weight.name}", log_alpha)
         self._writer.flush()

@@ -56,7 +56,9 @@ def used_repeatedly(
     return found
 
 
-def _all_calls(model_or_layer, cls, calls_within=1):
+def _all_calls(
+    model_or_layer: keras.Model | keras.layers.Layer, cls: Any, calls_within: int | None = 1
+) -> Iterable[tuple[Any, list[tuple[Any, int | None]]]]:
     """Return each layer of the given classes in a model with its calls: pairs of an input shape and a count."""
     found = {}
 
@@ -77,7 +79,8 @@ _CALL_ONCE = ("keras", "keras_vdrop")
 def known_sum(numbers: Iterable[int | None]) -> int | None:
     """Return the sum, or None if a number is None, which means unknown."""
     numbers = list(numbers)
-    return None if None in numbers else sum(numbers)
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
 
 
 def itemsize(dtype: str) -> int:
@@ -93,7 +96,7 @@ def file_sizes(path: str | os.PathLike) -> tuple[int, int]:
     return sum(map(len, contents)), sum(len(gzip.compress(content, mtime=0)) for content in contents)
 
 
-def _calls(layer, shape, calls_within):
+def _calls(layer: Any, shape: Any, calls_within: int | None) -> Iterator[tuple[Any, Any, int | None]]:
     """Yield the layers that a layer calls, each with the shape of its inputs and the number of calls."""
     if isinstance(layer, keras.Model) and getattr(layer, "outputs", None):
         for node in nodes(layer):
@@ -129,7 +132,7 @@ def nodes(graph: keras.Model, ends_at: Callable[[Any], Any] = lambda node: False
             tensors += node.input_tensors
 
 
-def _built_shape(layer):
+def _built_shape(layer: Any) -> Any:
     """Return the shape of the first input that a layer was built for; None if it has not been built."""
     config = layer.get_build_config() or {}
     return next(iter(config.get("shapes_dict", config).values()), None)

@@ -1,10 +1,13 @@
 """Diagnosis of a training: whether the posterior has converged, and whether layers have lost all their weights."""
 
 import itertools
+from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.normalization import normalizations_of_noise
 from keras_vdrop.posterior import VariationalWeight, learning_posteriors
 from keras_vdrop.pruning import sparsity
@@ -40,7 +43,7 @@ class Record:
         model: A built model, before its first step.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model):
         self.betas, self._nlls = [], []
         self._start_kl = self._kl = learning_kl(model)
         self._followed = _followed(model)
@@ -50,16 +53,16 @@ class Record:
         self._beta, self._count = None, 0
         self._begin_period()
 
-    def _begin_period(self):
+    def _begin_period(self) -> None:
         """Start a new period: under another weight of the KL, the posterior converges to another point."""
         self._period, self._steps, self._epochs = self._beta, self._count, 0
         self._looks, self._every, self._unseen = [self._last], _APART, 0
 
-    def _is_same_period(self, beta):
+    def _is_same_period(self, beta: float) -> bool:
         """Return whether the weight of the KL is that of the current period, within a factor of 2."""
         return self._period is None or self._period / 2 <= beta <= 2 * self._period
 
-    def step(self, beta, count):
+    def step(self, beta: float, count: float) -> bool:
         """Record steps of the optimizer.
 
         Args:
@@ -76,7 +79,7 @@ class Record:
         self._unseen += count
         return self._unseen >= self._every or not self._is_same_period(beta)
 
-    def look(self):
+    def look(self) -> None:
         """Record the current log variances, after the steps that were recorded last."""
         now = self._log_variances()
         self._path_length += _distance(self._last, now)
@@ -89,7 +92,7 @@ class Record:
         if len(self._looks) > _LOOKS:
             self._looks, self._every = self._looks[::2], 2 * self._every
 
-    def add(self, nll, kl):
+    def add(self, nll: float | None, kl: float) -> None:
         """Record the end of an epoch.
 
         Args:
@@ -101,22 +104,33 @@ class Record:
         self._kl = kl
         self._epochs += 1
 
-    def end(self):
+    def end(self) -> None:
         """Record the end of a `fit`."""
         self._end = self._log_variances()
 
-    def is_continued_by(self, model):
+    def is_continued_by(self, model: keras.Model) -> bool:
         """Return whether the model is as the last `fit` left it, so that the next one continues its course."""
+        return self._follows(model) and np.array_equal(self._log_variances(), self._end)
+
+    def is_repeated_by(self, model: keras.Model) -> bool:
+        """Return whether the model is again as it was at the start of the record, although it has moved since."""
+        now = self._log_variances()
+        has_moved = not (np.array_equal(now, self._last) and np.array_equal(now, self._end))
+        return has_moved and self._follows(model) and np.array_equal(now, self._start)
+
+    def _follows(self, model: keras.Model) -> bool:
+        """Return whether the model learns the variables of the record."""
         variables = [id(variable) for variable, _ in _learning(model)]
-        same = variables == [id(variable) for variable, _, _ in self._followed]
-        return same and np.array_equal(self._log_variances(), self._end)
+        return variables == [id(variable) for variable, _, _ in self._followed]
 
     @property
-    def without_kl(self):
+    def without_kl(self) -> bool:
         """Whether β was 0 in every epoch."""
         return not any(self.betas)
 
-    def warnings(self, model, num_examples, temperature, is_one_of_many=False):
+    def warnings(
+        self, model: keras.Model, num_examples: float, temperature: float, is_one_of_many: bool = False
+    ) -> dict[str, str]:
         """Return the warnings that apply.
 
         Args:
@@ -139,7 +153,7 @@ class Record:
             said.update(self._collapse(model))
         return said
 
-    def _size_of_kl(self, num_examples, weight):
+    def _size_of_kl(self, num_examples: float, weight: float) -> dict[str, str]:
         """Return the warning, if any, about a KL that is large compared with the NLL."""
         nll, kl = self._nlls[-1], weight * self._kl / num_examples
         size = max(abs(nll), _LEAST_NLL)
@@ -159,7 +173,7 @@ class Record:
             }
         return {}
 
-    def _has_hardly_moved(self):
+    def _has_hardly_moved(self) -> bool:
         """Return whether the log variances are still near their start.
 
         A posterior that has converged moves back and forth; one that has not moves straight on. But a new posterior
@@ -173,17 +187,17 @@ class Record:
         return (self._is_new and gone < _LITTLE) or self._straightness() > _STRAIGHT
 
     @property
-    def _kl_has_fallen(self):
+    def _kl_has_fallen(self) -> bool:
         return self._kl < _HALF * self._start_kl
 
-    def _straightness(self):
+    def _straightness(self) -> float:
         """Return distance / length of the path in this period; 0 if the path is too short to tell."""
         stretches = [_distance(*pair) for pair in itertools.pairwise([*self._looks, self._end])]
         if len(stretches) < _STRETCHES or sum(stretches) < _ROUNDING:
             return 0.0
         return _distance(self._looks[0], self._end) / sum(stretches)
 
-    def _collapse(self, model):
+    def _collapse(self, model: keras.Model) -> dict[str, str]:
         """Return the warning, if any, about layers that have lost all weights while the NLL has risen."""
         best, last = min(nll for nll in self._nlls if nll is not None), self._nlls[-1]
         gone = [row.name for row in sparsity(model).layers if row.weights and not row.left]
@@ -195,11 +209,11 @@ class Record:
             "(`start_epoch`, `warmup_epochs`), or lower the `temperature` or the learning rate."
         }
 
-    def _log_variances(self):
+    def _log_variances(self) -> np.ndarray:
         return np.concatenate([np.zeros(0), *(_values(*each) for each in self._followed)])
 
 
-def _statistics_of_noise(model):
+def _statistics_of_noise(model: keras.Model) -> dict[str, str]:
     """Return the warning, if any, about BatchNormalization that has seen noise, which `predict` does not add."""
     names = normalizations_of_noise(model)
     if not names:
@@ -212,12 +226,12 @@ def _statistics_of_noise(model):
     }
 
 
-def learning_kl(model):
+def learning_kl(model: keras.Model) -> float:
     """Return Σ KL of the posteriors that are not frozen, in nats: a float."""
-    return float(sum(ops.convert_to_numpy(each.kl()) for each in learning_posteriors(model)))
+    return float(sum(to_numpy(each.kl()) for each in learning_posteriors(model)))
 
 
-def _learning(model):
+def _learning(model: keras.Model) -> list[tuple[Any, VariationalWeight]]:
     """Return the trainable log variances, as pairs of the variable and its `VariationalWeight`."""
     trainable = {id(variable) for variable in model.trainable_variables}
     weights = [each for each in learning_posteriors(model) if isinstance(each, VariationalWeight)]
@@ -225,31 +239,31 @@ def _learning(model):
     return [pair for pair in pairs if id(pair[0]) in trainable]
 
 
-def _followed(model):
+def _followed(model: keras.Model) -> list[tuple[Any, float, np.ndarray]]:
     """Return the arguments of `_values`, (variable, factor, indices), for every trainable log variance."""
     return [(variable, weight.log_variance.factor, _indices(weight)) for variable, weight in _learning(model)]
 
 
-def _indices(weight):
+def _indices(weight: VariationalWeight) -> np.ndarray:
     """Return the flat indices of the log variances to follow: a subset of those whose weights are kept.
 
     Any other weight costs next to nothing, so its log variance drifts without end.
     """
     shape = tuple(weight.log_variance.shape)
-    left = ops.convert_to_numpy(weight.keep_mask()) if shape == tuple(weight.shape) else np.ones(shape, bool)
+    left = to_numpy(weight.keep_mask()) if shape == tuple(weight.shape) else np.ones(shape, bool)
     indices = np.flatnonzero(left)
     return indices[:: max(1, indices.size // _FOLLOWED)]
 
 
-def _values(variable, factor, indices):
+def _values(variable: Any, factor: float, indices: np.ndarray) -> np.ndarray:
     """Return the log variances at some flat indices, in nats."""
-    return factor * ops.convert_to_numpy(ops.take(ops.ravel(ops.convert_to_tensor(variable)), indices))
+    return factor * to_numpy(ops.take(ops.ravel(ops.convert_to_tensor(variable)), indices))
 
 
-def _are_alike(values):
+def _are_alike(values: np.ndarray) -> bool:
     return not values.size or values.std() < _ALIKE
 
 
-def _distance(one, other):
+def _distance(one: np.ndarray, other: np.ndarray) -> float:
     """Return the mean absolute difference between log variances, in nats."""
     return float(np.abs(other - one).mean()) if one.size else 0.0

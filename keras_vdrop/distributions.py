@@ -5,6 +5,8 @@ TFP takes seconds to import, so it is imported on first use.
 
 import functools
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,7 +21,7 @@ _NODES = 20
 _SOMEWHERE = (-100.0, 100.0)
 
 
-def check(distribution):
+def check(distribution: Any) -> None:
     """Raise a `ValueError` unless the value is a TFP distribution that can be a prior."""
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
@@ -43,7 +45,7 @@ def check(distribution):
         )
 
 
-def is_positive_everywhere(distribution):
+def is_positive_everywhere(distribution: Any) -> bool:
     """Return whether the density appears to be above 0 on the whole real line.
 
     It checks the declared support, if any, and the density at two points. For a distribution over integers it returns
@@ -68,7 +70,7 @@ def is_positive_everywhere(distribution):
         return all(bool(tf.reduce_all(tf.math.is_finite(density))) for density in densities)
 
 
-def kl_from_normal(loc, log_variance, distribution):
+def kl_from_normal(loc: Any, log_variance: Any, distribution: Any) -> Any:
     """Compute KL(N(loc, exp(log_variance)) ‖ distribution) in the dtype of the distribution.
 
     TFP's closed form is used if it has one. Otherwise KL = −H(q) − E_q[log p], the expectation by quadrature.
@@ -83,7 +85,7 @@ def kl_from_normal(loc, log_variance, distribution):
         return -posterior.entropy() - _expected_log_prob(distribution, loc, posterior.scale)
 
 
-def _expected_log_prob(distribution, loc, scale):
+def _expected_log_prob(distribution: Any, loc: Any, scale: Any) -> Any:
     """Return E[log p(w)] over w ~ N(loc, scale²) by Gauss–Hermite quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
     weights = weights / weights.sum()
@@ -91,7 +93,7 @@ def _expected_log_prob(distribution, loc, scale):
     return sum(terms)
 
 
-def config_of(value):
+def config_of(value: Any) -> Any:
     """Convert a TFP distribution and its parameters to nested dicts, lists, numbers and strings.
 
     Raises:
@@ -118,7 +120,7 @@ def config_of(value):
         raise ValueError(f"A prior created from {value!r} cannot be saved. Create it from numbers.") from None
 
 
-def from_config(config):
+def from_config(config: Any) -> Any:
     """Return the distribution that `config_of` converted to this config."""
     from tensorflow_probability import distributions as tfd
 
@@ -132,20 +134,20 @@ def from_config(config):
     return getattr(tfd, config["distribution"])(**parameters)
 
 
-def is_distribution(value):
+def is_distribution(value: Any) -> bool:
     """Return whether a value is a TFP distribution, without importing TFP."""
     tfp = sys.modules.get("tensorflow_probability")
     return tfp is not None and isinstance(value, tfp.distributions.Distribution)
 
 
-def normal(loc, scale):
+def normal(loc: Any, scale: Any) -> Any:
     """Return N(loc, scale²)."""
     from tensorflow_probability import distributions as tfd
 
     return tfd.Normal(loc, scale)
 
 
-def normal_mixture(shares, loc, scale):
+def normal_mixture(shares: Any, loc: Any, scale: Any) -> Any:
     """Return Σ_k shares_k·N(loc_k, scale_k²); the last axis of all arguments is k."""
     from tensorflow_probability import distributions as tfd
 
@@ -153,7 +155,7 @@ def normal_mixture(shares, loc, scale):
 
 
 @functools.cache
-def log_uniform():
+def log_uniform() -> type[Any]:
     """Return the class of the log-uniform distribution, which TFP lacks."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
@@ -169,7 +171,13 @@ def log_uniform():
             dtype: Dtype of the values.
         """
 
-        def __init__(self, batch_shape=(), form="sigmoid", dtype="float32", name="LogUniform"):
+        def __init__(
+            self,
+            batch_shape: Sequence[int] = (),
+            form: str = "sigmoid",
+            dtype: Any = "float32",
+            name: str = "LogUniform",
+        ):
             parameters = dict(locals())
             self._kl = LOG_UNIFORM_FORMS[form]
             self._batch = tuple(batch_shape)
@@ -183,22 +191,22 @@ def log_uniform():
             )
 
         @classmethod
-        def _parameter_properties(cls, dtype, num_classes=None):
+        def _parameter_properties(cls, dtype: Any, num_classes: int | None = None) -> dict[str, Any]:
             return {}
 
-        def _batch_shape(self):
+        def _batch_shape(self) -> Any:
             return tf.TensorShape(self._batch)
 
-        def _batch_shape_tensor(self):
+        def _batch_shape_tensor(self) -> Any:
             return tf.constant(self._batch, "int32")
 
-        def _event_shape(self):
+        def _event_shape(self) -> Any:
             return tf.TensorShape([])
 
-        def _event_shape_tensor(self):
+        def _event_shape_tensor(self) -> Any:
             return tf.constant([], "int32")
 
-        def _log_prob(self, value):
+        def _log_prob(self, value: Any) -> Any:
             return -tf.math.log(tf.abs(value))
 
     @tfd.RegisterKL(tfd.Normal, LogUniform)

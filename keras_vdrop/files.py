@@ -2,9 +2,11 @@
 
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 
-def replace(path, write):
+def replace(path: str | os.PathLike, write: Callable[[pathlib.Path], Any]) -> None:
     """Write a file next to its destination and move it there when it is complete, replacing an existing file.
 
     Args:

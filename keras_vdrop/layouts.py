@@ -1,22 +1,25 @@
 """How the variables of a posterior are split over devices under `keras.distribution.ModelParallel` (JAX)."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 
 
 class _Layouts:
     """A distribution that takes the layout of each variable from a function."""
 
-    def __init__(self, distribution, layout):
+    def __init__(self, distribution: keras.distribution.ModelParallel, layout: Callable[[Any, Any], Any]):
         self._distribution, self._layout = distribution, layout
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._distribution, name)
 
-    def get_variable_layout(self, variable):
+    def get_variable_layout(self, variable: Any) -> Any:
         return self._layout(self._distribution, variable)
 
 
-def named_as_in_keras(add_weight, suffix):
+def named_as_in_keras(add_weight: Callable[..., Any], suffix: str) -> Callable[..., Any]:
     """Return an `add_weight` for the mean of a posterior, which follows a layout map made for Keras's layers.
 
     A key that matches the variable's own path takes precedence over one that matches the path in Keras's layer.
@@ -37,7 +40,7 @@ def named_as_in_keras(add_weight, suffix):
     return _asking(add_weight, layout)
 
 
-def laid_out_like(add_weight, reference):
+def laid_out_like(add_weight: Callable[..., Any], reference: Any) -> Callable[..., Any]:
     """Return an `add_weight` whose variables are split like `reference` along each axis of the same size."""
 
     def layout(distribution, variable):
@@ -52,7 +55,7 @@ def laid_out_like(add_weight, reference):
     return _asking(add_weight, layout)
 
 
-def _asking(add_weight, layout):
+def _asking(add_weight: Callable[..., Any], layout: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     """Return an `add_weight` that takes layouts from `layout` under `ModelParallel`."""
 
     def add(**arguments):
@@ -68,5 +71,7 @@ def _asking(add_weight, layout):
     return add
 
 
-def _replicated(distribution, shape):
+def _replicated(
+    distribution: keras.distribution.ModelParallel, shape: Sequence[int]
+) -> keras.distribution.TensorLayout:
     return keras.distribution.TensorLayout([None] * len(shape), distribution.device_mesh)

@@ -22,6 +22,7 @@ from keras import layers, ops
 
 from keras_vdrop.checks import check_positive, check_positive_int
 from keras_vdrop.functional import likelihoods
+from keras_vdrop.functional.tensors import equal_parts
 from keras_vdrop.targets import aligned, mask_of, targets, weights_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _ReductionName: TypeAlias = Literal["sum_over_batch_size", "sum", "mean", "mean_
 class _Reduction(keras.losses.Loss):
     """Keras's reduction of values that are already computed for each example."""
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
         return y_pred
 
 
@@ -287,17 +288,14 @@ class NormalMixtureNLL(NegativeLogLikelihood):
         check_positive_int("num_components", num_components)
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.num_components = num_components
-
-    @property
-    def num_parameters(self) -> int:
-        return 3 * self.num_components
+        self.num_parameters = 3 * num_components
 
     def log_prob(self, y: Any, parameters: Any) -> Any:
-        logits, loc, raw_scale = ops.split(parameters, 3, axis=-1)
+        logits, loc, raw_scale = equal_parts(parameters, 3)
         return likelihoods.normal_mixture(y, logits, loc, likelihoods.scale_of(raw_scale))
 
     def moments(self, parameters: Any) -> tuple[Any, Any]:
-        logits, loc, raw_scale = ops.split(parameters, 3, axis=-1)
+        logits, loc, raw_scale = equal_parts(parameters, 3)
         share = ops.softmax(logits, axis=-1)
         mean = ops.sum(share * loc, axis=-1, keepdims=True)
         variance = ops.square(likelihoods.scale_of(raw_scale)) + ops.square(loc - mean)
@@ -402,6 +400,6 @@ def learned_scale(loc: Any, name: str = "raw_scale") -> Any:
     return ops.stack([loc, raw_scale], axis=-1)
 
 
-def _total(values):
+def _total(values: Any) -> Any:
     """Sum the numbers of each example: (B,)."""
     return ops.sum(ops.reshape(values, (ops.shape(values)[0], -1)), axis=-1)

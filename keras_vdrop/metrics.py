@@ -407,7 +407,7 @@ class NegativeLogLikelihood(_OfParameters):
         return self.likelihood.values(y_true, y_pred)
 
 
-def _classification(y_true, y_pred, from_logits, dtype):
+def _classification(y_true: Any, y_pred: Any, from_logits: bool, dtype: Any) -> tuple[Any, Any]:
     """Return class numbers (B, ...) and probabilities (B, ..., C)."""
     y_true, y_pred = ops.convert_to_tensor(y_true), ops.cast(y_pred, dtype)
     labels = targets(y_true, y_pred, "class numbers (B, ...), not one-hot, and predictions (B, ..., C)")
@@ -417,7 +417,7 @@ def _classification(y_true, y_pred, from_logits, dtype):
     return ops.cast(labels, "int32"), ops.softmax(y_pred) if from_logits else y_pred
 
 
-def _weight_of_labels(labels, probability, weight, ignore_class):
+def _weight_of_labels(labels: Any, probability: Any, weight: Any, ignore_class: int | None) -> Any:
     """Return 0 for ignored labels, NaN for those that count and are no class or have no probabilities, else the weight.
 
     A model that returns logits shows itself by values outside [0, 1].
@@ -430,7 +430,7 @@ def _weight_of_labels(labels, probability, weight, ignore_class):
     return ops.where(wrong, ops.full_like(weight, math.nan), weight)
 
 
-def _standardised(y_true, y_pred, dtype):
+def _standardised(y_true: Any, y_pred: Any, dtype: Any) -> tuple[Any, Any]:
     """Return the scale, and (y − loc) / scale."""
     y_true, y_pred = ops.cast(y_true, dtype), ops.cast(y_pred, dtype)
     what = "numbers (B, ...) and predictions (B, ..., 2), the loc and the raw scale"
@@ -439,7 +439,7 @@ def _standardised(y_true, y_pred, dtype):
     return scale, (y - y_pred[..., 0]) / scale
 
 
-def _weight(values, y_pred, sample_weight, dtype):
+def _weight(values: Any, y_pred: Any, sample_weight: Any, dtype: Any) -> Any:
     """Return the weight of each value: 0 where the outputs are masked, as in Keras's own metrics."""
     weight = ops.ones_like(values, dtype=dtype)
     if sample_weight is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -70,12 +71,12 @@ def normalizations_of_noise(model: keras.Model) -> list[str]:
     return names
 
 
-def _is_normalization(layer):
+def _is_normalization(layer: keras.layers.Layer) -> bool:
     return isinstance(layer, keras.layers.BatchNormalization)
 
 
 @contextlib.contextmanager
-def _collecting(layer):
+def _collecting(layer: keras.layers.Layer) -> Iterator[None]:
     """Let the layer set its statistics to the average over its calls, although the model is not training."""
     momenta, call, seen = _momenta(layer), layer.call, 0
 
@@ -97,12 +98,12 @@ def _collecting(layer):
             setattr(layer, name, momentum)
 
 
-def _momenta(layer):
+def _momenta(layer: keras.layers.Layer) -> dict[str, float]:
     """Return {name: momentum} of the layer's moving averages. Renormalization, where Keras has it, has its own."""
     return {name: getattr(layer, name) for name in ("momentum", "renorm_momentum") if hasattr(layer, name)}
 
 
-def _batches(x, batch_size):
+def _batches(x: Any, batch_size: int) -> Iterator[Any]:
     """Yield the batches of arrays, or the inputs of an iterable of batches."""
     if not (isinstance(x, (dict, list, tuple)) or hasattr(x, "shape")):
         yield from (keras.utils.unpack_x_y_sample_weight(batch)[0] for batch in x)

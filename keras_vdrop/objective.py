@@ -5,8 +5,9 @@ example, the loss of `fit` is NLL / L. The KL then needs the weight 1 / (L·exam
 the negative ELBO.
 """
 
-import collections
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -87,14 +88,38 @@ _WAY_OUT = (
     "sums over the example"
 )
 
-Output = collections.namedtuple("Output", ["name", "shape", "masked"])
-Output.__doc__ = "What a loss sees of one output of a model: its name, its shape with the batch, whether it has a mask."
 
-Term = collections.namedtuple("Term", ["name", "weight", "labels", "is_mse"])
-Term.__doc__ = "One output's share in the loss: `weight` times a mean over `labels` terms an example."
+class Output(NamedTuple):
+    """What a loss sees of one output of a model.
+
+    Attributes:
+        name: The name of the output.
+        shape: Its shape with the batch; None for an unknown size.
+        masked: Whether it has a mask.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    masked: bool
 
 
-def outputs_of(y_pred, names=None):
+class Term(NamedTuple):
+    """One output's share in the loss: `weight` times a mean over `labels` terms an example.
+
+    Attributes:
+        name: The name of the output.
+        weight: Its `loss_weights`.
+        labels: The number of terms of an example.
+        is_mse: Whether its loss is the mean squared error.
+    """
+
+    name: str
+    weight: float
+    labels: int
+    is_mse: bool
+
+
+def outputs_of(y_pred: Any, names: Sequence[str] | None = None) -> list[Output]:
     """Return the `Output`s of a model, given its output tensors, symbolic or not.
 
     Args:
@@ -117,7 +142,9 @@ def outputs_of(y_pred, names=None):
     return [Output(name, tuple(tensor.shape), mask_of(tensor) is not None) for name, tensor in named]
 
 
-def likelihood_factor(outputs, loss, loss_weights=None, likelihood_scale=None):
+def likelihood_factor(
+    outputs: Sequence[Output], loss: Any, loss_weights: Any = None, likelihood_scale: float | None = None
+) -> float:
     """Return c, the factor between the mean NLL of an example and the loss, Σ over outputs of (weight / labels)·NLL.
 
     Args:
@@ -157,13 +184,13 @@ def likelihood_factor(outputs, loss, loss_weights=None, likelihood_scale=None):
     return factors[0]
 
 
-def is_mse(loss):
+def is_mse(loss: Any) -> bool:
     """Return whether a loss, as `compile` takes it, is the mean squared error."""
     cls, _ = _resolved(loss, ())
     return cls is not None and issubclass(cls, keras_losses.MeanSquaredError)
 
 
-def labels_of(loss, output):
+def labels_of(loss: Any, output: Output) -> int:
     """Return the number of terms of one example over which a loss takes its mean.
 
     Raises:
@@ -208,7 +235,7 @@ def labels_of(loss, output):
     return labels
 
 
-def compiled_loss_weights(model):
+def compiled_loss_weights(model: keras.Model) -> Any:
     """Return the `loss_weights` that `compile` was given.
 
     Raises:
@@ -223,7 +250,7 @@ def compiled_loss_weights(model):
         ) from error
 
 
-def require_loss(model):
+def require_loss(model: keras.Model) -> None:
     """Raise a `ValueError` if `compile` was given no loss, so that nothing is known about the data part."""
     if model.loss is None:
         raise ValueError(
@@ -232,14 +259,14 @@ def require_loss(model):
         )
 
 
-def without_likelihood(loss):
+def without_likelihood(loss: Any) -> list[str]:
     """Return the names of those of Keras's losses, as `compile` takes them, that are no negative log likelihoods."""
     resolved = (_resolved(each, ()) for each in keras.tree.flatten(loss) if each is not None)
     classes = [cls or type(instance) for cls, instance in resolved]
     return [cls.__name__ for cls in classes if issubclass(cls, _NO_LIKELIHOODS)]
 
 
-def _adds_up(loss, shape):
+def _adds_up(loss: Any, shape: Sequence[int | None]) -> bool:
     """Return whether a custom loss returns a sum over the batch; False if that cannot be found out."""
     if not callable(loss) or isinstance(loss, keras_losses.Loss):
         return False  # a `Loss` says it by its `reduction`
@@ -256,7 +283,7 @@ def _adds_up(loss, shape):
     return few.shape == many.shape == () and few != 0 and math.isclose(many / few, 4.0, rel_tol=1e-3)
 
 
-def _resolved(loss, shape):
+def _resolved(loss: Any, shape: Sequence[int | None]) -> tuple[Any, Any]:
     """Return the known class that a loss computes, or None for a custom loss; and its `Loss` object, or None."""
     if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):
         binary = bool(shape) and shape[-1] == 1
@@ -276,7 +303,7 @@ def _resolved(loss, shape):
     return None, loss
 
 
-def _by_output(outputs, loss, loss_weights):
+def _by_output(outputs: Sequence[Output], loss: Any, loss_weights: Any) -> list[tuple[Output, Any, float]]:
     """Return (output, loss, weight) for each output that contributes to the loss."""
     names = [output.name for output in outputs]
 

@@ -5,13 +5,16 @@ separate the terms. `Observer` does so in `compute_loss`, and `LossTerms` is the
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import Any, Literal
 
 import keras
 from keras import ops
 
 from keras_vdrop.functional import tracing
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.layers.stochastic import kl_costs, set_weighted_by_callback, watched
-from keras_vdrop.objective import outputs_of
+from keras_vdrop.objective import Output, outputs_of
 from keras_vdrop.posterior import learning_posteriors, owners, posteriors, recorded_kls
 from keras_vdrop.warning import warn
 
@@ -29,18 +32,18 @@ class LossTerms(keras.metrics.Metric):
         )
         self.full_weight = self.add_variable((), "zeros", name="full_weight")
 
-    def update_state(self, nll, rest, kl, examples):
+    def update_state(self, nll: Any, rest: Any, kl: Any, examples: Any) -> None:
         examples = ops.cast(examples, "float32")
         self.examples.assign_add(examples)
         for total, value in ((self.nll, nll), (self.rest, rest), (self.kl, kl)):
             total.assign_add(ops.cast(value, "float32") * examples)
 
-    def result(self):
+    def result(self) -> dict[str, Any]:
         means = (ops.divide_no_nan(total, self.examples) for total in (self.nll, self.rest, self.kl))
         nll, rest, kl = means
         return {"nll": nll, "elbo_loss": rest + self.full_weight * kl}
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         for total in (self.examples, self.nll, self.rest, self.kl):
             total.assign(0.0)
 
@@ -63,33 +66,33 @@ class Observer:
         traces_each_fit: Whether every `fit` must trace its own training step, to see its own outputs.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model):
         self.model = model
-        self.terms = None
-        self.on_outputs = None
+        self.terms: LossTerms | None = None
+        self.on_outputs: Callable[[], None] | None = None
         self._trains = False
         self.reads_outputs = True
-        self.outputs = None
-        self.batch_size = None
+        self.outputs: list[Output] | None = None
+        self.batch_size: int | None = None
         self.traces_each_fit = False
         self._running = False
         self._shown = False
         self._recorded = self._kl_in_loss = None
-        self._owners = set()
-        self._steps = {}
-        self._made_for = {}
-        self._own = {}
+        self._owners: set[int] = set()
+        self._steps: dict[str, Callable[..., Any]] = {}
+        self._made_for: dict[str, tuple[Any, Any]] = {}
+        self._own: dict[str, Any] = {}
         self._compute_loss = model.compute_loss
         # Not a bound method of the observer: Keras saves what the attributes of a model hold.
         model.compute_loss = lambda *args, **kwargs: self._observe(*args, **kwargs)
-        model.compute_loss.observer = self
+        vars(model.compute_loss)["observer"] = self
 
     @classmethod
-    def of(cls, model):
+    def of(cls, model: keras.Model) -> "Observer":
         """Return the observer of a model; the first call makes it."""
         return getattr(model.compute_loss, "observer", None) or cls(model)
 
-    def attach(self):
+    def attach(self) -> None:
         """Attach terms to the metrics that `compile` has made. A model without metrics has no terms."""
         metrics = self.model.metrics
         host = metrics[0] if metrics else None
@@ -116,7 +119,7 @@ class Observer:
 
         host.result, host.reset_state = result_with_terms, reset_with_terms
 
-    def observe(self, name):
+    def observe(self, name: Literal["train_function", "test_function"]) -> None:
         """Replace a compiled step of the model by an observed one.
 
         Args:
@@ -134,16 +137,16 @@ class Observer:
         self._own[name] = own
         setattr(self.model, name, self._steps[name])
 
-    def retrace(self):
+    def retrace(self) -> None:
         """Forget the training step and its outputs, so that the next one is traced anew."""
         self._steps.pop("train_function", None)
         self.outputs = None
 
-    def restore(self, name):
+    def restore(self, name: Literal["train_function", "test_function"]) -> None:
         """Put the model's own step back."""
         setattr(self.model, name, self._own.pop(name, None))
 
-    def examples_seen(self, steps=None):
+    def examples_seen(self, steps: int | None = None) -> float | None:
         """Return the number of examples that the terms cover, or None if it is not known.
 
         Args:
@@ -153,9 +156,9 @@ class Observer:
             return steps * self.batch_size
         if self.terms is None or (steps is not None and keras.backend.backend() == "jax"):
             return None  # on JAX, variables are up to date only at the end of an epoch
-        return float(ops.convert_to_numpy(self.terms.examples))
+        return float(to_numpy(self.terms.examples))
 
-    def _observed(self, function, trains):
+    def _observed(self, function: Callable[..., Any], trains: bool) -> Callable[..., Any]:
         is_traced = False  # only the first call runs the Python code
 
         def run(*args, **kwargs):
@@ -177,7 +180,7 @@ class Observer:
 
         return run
 
-    def _check_kl(self, is_in_loss):
+    def _check_kl(self, is_in_loss: object) -> None:
         """Warn if a training step of the user's own leaves out the KL."""
         if not is_in_loss and learning_posteriors(self.model):
             warn(
@@ -187,7 +190,7 @@ class Observer:
                 RuntimeWarning,
             )
 
-    def _watch(self, layer):
+    def _watch(self, layer: keras.layers.Layer) -> None:
         """Warn if the model calls a layer that is not one of its own: Keras trains only layers that it finds."""
         if id(layer) in self._owners:
             return
@@ -202,7 +205,7 @@ class Observer:
             RuntimeWarning,
         )
 
-    def _observe(self, *args, **kwargs):
+    def _observe(self, *args: Any, **kwargs: Any) -> Any:
         if not self._running:
             return self._compute_loss(*args, **kwargs)
         named = dict(zip(("x", "y", "y_pred"), args)) | kwargs
@@ -217,17 +220,20 @@ class Observer:
         if self.terms is None or loss is None:
             return loss
         total = loss * _replicas(self.model)
-        penalty = sum(ops.cast(ops.sum(each), total.dtype) for each in penalties)
+        penalty: Any = 0
+        for each in penalties:
+            penalty = penalty + ops.cast(ops.sum(each), total.dtype)
         weighed = sum(ops.cast(p.owner.kl_weight, cost.dtype) * cost for p, cost in costs.items())
         kl = sum(costs.values())
         examples = next((ops.shape(one)[0] for one in keras.tree.flatten(list(named.values())) if _has_rows(one)), 1)
         self.batch_size = examples if isinstance(examples, int) else None
-        terms = (ops.stop_gradient(ops.convert_to_tensor(value)) for value in (total - penalty, total - weighed, kl))
-        self.terms.update_state(*terms, examples)
+        values = (total - penalty, total - weighed, kl)
+        nll, rest, kl = (ops.stop_gradient(ops.convert_to_tensor(value)) for value in values)
+        self.terms.update_state(nll, rest, kl, examples)
         return loss
 
 
-def _penalties(model):
+def _penalties(model: keras.Model) -> list[Any]:
     """Return all terms of the loss of a step except for the data part.
 
     If `compile` was given a loss, these are all that layers add to it: penalties of weights (the KL among them) and of
@@ -239,16 +245,16 @@ def _penalties(model):
     return of_weights if model.loss is None else model.losses
 
 
-def _has_rows(one):
+def _has_rows(one: Any) -> bool:
     return ops.is_tensor(one) and len(one.shape) > 0
 
 
-def _replicas(model):
+def _replicas(model: keras.Model) -> int:
     """Return the number of replicas by which Keras divides a loss on TensorFlow; 1 on other backends."""
     strategy = getattr(model, "distribute_strategy", None)
     return 1 if strategy is None else strategy.num_replicas_in_sync
 
 
-def _strategy_scope(model):
+def _strategy_scope(model: keras.Model) -> contextlib.AbstractContextManager[Any]:
     strategy = getattr(model, "distribute_strategy", None)
     return contextlib.nullcontext() if strategy is None else strategy.scope()

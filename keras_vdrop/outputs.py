@@ -1,12 +1,14 @@
 """What a model's outputs are: their names, the layers that compute them, and mistakes in how they are used."""
 
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
 from keras import layers, ops
 
 from keras_vdrop.functional import likelihoods
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.losses import NegativeLogLikelihood
 from keras_vdrop.warning import warn
 
@@ -14,7 +16,7 @@ from keras_vdrop.warning import warn
 _ACTIVATION_LAYERS = (layers.Softmax, layers.ReLU, layers.LeakyReLU, layers.ELU)
 
 
-def output_names(model):
+def output_names(model: Any) -> tuple[str, ...] | None:
     """Return the names of a model's outputs, in order, as in `compile(loss={...})`; None if they are not known."""
     if isinstance(model, keras.Sequential):
         return (model.layers[-1].name,)
@@ -23,7 +25,7 @@ def output_names(model):
     return tuple(sorted(model.output)) if isinstance(model.output, dict) else tuple(model.output_names)
 
 
-def last_layer(model, name=None):
+def last_layer(model: Any, name: str | None = None) -> Any:
     """Return the layer that computes the named output, or the only output; None if it cannot be determined."""
     if isinstance(model, keras.Sequential):
         last = model.layers[-1]
@@ -42,7 +44,7 @@ def last_layer(model, name=None):
     return last_layer(last) if isinstance(last, keras.Model) else last
 
 
-def last_activation(layer):
+def last_activation(layer: Any) -> str | None:
     """Return Keras's name of the activation of a layer or operation; None if it has none, or one unknown to Keras."""
     if layer is not None and not isinstance(layer, layers.Layer):  # `keras.ops.softmax` of an output, for example
         name = type(layer).__name__.lower()
@@ -55,7 +57,7 @@ def last_activation(layer):
     return name if isinstance(name, str) and name != "linear" else None
 
 
-def check_activation(model, name=None):
+def check_activation(model: keras.Model, name: str | None = None) -> None:
     """Warn if outputs that are the parameters of a distribution end in an activation.
 
     Args:
@@ -71,7 +73,7 @@ def check_activation(model, name=None):
         return
     grid = np.linspace(-100.0, 100.0, 2001, dtype="float32")
     function = layer if isinstance(layer, _ACTIVATION_LAYERS) else keras.activations.get(activation)
-    raw = ops.convert_to_numpy(function(ops.convert_to_tensor(np.stack([-grid, grid], axis=-1))))[:, 1]
+    raw = to_numpy(function(ops.convert_to_tensor(np.stack([-grid, grid], axis=-1))))[:, 1]
     scale = np.logaddexp(0.0, raw.astype("float64")) + likelihoods.LEAST_SCALE
     least, most = (f"{end:.3g}" for end in (scale.min(), scale.max()))
     reach = f"at least {least}" if raw.max() > 50 else f"between {least} and {most}"
@@ -95,7 +97,7 @@ _OF_A_POINT = {
 }
 
 
-def check_outputs(model):
+def check_outputs(model: keras.Model) -> None:
     """Warn about mistakes with outputs that are the parameters of a distribution, as far as they can be detected.
 
     Args:
@@ -125,14 +127,14 @@ def check_outputs(model):
             )
 
 
-def compile_config(model):
+def compile_config(model: keras.Model) -> Any:
     """Return the arguments of `compile` as Keras saves them. Raises what the `get_config` of an argument raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about lambdas, which need not be serialized here
         return model.get_compile_config() or {}
 
 
-def _of_output(given, name, index, count):
+def _of_output(given: Any, name: str, index: int, count: int) -> Any:
     """Return the entry for one output of an argument of `compile`."""
     if isinstance(given, dict):
         return given.get(name)
@@ -141,7 +143,7 @@ def _of_output(given, name, index, count):
     return given
 
 
-def _keras_names(metrics):
+def _keras_names(metrics: Any) -> list[str]:
     """Return the names of Keras's own metrics in a config of `compile`."""
     if isinstance(metrics, str):
         return [metrics]

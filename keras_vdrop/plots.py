@@ -5,15 +5,15 @@ Functions of predictions take arrays, or the `Predictions` that `MonteCarlo.pred
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 import numpy as np
-from keras import ops
 from numpy.typing import ArrayLike
 
 from keras_vdrop.functional import calibration, checks, detection, regression
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.montecarlo import Predictions
 from keras_vdrop.posterior import VariationalWeight, require_prunable_weights
 from keras_vdrop.pruning import row_name
@@ -33,17 +33,17 @@ def _axes(ax: Axes | None) -> Axes:
     return plt.subplots(layout="constrained")[1] if ax is None else ax
 
 
-def _pruned(weight, threshold):
+def _pruned(weight: VariationalWeight, threshold: float | None) -> np.ndarray:
     """Return a flat boolean array, True for each number of a weight that is pruned or would be at the threshold."""
-    return ~np.broadcast_to(ops.convert_to_numpy(weight.keep_mask(threshold)), weight.shape).ravel()
+    return ~np.broadcast_to(to_numpy(weight.keep_mask(threshold)), weight.shape).ravel()
 
 
-def _numbers(weights, of):
+def _numbers(weights: Iterable[VariationalWeight], of: Callable[[VariationalWeight], Any]) -> np.ndarray:
     """Return the values of `of(weight)`, a tensor, of all weights in one flat array."""
-    return np.concatenate([np.ravel(ops.convert_to_numpy(of(weight))) for weight in weights])
+    return np.concatenate([np.ravel(to_numpy(of(weight))) for weight in weights])
 
 
-def _statistic(predictions, name, likelihood):
+def _statistic(predictions: Mapping[str, Any], name: str, likelihood: str) -> np.ndarray:
     """Return one statistic of `Predictions`, or raise a `ValueError` that names the likelihood it needs."""
     if name not in predictions:
         raise ValueError(
@@ -53,12 +53,12 @@ def _statistic(predictions, name, likelihood):
     return np.asarray(predictions[name])
 
 
-def _uncertainty(values):
+def _uncertainty(values: Any) -> Any:
     """Return the uncertainty of each row of `Predictions`; return arrays unchanged."""
     return Predictions(values).uncertainty() if isinstance(values, dict) else values
 
 
-def _class_rows(probability, labels):
+def _class_rows(probability: Any, labels: Any) -> tuple[Any, Any]:
     """Return the class probabilities (N, C) of `Predictions` and the labels (N,): all that are not masked."""
     if not isinstance(probability, dict):
         return probability, labels
@@ -156,9 +156,9 @@ def log_alpha_by_layer(
     weights = require_prunable_weights(model)
     if ax is None:
         ax = plt.subplots(figsize=(6.4, 1.4 + 0.8 * len(weights)), layout="constrained")[1]
-    values = [np.ravel(ops.convert_to_numpy(weight.log_alpha())) for weight in weights]
+    values = [np.ravel(to_numpy(weight.log_alpha())) for weight in weights]
     # The log alpha of a weight that is 0 is huge: the weight is counted, but not plotted.
-    alive = [np.ravel(ops.convert_to_numpy(weight.mean())) != 0 for weight in weights]
+    alive = [np.ravel(to_numpy(weight.mean())) != 0 for weight in weights]
     limits = [weight.threshold if threshold is None else threshold for weight in weights]
     shown = np.concatenate([value[live] for value, live in zip(values, alive)] + [np.asarray(limits, "float64")])
     edges = np.linspace(shown.min() - 1, shown.max() + 1, bins + 1)
@@ -247,8 +247,8 @@ def posterior_intervals(weight: VariationalWeight, num_weights: int = 60, ax: Ax
         ('Posterior of head/kernel', '8 of 8 weights, by signal-to-noise ratio')
     """
     ax = _axes(ax)
-    mean, mask = (np.ravel(ops.convert_to_numpy(each)) for each in (weight.mean(), weight.mask))
-    log_variance = ops.convert_to_numpy(weight.log_variance.value)
+    mean, mask = (np.ravel(to_numpy(each)) for each in (weight.mean(), weight.mask))
+    log_variance = to_numpy(weight.log_variance.value)
     stddev = np.broadcast_to(np.exp(0.5 * log_variance), weight.shape).ravel() * mask
     pruned = _pruned(weight, None)
     ratio = np.abs(mean) / np.maximum(stddev, np.finfo("float32").tiny)
@@ -300,7 +300,7 @@ def training_curves(
     import matplotlib.pyplot as plt
     from matplotlib import ticker
 
-    logs = getattr(history, "history", history)
+    logs: Any = getattr(history, "history", history)
     panels = [
         (label, [(log, name) for log, name in lines if log in logs])
         for label, lines in (
@@ -319,7 +319,7 @@ def training_curves(
     if axes is None:
         size = (6.4, 1.2 + 1.5 * len(panels))
         axes = plt.subplots(len(panels), 1, sharex=True, squeeze=False, figsize=size, layout="constrained")[1][:, 0]
-    axes = list(np.ravel(axes))
+    axes = list(np.asarray(axes, object).ravel())
     if len(axes) != len(panels):
         names = ", ".join(label for label, _ in panels)
         raise ValueError(f"`axes` must be one for each of {names}. Received: {len(axes)} axes")
@@ -580,7 +580,7 @@ def uncertainty_map(
     return ax
 
 
-def _of_places(predictions):
+def _of_places(predictions: Mapping[str, Any]) -> Any:
     """Return the uncertainty (B, H, W, ...) of `Predictions` at each place, not summed over a row."""
     if "predictive_entropy" in predictions:
         return predictions["predictive_entropy"]
@@ -632,13 +632,13 @@ def risk_coverage(
     if loss.min() >= 0 and loss.max() <= 1:
         ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
     # At the left, means of a few rows vary widely: they do not set the scale.
-    highest = max(line.get_ydata()[line.get_xdata() >= 0.02].max() for line in ax.lines)
+    highest = max(np.asarray(line.get_ydata())[np.asarray(line.get_xdata()) >= 0.02].max() for line in ax.lines)
     ax.set_ylim(min(0.0, loss.min()), 1.3 * highest if highest > 0 else 1.0)
     ax.legend(loc="best")
     return ax
 
 
-def _band_of(x, predictions):
+def _band_of(x: ArrayLike, predictions: Mapping[str, Any]) -> Iterator[np.ndarray]:
     """Return x, and the mean and both variances of `Predictions` of one number in each row, each (B,)."""
     mean = _statistic(predictions, "mean", '"normal" or None')
     if "variance" in predictions:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import keras
 from keras import ops
@@ -99,7 +99,7 @@ class VariationalWeight(VariableLike, Posterior):
         0
     """
 
-    update = None
+    update: "LowRankUpdate | None" = None
 
     def __init__(
         self,
@@ -221,11 +221,11 @@ class VariationalWeight(VariableLike, Posterior):
     def variables(self) -> list[Any]:
         return [self.loc, self.log_variance.variable, self.mask, *self.prior_parameters.values()]
 
-    def _left(self):
+    def _left(self) -> Any:
         """Return 1 where the weight is kept and 0 where it is pruned: a product with it is cheaper than `where`."""
         return ops.cast(self.mask, self.log_variance.dtype)
 
-    def _location(self):
+    def _location(self) -> Any:
         """Return `loc` in the dtype of the posterior, since a variable of another layer may be of lower precision."""
         return ops.cast(ops.convert_to_tensor(self.loc), self.log_variance.dtype)
 
@@ -233,7 +233,7 @@ class VariationalWeight(VariableLike, Posterior):
         """Return the weight of deterministic calls: `loc`, and 0 where pruned."""
         return self._location() * self._left()
 
-    def _noise_log_variance(self):
+    def _noise_log_variance(self) -> Any:
         """Return `log_variance`, but where the weight is pruned, and thus 0, the log of a variance that vanishes."""
         return self.log_variance.value + _NO_VARIANCE * (1.0 - self._left())
 
@@ -284,7 +284,7 @@ class VariationalWeight(VariableLike, Posterior):
         x: Any,
         *,
         noisy: bool,
-        estimator: Literal["local_reparameterization", "flipout", "reparameterization"],
+        estimator: str,
         seed: keras.random.SeedGenerator,
         sign_axes: tuple[tuple[int, ...], tuple[int, ...]] | None,
         dtype: str,
@@ -371,7 +371,7 @@ class LowRankUpdate:
         return ops.cast(self.kernel, a.dtype) + self.scale * product
 
 
-def _relative_to(loc, relative_variance):
+def _relative_to(loc: Any, relative_variance: float) -> Callable[..., Any]:
     """Return an initializer of log variances: log(relative_variance·loc²), with a lower bound on loc²."""
 
     def initializer(shape, dtype):
@@ -391,10 +391,10 @@ class _LogVariancePenalty(keras.regularizers.Regularizer):
     Keras evaluates the regularizers of trainable variables only, so it skips the `KLPenalty` of a frozen `loc`.
     """
 
-    def __init__(self, weight):
+    def __init__(self, weight: VariationalWeight):
         self.weight = weight
 
-    def __call__(self, log_variance):
+    def __call__(self, log_variance: Any) -> Any:
         if self.weight.loc.trainable:
             return ops.zeros((), log_variance.dtype)
         return self.weight.owner.weighted_kl(self.weight)
@@ -462,7 +462,7 @@ def learning_posteriors(model: keras.Model) -> list[Posterior]:
 
 
 # Sets to which every computation of a KL adds itself. Not a context variable, which threads of replicas would not see.
-_records = []
+_records: list[set[str]] = []
 
 
 @contextlib.contextmanager

@@ -138,12 +138,12 @@ class Prior:
 class _KL(keras.Operation):
     """A prior's `kl` as an operation, so that the shape of its result can be inferred without computing it."""
 
-    def __init__(self, prior, parameters):
+    def __init__(self, prior: Prior, parameters: dict[str, Any]):
         super().__init__()
         self._prior = prior
         self._parameters = parameters
 
-    def call(self, loc, log_variance):
+    def call(self, loc: Any, log_variance: Any) -> Any:
         parameters = {name: ops.convert_to_tensor(value) for name, value in self._parameters.items()}
         return ops.convert_to_tensor(self._prior.kl(loc, log_variance, **parameters))
 
@@ -308,7 +308,7 @@ class Normal(Prior):
         for name, variable in parameters.items():
             variable.assign(self._starts(loc)[name](variable.shape, variable.dtype))
 
-    def _starts(self, loc):
+    def _starts(self, loc: Any) -> dict[str, Any]:
         """Return the initializers of the variables that `add_weights` creates, by name."""
         log_scale = LogScaleOf(loc, 1.0, math.log(self._TIMES), zeros=1.0 / self._TIMES)
         if self.scale is not None:
@@ -325,7 +325,7 @@ class Normal(Prior):
         center = ops.zeros_like(loc) if center is None else ops.cast(center, loc.dtype)
         return distributions.normal(center, self._scale(log_scale))
 
-    def _scale(self, log_scale):
+    def _scale(self, log_scale: Any) -> Any:
         return self.scale if log_scale is None else ops.exp(log_scale)
 
     def get_config(self) -> dict[str, Any]:
@@ -474,7 +474,7 @@ def get(
     )
 
 
-def _from_serialized(config):
+def _from_serialized(config: dict[str, Any]) -> Any:
     """Restore the object from a config that `serialize` returned; None if the config has no class name.
 
     Raises:

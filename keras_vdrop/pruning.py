@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_vdrop.checks import check_finite
 from keras_vdrop.costs import itemsize, known_sum, places
-from keras_vdrop.functional.tensors import product
+from keras_vdrop.functional.tensors import product, to_numpy
 from keras_vdrop.posterior import VariationalWeight, prunable_weights
 from keras_vdrop.warning import warn
 
@@ -134,7 +134,7 @@ def cells_of(row: LayerSparsity) -> tuple[str, ...]:
     return (row.name, *count[:2], percent, ratio, *count[2:])
 
 
-def _aligned(cell, width, column):
+def _aligned(cell: str, width: int, column: int) -> str:
     return f"{cell:>{width}}" if column else f"{cell:<{width}}"
 
 
@@ -168,14 +168,14 @@ def sparsity(model: keras.Model | keras.layers.Layer, threshold: float | None = 
     """
     names, kept = {}, {}
     for weight in _prunable(model, threshold):
-        mask = ops.convert_to_numpy(weight.keep_mask(threshold))
+        mask = to_numpy(weight.keep_mask(threshold))
         kept.setdefault(weight.owner, {})[weight.name] = mask
         names[weight.owner] = row_name(model, weight)
     all_places = places(model)
     return Sparsity(tuple(_row(names[owner], owner, kept[owner], all_places.get(id(owner))) for owner in kept))
 
 
-def _row(name, owner, kept, places):
+def _row(name: str, owner: Any, kept: dict[str, np.ndarray], places: int | None) -> LayerSparsity:
     """Make the row of a layer from the masks of its kept weights and the number of positions."""
     weights, left = (sum(int(count(mask)) for mask in kept.values()) for count in (np.size, np.count_nonzero))
     stored = sum(math.prod(variable.shape) for variable in owner.stock_variables())
@@ -238,7 +238,7 @@ def warn_of_empty_layers(report: Sparsity) -> None:
         )
 
 
-def _prunable(model, threshold):
+def _prunable(model: keras.Model | keras.layers.Layer, threshold: float | None) -> list[VariationalWeight]:
     if threshold is not None:
         check_finite("threshold", threshold)
     return prunable_weights(model)

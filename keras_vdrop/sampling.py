@@ -1,9 +1,11 @@
 """The `sampling()` scope, in which variational layers draw, and the generators of their noise."""
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import keras
@@ -12,10 +14,10 @@ from keras import ops
 from keras_vdrop.functional import noise, tracing
 
 # The innermost scope of this thread, or None outside any scope.
-_scope = contextvars.ContextVar("keras_vdrop_sampling", default=None)
+_scope: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar("keras_vdrop_sampling", default=None)
 
 # The scopes that the main thread has open, outermost first. Threads that start within a scope belong to it.
-_open = []
+_open: list[_Scope] = []
 
 _GENERATOR_NAME = "variational_noise"
 
@@ -45,13 +47,13 @@ class _Scope:
         threads: The threads that were running when the scope was opened.
     """
 
-    def __init__(self, consistent, repeated=()):
+    def __init__(self, consistent: bool, repeated: Iterable[int] = ()):
         self.consistent = bool(consistent)
         self.repeated = frozenset(repeated)
-        self.held = {}
+        self.held: dict[int, Any] = {}
         self.used = False
         self.around = False
-        self.threads = ()
+        self.threads: Collection[threading.Thread] = ()
 
 
 @contextlib.contextmanager
@@ -125,7 +127,7 @@ def drawing(consistent: bool = False, repeated: Iterable[int] = ()) -> Iterator[
 
 
 @contextlib.contextmanager
-def _open_to_threads(scope):
+def _open_to_threads(scope: _Scope) -> Iterator[None]:
     """Let threads that start from now on find the scope, if the main thread opens it.
 
     Python does not tell which thread started another one. If another thread could do this, threads that it did not
@@ -142,13 +144,13 @@ def _open_to_threads(scope):
         _open.remove(scope)
 
 
-def _current():
+def _current() -> _Scope | None:
     """Return the scope in which the caller runs, or None."""
     scope = _scope.get()
     return _of_the_main_thread() if scope is None and _open else scope
 
 
-def _of_the_main_thread():
+def _of_the_main_thread() -> _Scope | None:
     """Return the main thread's innermost scope within which this thread was started, or None."""
     thread = threading.current_thread()
     return next((scope for scope in reversed(_open) if thread not in scope.threads), None)
@@ -187,7 +189,7 @@ def take_part() -> None:
         scope.used = True
 
 
-def _compile_for(scope, refuse=True):
+def _compile_for(scope: _Scope | None, refuse: bool = True) -> None:
     found = tracing.compiled_function()
     if found is None:
         return
@@ -203,7 +205,7 @@ def _compile_for(scope, refuse=True):
     function.reached.add(_kind(scope))
 
 
-def _kind(scope):
+def _kind(scope: _Scope | None) -> bool | None:
     return None if scope is None else scope.consistent
 
 

@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_vdrop.checks import check_finite, check_non_negative
-from keras_vdrop.posterior import require_prunable_weights
+from keras_vdrop.functional.tensors import to_numpy
+from keras_vdrop.posterior import VariationalWeight, require_prunable_weights
 from keras_vdrop.pruning import sparsity
 
 
@@ -172,7 +172,7 @@ def select_threshold(
     variables = [*(weight.loc for weight in weights), *(weight.mask for weight in weights)]
     if prepare is not None:
         variables += model.non_trainable_variables
-    states = [(variable, ops.convert_to_numpy(variable)) for variable in variables]
+    states = [(variable, to_numpy(variable)) for variable in variables]
     candidates = []
     try:
         reference = evaluate()
@@ -191,7 +191,7 @@ def select_threshold(
     return ThresholdChoice(metric, reference, limit, tuple(candidates), chosen)
 
 
-def _checked(thresholds):
+def _checked(thresholds: Iterable[float]) -> list[float]:
     thresholds = [*thresholds]
     if not thresholds:
         raise ValueError("`thresholds` must have at least one candidate. Received: thresholds=[]")
@@ -200,7 +200,14 @@ def _checked(thresholds):
     return thresholds
 
 
-def _evaluate(model, x, y, metric, batch_size, prepare):
+def _evaluate(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    metric: str,
+    batch_size: int | None,
+    prepare: Callable[[keras.Model], Any] | None,
+) -> float:
     """Return the value of the metric for the model as it is."""
     if prepare is not None:
         prepare(model)
@@ -214,7 +221,7 @@ def _evaluate(model, x, y, metric, batch_size, prepare):
     return float(values[metric])
 
 
-def _better(model, metric):
+def _better(model: keras.Model, metric: str) -> Literal["min", "max"]:
     """Return "max" if higher values of a metric are better, else "min": as the metric says, or by its name."""
     for each in model.metrics:
         for one in (each, *getattr(each, "metrics", ())):
@@ -230,12 +237,11 @@ def _better(model, metric):
     return "min" if less else "max"
 
 
-def _default_thresholds(weights, count=20, factor=0.8):
+def _default_thresholds(weights: Sequence[VariationalWeight], count: int = 20, factor: float = 0.8) -> list[float]:
     """Return the highest threshold of the weights, and lower ones that each keep `factor` times as many weights."""
     highest = max(weight.threshold for weight in weights)
-    log_alpha = np.concatenate(
-        [ops.convert_to_numpy(weight.log_alpha())[ops.convert_to_numpy(weight.mask)] for weight in weights]
-    )
+    pairs = ([to_numpy(each) for each in (one.log_alpha(), one.mask)] for one in weights)
+    log_alpha = np.concatenate([values[mask] for values, mask in pairs])
     left = np.sort(log_alpha[log_alpha <= highest])
     if not len(left):
         return [highest]
@@ -243,6 +249,6 @@ def _default_thresholds(weights, count=20, factor=0.8):
     return sorted({highest, *left[indices].tolist()})
 
 
-def _restore(states):
+def _restore(states: Iterable[tuple[Any, Any]]) -> None:
     for variable, value in states:
         variable.assign(value)

@@ -1,10 +1,13 @@
 """Targets, sample weights and masks in the layout of a model's outputs."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 from keras import layers, ops
 
 
-def targets(y_true, y_pred, what, size=None):
+def targets(y_true: Any, y_pred: Any, what: str, size: int | None = None) -> Any:
     """Return the targets (B, ...) of outputs (B, ..., n); a last axis of 1 is added or removed as needed.
 
     Raises:
@@ -16,12 +19,12 @@ def targets(y_true, y_pred, what, size=None):
     return y
 
 
-def outside(labels, num_classes):
+def outside(labels: Any, num_classes: int) -> Any:
     """Return where labels are not class numbers in [0, C)."""
     return ops.logical_or(ops.less(labels, 0), ops.greater_equal(labels, num_classes))
 
 
-def aligned(y, shape, sizes=None):
+def aligned(y: Any, shape: Sequence[int | None], sizes: Any = None) -> Any:
     """Return `y` in the given shape, or None if it has another one.
 
     A last axis of 1 is added or removed as needed. Other shapes must not be broadcast: that would compare the numbers
@@ -45,7 +48,7 @@ def aligned(y, shape, sizes=None):
     return y if known else ops.reshape(y, sizes)
 
 
-def weights_of(sample_weight, values):
+def weights_of(sample_weight: Any, values: Any) -> Any:
     """Reshape sample weights so that they broadcast to values (B, ...), with which they share the leading axes.
 
     Args:
@@ -70,10 +73,10 @@ def weights_of(sample_weight, values):
             f"Sample weights and masks must have the shape of the values, {tuple(values.shape)}, or of their leading "
             f"axes. Received: sample_weight or mask of shape {tuple(sample_weight.shape)}"
         )
-    return ops.reshape(weight, (*ops.shape(weight), *[1] * (rank - len(weight.shape))))
+    return ops.reshape(weight, tuple(ops.shape(weight)) + (1,) * (rank - len(weight.shape)))
 
 
-def mask_of(tensor):
+def mask_of(tensor: Any) -> Any:
     """Return the mask that Keras attaches to a tensor, or None. Only a layer has public access to it."""
     if not (ops.is_tensor(tensor) or isinstance(tensor, keras.KerasTensor)):
         return None
@@ -84,35 +87,35 @@ def mask_of(tensor):
     return found[0]
 
 
-def with_mask(tensor, mask):
+def with_mask(tensor: Any, mask: Any) -> Any:
     """Return the tensor with a mask attached as Keras does; unchanged if the mask is None."""
     return tensor if mask is None else _MaskWriter(mask)(tensor)
 
 
 class _MaskReader(layers.Layer):
-    def __init__(self, tell):
+    def __init__(self, tell: Callable[[Any], Any]):
         super().__init__(name="mask_reader", autocast=False)
         self.supports_masking = True
         self._tell = tell
 
-    def call(self, inputs, mask=None):
+    def call(self, inputs: Any, mask: Any = None) -> Any:
         self._tell(mask)
         return inputs
 
 
 class _MaskWriter(layers.Layer):
-    def __init__(self, mask):
+    def __init__(self, mask: Any):
         super().__init__(name="mask_writer", autocast=False)
         self.supports_masking = True
         self._mask = mask
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         return inputs
 
-    def compute_mask(self, inputs, previous_mask=None):
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         return self._mask
 
 
-def _has_rank(tensor):
+def _has_rank(tensor: Any) -> bool:
     """Return whether the number of axes is known. It is not in a graph that TensorFlow traced for several ranks."""
     return getattr(tensor.shape, "rank", 0) is not None

@@ -70,7 +70,7 @@ def prior(weight: VariationalWeight) -> Any:
     return tfd.Independent(_broadcast(distribution, weight.shape), len(weight.shape))
 
 
-def _broadcast(distribution, shape):
+def _broadcast(distribution: Any, shape: Any) -> Any:
     """Return the same distribution with the given batch shape.
 
     It broadcasts a parameter if that suffices, since TFP registers KLs for the distribution itself but not for

@@ -1,6 +1,10 @@
 """Tensors that are computed from variables and behave like a variable."""
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
 import keras
+import numpy as np
 from keras import ops
 
 _OPERATORS = (
@@ -17,58 +21,74 @@ class VariableLike:
     """
 
     @property
-    def value(self):
+    def value(self) -> Any:
         """The tensor."""
         raise NotImplementedError
 
-    def assign(self, value):
+    def assign(self, value: Any) -> Any:
         """Set the value and return it."""
         raise NotImplementedError
 
-    def assign_add(self, value):
+    def assign_add(self, value: Any) -> Any:
         """Add to the value and return the sum."""
         return self.assign(self + value)
 
-    def assign_sub(self, value):
+    def assign_sub(self, value: Any) -> Any:
         """Subtract from the value and return the difference."""
         return self.assign(self - value)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
 
     @property
-    def dtype(self):
+    def dtype(self) -> str:
         return keras.backend.standardize_dtype(self.value.dtype)
 
     @property
-    def ndim(self):
+    def ndim(self) -> int:
         return len(self.shape)
 
     # `==` compares elementwise, so dicts and sets have to go by identity.
     __hash__ = object.__hash__
 
-    def __bool__(self):
+    def __bool__(self) -> NoReturn:
         raise TypeError(
             f"{self!r} has no truth value. Use `is None`, or apply `keras.ops.any` or `all` to a comparison."
         )
 
-    def numpy(self):
+    def numpy(self) -> np.ndarray:
         """The values as a NumPy array."""
-        return ops.convert_to_numpy(self.value)
+        return np.asarray(ops.convert_to_numpy(self.value))
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = self.numpy()
         return values if dtype is None else values.astype(dtype)
 
-    def __tf_tensor__(self, dtype=None, name=None):
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Any:
         return ops.convert_to_tensor(self.value, dtype)
 
-    def __jax_array__(self):
+    def __jax_array__(self) -> Any:
         return self.value
 
+    if TYPE_CHECKING:  # the operators, which `_operate` makes
 
-def _operate(name):
+        def __add__(self, other: Any) -> Any: ...
+
+        __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = __getitem__ = __add__
+        __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = __rmatmul__ = __add__
+        __lt__ = __le__ = __gt__ = __ge__ = __add__
+
+        def __neg__(self) -> Any: ...
+
+        __pos__ = __abs__ = __neg__
+
+        def __eq__(self, other: Any) -> Any: ...
+
+        __ne__ = __eq__
+
+
+def _operate(name: str) -> Callable[..., Any]:
     special = f"__{name}__"
 
     def method(self, *others):
@@ -94,44 +114,44 @@ class Scaled(VariableLike):
         factor: Float > 0.
     """
 
-    def __init__(self, variable, factor):
+    def __init__(self, variable: Any, factor: float):
         self.variable = variable
         self.factor = float(factor)
 
     @property
-    def value(self):
+    def value(self) -> Any:
         return self.factor * ops.convert_to_tensor(self.variable)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.variable.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> str:
         return self.variable.dtype
 
-    def assign(self, value):
+    def assign(self, value: Any) -> Any:
         value = ops.convert_to_tensor(value, self.dtype)
         self.variable.assign(ops.divide(value, self.factor))
         return value
 
     @property
-    def trainable(self):
+    def trainable(self) -> bool:
         return self.variable.trainable
 
     @trainable.setter
-    def trainable(self, value):
+    def trainable(self, value: bool) -> None:
         self.variable.trainable = value
 
     @property
-    def path(self):
+    def path(self) -> str:
         return self.variable.path
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.variable.name
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<{self.factor:g} x {self.variable!r}>"
 
 
@@ -146,15 +166,15 @@ class LogScaleOf(keras.initializers.Initializer):
         zeros: Float > 0, replaces the root mean square of a variable that is all 0, as biases are.
     """
 
-    def __init__(self, variable, power, offset, unit=1.0, zeros=0.1):
+    def __init__(self, variable: Any, power: float, offset: float, unit: float = 1.0, zeros: float = 0.1):
         self.variable = variable
         self.power = power
         self.offset = offset
         self.unit = unit
         self.zeros = zeros
 
-    def __call__(self, shape, dtype=None):
-        values = ops.convert_to_tensor(self.variable)
+    def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:
+        values: Any = ops.convert_to_tensor(self.variable)
         values = ops.cast(values, dtype or values.dtype)
         rms = ops.sqrt(ops.mean(ops.square(values)))
         rms = ops.where(rms > 0.0, rms, self.zeros)

@@ -547,6 +547,27 @@ def test_each_fit_has_the_weight_of_its_own_sequences(make):
         assert logs["elbo_loss"][0] - logs["nll"][0] == pytest.approx(weight * logs["kl"][0], rel=0.05)
 
 
+def test_the_schedule_starts_again_with_the_initial_weights():
+    """As between the folds of a cross-validation; weights of an earlier epoch continue it."""
+    model = keras.Sequential([keras.Input((4,)), kv.VariationalDense(1)])
+    model.compile("sgd", "mse")
+    initial = model.get_weights()
+    elbo = kv.ELBO(64, start_epoch=0, warmup_epochs=4)
+
+    def betas(epochs):
+        return model.fit(X, Y, epochs=epochs, callbacks=[elbo], verbose=0).history["beta"]
+
+    assert betas(2) == [0.0, 0.25]
+    earlier = model.get_weights()
+    assert betas(1) == [0.5]
+    model.set_weights(earlier)
+    assert betas(1) == [0.75]
+    for _ in range(2):
+        model.set_weights(initial)
+        assert betas(2) == [0.0, 0.25]
+    assert betas(1) == [0.5]
+
+
 class OwnMetrics(keras.Model):
     """A model whose metrics `compile` does not make."""
 

@@ -1,5 +1,6 @@
 """The code in the README and in the pages of the documentation runs as it is written, and shows every public name."""
 
+import json
 import pathlib
 import re
 
@@ -75,3 +76,16 @@ def test_the_citation_names_this_version():
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_hold_the_outputs_of_one_run(path):
+    """The site shows them. Run `python notebooks/execute.py` after a change."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        kinds = {output["output_type"] for output in cell["outputs"]}
+        source = "".join(cell["source"])
+        assert "error" not in kinds
+        assert ("plt.show()" not in source or "display_data" in kinds) and ("print(" not in source or kinds)

@@ -3,11 +3,15 @@
 Each `pyright: ignore` marks a mistake that the checker must find: it reports the comments that it does not need.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 from typing_extensions import assert_type
 
 import keras_vdrop as kv
+from keras_vdrop.compaction.propagation import RULES
+from keras_vdrop.compaction.rules import Cut, PassThrough
 from keras_vdrop.functional import calibration, conformal, estimators, uncertainty
 from keras_vdrop.posterior import VariationalWeight
 from keras_vdrop.pruning import Sparsity
@@ -17,6 +21,10 @@ dense = kv.VariationalDense(3, activation="relu", kernel_prior="ard", kl_weight=
 assert_type(dense, kv.VariationalDense)
 assert_type(dense.kernel, VariationalWeight)
 lstm = kv.VariationalLSTM(3, recurrent_dropout=0.1, tied_masks=False)
+assert_type(dense.kernel.numpy(), np.ndarray)
+doubled: Any = 2.0 * dense.kernel + dense.kernel[0]
+if dense.kernel:  # pyright: ignore[reportGeneralTypeIssues]
+    pass
 kv.VariationalDense("three")  # pyright: ignore[reportArgumentType]
 kv.VariationalDense(3, estimator="local")  # pyright: ignore[reportArgumentType]
 kv.VariationalLSTM(3, estimator="local_reparameterization")  # pyright: ignore[reportArgumentType]
@@ -32,6 +40,8 @@ small: keras.Model = kv.compact(kv.to_variational(model, rank=None))
 kv.to_variational(model, dropout="gaussian")  # pyright: ignore[reportArgumentType]
 sampler = kv.MonteCarlo(model, num_samples=32, likelihood="categorical", output="samples")
 kv.MonteCarlo(model, output="draws")  # pyright: ignore[reportArgumentType]
+assert_type(sampler.num_samples, int)
+sampler.compile(jit_compile="yes")  # pyright: ignore[reportArgumentType]
 with kv.sampling(consistent=True):
     model([1.0])
 
@@ -43,3 +53,27 @@ assert_type(uncertainty.by_name({"y": uncertainty.MOMENTS}), uncertainty.Summary
 calibration.brier_decomposition(p, labels, binning="equal")  # pyright: ignore[reportArgumentType]
 conformal.set_threshold(p, labels, score="raps")  # pyright: ignore[reportArgumentType]
 estimators.reparameterize(0.0, 0.0, seed="a seed")  # pyright: ignore[reportArgumentType]
+
+
+class Logged(kv.ELBO):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        print(self.beta(epoch + 1))
+        self.beta("last")  # pyright: ignore[reportArgumentType]
+
+
+class Halved(PassThrough):
+    def of_constants(self, value: np.ndarray) -> np.ndarray:
+        return 0.5 * value
+
+    def cut(self, known: list[np.ndarray], ins: list[np.ndarray], outs: list[np.ndarray]) -> Cut:
+        return {}, [weight[outs[0]] for weight in self.layer.get_weights()]
+
+
+class Misread(PassThrough):
+    def need(self, known, ins):  # pyright: ignore[reportIncompatibleMethodOverride]
+        pass
+
+
+RULES[keras.layers.Rescaling] = Halved
+RULES[keras.layers.Rescaling] = Halved(None)  # pyright: ignore[reportArgumentType]

@@ -1,12 +1,19 @@
 """`keras-vdrop compact`: save the smaller model."""
 
+import os
+
 from keras_vdrop.cli.files import load_inputs, load_model
 from keras_vdrop.compaction import compact
 from keras_vdrop.costs import file_sizes
 from keras_vdrop.files import replace
 
 
-def run(path, out, threshold=None, data=None):
+def run(
+    path: str | os.PathLike,
+    out: str | os.PathLike,
+    threshold: float | None = None,
+    data: str | os.PathLike | None = None,
+) -> int:
     """Compact a saved model, save the result, and print its layers and the sizes of both files.
 
     Args:

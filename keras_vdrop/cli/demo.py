@@ -2,9 +2,12 @@
 
 import functools
 import itertools
+import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeAlias
 
 import keras
 import numpy as np
@@ -20,12 +23,15 @@ THRESHOLD = 3.0
 SLOW = {"initial_log_variance": -8.0, "log_variance_rate": 1.0}
 NUM_SAMPLES = 32
 
+# For each threshold: the number of kept weights, the accuracies of the draws, and the accuracy of the mean.
+Frontier: TypeAlias = tuple[list[int], list[np.ndarray], list[float]]
 
-def load_digits(seed):
+
+def load_digits(seed: int) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Return scikit-learn's 1,797 digits of 8×8 pixels as (x, y), (x_test, y_test); four fifths are training data."""
     from sklearn import datasets, model_selection
 
-    digits = datasets.load_digits()
+    digits: Any = datasets.load_digits()
     x = (digits.images[..., None] / 16.0).astype("float32")
     x, x_test, y, y_test = model_selection.train_test_split(
         x, digits.target, test_size=0.2, stratify=digits.target, random_state=seed
@@ -33,7 +39,7 @@ def load_digits(seed):
     return (x, y), (x_test, y_test)
 
 
-def network(dense, convolution, dropout=0.0):
+def network(dense: Callable[..., Any], convolution: Callable[..., Any], dropout: float = 0.0) -> keras.Sequential:
     """Return two convolutions and two dense layers of the given classes, from 8×8 pixels to ten logits."""
     return keras.Sequential(
         [
@@ -51,7 +57,15 @@ def network(dense, convolution, dropout=0.0):
     )
 
 
-def train(model, x, y, epochs, callbacks=(), rate=2e-3, verbose="auto"):
+def train(
+    model: keras.Model,
+    x: np.ndarray,
+    y: np.ndarray,
+    epochs: int,
+    callbacks: Iterable[keras.callbacks.Callback] = (),
+    rate: float = 2e-3,
+    verbose: Literal["auto", 2] = "auto",
+) -> keras.Model:
     """Train with Adam. The learning rate falls linearly to 0; most weights pass the pruning threshold as it falls."""
     batch = 64
     decay = keras.optimizers.schedules.PolynomialDecay(rate, epochs * -(-len(x) // batch), end_learning_rate=0.0)
@@ -61,13 +75,13 @@ def train(model, x, y, epochs, callbacks=(), rate=2e-3, verbose="auto"):
     return model
 
 
-def probabilities(model, x):
+def probabilities(model: keras.Model, x: np.ndarray) -> Any:
     """Return the softmax of a model's logits."""
     logits = model.predict(x, batch_size=len(x), verbose=0)
     return keras.ops.convert_to_numpy(keras.ops.softmax(logits))
 
 
-def frontier(sampler, x, y, thresholds):
+def frontier(sampler: kv.MonteCarlo, x: np.ndarray, y: np.ndarray, thresholds: Iterable[float]) -> Frontier:
     """Prune at each threshold; return weights kept, accuracies of the draws, and accuracies of the mean.
 
     Afterwards, the model of the `MonteCarlo` has the same weights as before.
@@ -84,7 +98,7 @@ def frontier(sampler, x, y, thresholds):
     return left, samples, mean
 
 
-def draw(model, frontier, chosen, path):
+def draw(model: keras.Model, frontier: Frontier, chosen: int, path: str | os.PathLike) -> None:
     """Save a figure of log alpha of all weights, and of accuracy against size."""
     import matplotlib
 
@@ -101,14 +115,14 @@ def draw(model, frontier, chosen, path):
         plt.close(figure)
 
 
-def row(name, probability, y, left, ratio=1.0):
+def row(name: str, probability: np.ndarray, y: np.ndarray, left: int, ratio: float = 1.0) -> str:
     """Return a line of the table."""
     scores = (calibration.accuracy, calibration.negative_log_likelihood, calibration.expected_calibration_error)
     accuracy, nll, ece = (score(probability, y) for score in scores)
     return f"{name:<34}{100 * accuracy:>7.1f} %{nll:>8.3f}{100 * ece:>7.1f} %{left:>10,}{ratio:>8.1f}x"
 
 
-def fresh_folder(path):
+def fresh_folder(path: str | os.PathLike) -> pathlib.Path:
     """Make and return a folder, with a number appended to its name if that is taken: nothing is overwritten."""
     path = pathlib.Path(path)
     candidates = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
@@ -117,11 +131,11 @@ def fresh_folder(path):
     return folder
 
 
-def _is_free(path):
+def _is_free(path: pathlib.Path) -> bool:
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
-def train_all(x, y, epochs, beta):
+def train_all(x: np.ndarray, y: np.ndarray, epochs: int, beta: float) -> tuple[keras.Model, keras.Model, keras.Model]:
     """Train and return the plain network, the one with Keras's dropout, and the variational one."""
     # Keras's progress bar moves the cursor and colours its text, which is noise in a file or a pipe.
     learn = functools.partial(train, x=x, y=y, epochs=epochs, verbose="auto" if sys.stdout.isatty() else 2)
@@ -136,14 +150,14 @@ def train_all(x, y, epochs, beta):
     return plain, dropout, variational
 
 
-def print_table(rows, title):
+def print_table(rows: Iterable[str], title: str) -> None:
     """Print the lines of the table below the names of its columns."""
     print(f"{title:<34}{'accuracy':>9}{'NLL':>8}{'ECE':>9}{'weights':>10}{'ratio':>9}")
     print("-" * 79)
     print("\n".join(rows))
 
 
-def run(out="demo", seed=0, quick=False, beta=0.3):
+def run(out: str | os.PathLike = "demo", seed: int = 0, quick: bool = False, beta: float = 0.3) -> int:
     """Train all three networks, print a table (if not `quick`), and write `model.keras` and `digits.png` to a folder.
 
     Args:

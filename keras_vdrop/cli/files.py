@@ -1,10 +1,13 @@
 """Reading the files that commands are given."""
 
+import os
+from typing import Any
+
 import keras
 import numpy as np
 
 
-def load_model(path):
+def load_model(path: str | os.PathLike) -> Any:
     """Load a saved model without its optimizer.
 
     Raises:
@@ -16,7 +19,7 @@ def load_model(path):
         raise OSError(f"Cannot load {path} as a model: {type(error).__name__}: {error}") from error
 
 
-def load_inputs(path, model):
+def load_inputs(path: str | os.PathLike, model: Any) -> Any:
     """Load the inputs of a model from an .npz file.
 
     Returns:

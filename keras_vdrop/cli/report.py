@@ -3,12 +3,16 @@
 import base64
 import html
 import io
+import os
 import pathlib
+from typing import Any
+
+import keras
 
 from keras_vdrop import plots
 from keras_vdrop.cli.files import load_model
 from keras_vdrop.files import replace
-from keras_vdrop.pruning import COLUMNS, cells_of, sparsity, structure_of
+from keras_vdrop.pruning import COLUMNS, LayerSparsity, Sparsity, cells_of, sparsity, structure_of
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -39,7 +43,12 @@ img {{ max-width: 100%; background: white; border-radius: 0.5rem; margin: 1rem 0
 """
 
 
-def run(path, threshold=None, folder=None, page=None):
+def run(
+    path: str | os.PathLike,
+    threshold: float | None = None,
+    folder: str | os.PathLike | None = None,
+    page: str | os.PathLike | None = None,
+) -> int:
     """Print the sparsity of a saved model, and save its plots and a page if asked to.
 
     Args:
@@ -69,12 +78,12 @@ def run(path, threshold=None, folder=None, page=None):
     return 0
 
 
-def _write(path, content):
+def _write(path: str | os.PathLike, content: bytes) -> None:
     replace(path, lambda beside: beside.write_bytes(content))
     print(f"Wrote {path}.")
 
 
-def figures(model, threshold=None):
+def figures(model: keras.Model, threshold: float | None = None) -> dict[str, bytes]:
     """Return {name: PNG bytes} of the plots of a model."""
     import matplotlib
 
@@ -83,7 +92,7 @@ def figures(model, threshold=None):
 
     images = {}
     for draw in (plots.log_alpha_by_layer, plots.weight_histogram):
-        figure = draw(model, threshold).figure
+        figure: Any = draw(model, threshold).figure
         file = io.BytesIO()
         figure.savefig(file, dpi=130)
         plt.close(figure)
@@ -91,7 +100,7 @@ def figures(model, threshold=None):
     return images
 
 
-def page_of(name, report, threshold, images):
+def page_of(name: str, report: Sparsity, threshold: float | None, images: dict[str, bytes]) -> str:
     """Return the text of a page with a `Sparsity`, and with images by name, which it contains."""
     total = report.total
     at = "each layer's own threshold" if threshold is None else f"a threshold of {threshold:g}"
@@ -106,10 +115,10 @@ def page_of(name, report, threshold, images):
     )
 
 
-def _row(row):
+def _row(row: LayerSparsity) -> str:
     cells = (*cells_of(row), structure_of(row))
     return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
-def _image(name, image):
+def _image(name: str, image: bytes) -> str:
     return f'<img alt="{name.replace("_", " ")}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'

@@ -7,6 +7,7 @@ the smallest consistent set. Then the weights are cut, and the next bias absorbs
 """
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -16,6 +17,7 @@ from keras import layers, ops
 from keras_vdrop.compaction.propagation import shrink
 from keras_vdrop.conversion import input_structure, stock_twin, to_deterministic
 from keras_vdrop.functional.precision import full_precision
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.posterior import posteriors, prunable_weights
 from keras_vdrop.pruning import sparsity, warn_of_empty_layers
 
@@ -77,7 +79,7 @@ _TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2}
 _ROWS = 256
 
 
-def _compare(large, small, inputs):
+def _compare(large: keras.Model, small: keras.Model, inputs: Iterable[Any]) -> None:
     """Raise a `RuntimeError` unless both models predict the same on all inputs."""
     tolerance = max(_TOLERANCE.get(layer.compute_dtype, 1e-5) for layer in large._flatten_layers())
     for x in inputs:
@@ -96,16 +98,16 @@ def _compare(large, small, inputs):
                     )
 
 
-def _floats(tensor):
-    return ops.convert_to_numpy(ops.cast(tensor, "float32")).astype("float64")
+def _floats(tensor: Any) -> np.ndarray:
+    return to_numpy(ops.cast(tensor, "float32")).astype("float64")
 
 
 @contextlib.contextmanager
-def _forgetting(model):
+def _forgetting(model: keras.Model) -> Iterator[None]:
     """Reset the states of stateful recurrent layers, and restore them afterwards."""
     keeping = [layer for layer in model._flatten_layers() if isinstance(layer, layers.RNN) and layer.stateful]
     states = [state for layer in keeping for state in keras.tree.flatten(layer.states)]
-    before = [ops.convert_to_numpy(state) for state in states]
+    before = [to_numpy(state) for state in states]
     for layer in keeping:
         layer.reset_state()
     try:
@@ -115,7 +117,7 @@ def _forgetting(model):
             state.assign(value)
 
 
-def _inputs(model, x):
+def _inputs(model: keras.Model, x: Any) -> list[Any]:
     """Return the inputs for the comparison: the first rows of `x`, and generated ones if the model runs on them."""
     given = [] if x is None else [keras.tree.map_structure(lambda each: ops.convert_to_tensor(each[:_ROWS]), x)]
     for length in (8, 64):
@@ -135,7 +137,7 @@ def _inputs(model, x):
     return given
 
 
-def _made_up_inputs(model, length, examples=4):
+def _made_up_inputs(model: keras.Model, length: int, examples: int = 4) -> Any:
     """Generate normal numbers, or indices into the smallest table; `length` replaces every unknown size."""
     rng = np.random.default_rng(0)
     tables = [layer.input_dim for layer in model._flatten_layers() if isinstance(layer, layers.Embedding)]

@@ -1,11 +1,16 @@
 """How channels pass through attention."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from keras import ops
 
-from keras_vdrop.compaction.rules import Rule, first, is_as_built, most
+from keras_vdrop.compaction.graph import Call, Key, Shape
+from keras_vdrop.compaction.rules import Cut, Rule, first, is_as_built, most
+from keras_vdrop.functional.tensors import to_numpy
 
 
 class Attention(Rule):
@@ -18,35 +23,36 @@ class Attention(Rule):
     """
 
     @classmethod
-    def inputs(cls, call):
+    def inputs(cls, call: Call) -> list[Key] | None:
         """Return the keys of query, value and key; None for a call with other tensors, or one that returns scores."""
         if call.options.get("return_attention_scores"):
             return None
-        places = {0: "query", 1: "value", 2: "key"}
+        places: dict[Any, str] = {0: "query", 1: "value", 2: "key"}
         given = {places.get(place, place): keys for place, keys in call.arguments.items()}
         if not set(given) <= set(places.values()) or not {"query", "value"} <= set(given):
             return None
         value = given["value"]
-        keys = [*given["query"], *value, *(value if given.get("key", [None]) == [None] else given["key"])]
-        return keys if len(keys) == 3 and all(keys) else None
+        every = [*given["query"], *value, *(value if given.get("key", [None]) == [None] else given["key"])]
+        keys = [key for key in every if key]
+        return keys if len(keys) == len(every) == 3 else None
 
     @classmethod
-    def fits(cls, layer, inputs):
+    def fits(cls, layer: Any, inputs: Sequence[Shape]) -> bool:
         parts = (layer.query_dense, layer.key_dense, layer.value_dense, layer.output_dense)
         known = len(inputs) == 3 and not layer.get_config().get("use_gate")
         return known and all(map(is_as_built, parts)) and len(layer.output_dense.kernel.shape) == 3
 
     @property
-    def _is_fused(self):
+    def _is_fused(self) -> bool:
         """Whether Keras calls the attention function of the backend, and does not compute the scores itself."""
         return not self.layer.dropout and all(len(shape) == 3 for each in self.shapes for shape in each)
 
     @property
-    def _weights_sum_to_1(self):
+    def _weights_sum_to_1(self) -> bool:
         """Whether a query's weights sum to 1. Where Keras computes the scores, they are 0 if all keys are masked."""
         return self._is_fused or not (self.masked or self.layer.get_config().get("sliding_window"))
 
-    def _needed(self, known):
+    def _needed(self, known: list[np.ndarray]) -> _Projections:
         """Return the `_Projections`, with zeros wherever a component does not affect the output."""
         layer = self.layer
         parts = (layer.query_dense, layer.value_dense, layer.key_dense)
@@ -70,17 +76,17 @@ class Attention(Rule):
         output.kernel[constant] = 0.0
         return _Projections(query, key, value, output)
 
-    def constants(self, known, sizes):
+    def constants(self, known: list[np.ndarray], sizes: Sequence[int]) -> list[np.ndarray]:
         output = self._needed(known).output
         return [np.where(output.kernel.any(axis=(0, 1)), np.nan, output.bias) for _ in sizes]
 
-    def need(self, known, ins, outs):
+    def need(self, known: list[np.ndarray], ins: list[np.ndarray], outs: list[np.ndarray]) -> None:
         for mask, part in zip(ins, self._needed(known).of(outs[0]).inputs):
             mask |= part.kernel.any(axis=(1, 2))
 
-    def cut(self, known, ins, outs):
+    def cut(self, known: list[np.ndarray], ins: list[np.ndarray], outs: list[np.ndarray]) -> Cut:
         parts = self._needed(known).of(outs[0])
-        heads = parts.value.alive.any(axis=1)
+        heads: Any = parts.value.alive.any(axis=1)
         heads[:1] |= not heads.any()
         alive = [(parts.query.alive | parts.key.alive)[heads], parts.value.alive[heads]]
         sizes = [most(each) for each in alive]
@@ -114,26 +120,26 @@ class _Projection:
     bias: np.ndarray
 
     @property
-    def alive(self):
+    def alive(self) -> np.ndarray:
         """Boolean array (heads, size), True where kernel or bias is not zero."""
         return self.kernel.any(axis=0) | (self.bias != 0)
 
-    def keep(self, mask):
+    def keep(self, mask: np.ndarray) -> None:
         """Set kernel and bias to zero where the mask is False."""
         self.kernel *= mask
         self.bias *= mask
 
-    def cut(self, into, heads, kept):
+    def cut(self, into: np.ndarray, heads: np.ndarray, kept: np.ndarray) -> _Projection:
         """Return the part for these inputs and heads, and for the indices `kept` within each head."""
         kernel = np.take_along_axis(self.kernel[into][:, heads], kept[None], axis=2)
         return _Projection(kernel, np.take_along_axis(self.bias[heads], kept, axis=1))
 
 
-def _projection(dense, known=None):
+def _projection(dense: Any, known: np.ndarray | None = None) -> _Projection:
     """Return a layer's `_Projection` in float64, with the contribution of constant inputs folded into the bias."""
-    kernel = ops.convert_to_numpy(dense.kernel).astype("float64")
+    kernel = to_numpy(dense.kernel).astype("float64")
     shape = kernel.shape[-1:] if known is None else kernel.shape[1:]
-    bias = np.zeros(shape) if dense.bias is None else ops.convert_to_numpy(dense.bias).astype("float64")
+    bias = np.zeros(shape) if dense.bias is None else to_numpy(dense.bias).astype("float64")
     if known is not None:
         constant = ~np.isnan(known)
         bias = bias + np.einsum("c,chd->hd", known[constant], kernel[constant])
@@ -149,13 +155,13 @@ class _Projections:
     output: _Projection
 
     @property
-    def inputs(self):
+    def inputs(self) -> tuple[_Projection, _Projection, _Projection]:
         """The projections of the inputs, in the order of `Attention.inputs`."""
         return self.query, self.value, self.key
 
-    def of(self, out):
+    def of(self, out: np.ndarray) -> _Projections:
         """Set to zero, in place, what the outputs `out` do not need; return the same object."""
-        carried = self.output.kernel[..., out].any(axis=-1)
+        carried: Any = self.output.kernel[..., out].any(axis=-1)
         self.value.keep(carried)
         for part in (self.query, self.key):
             part.keep(carried.any(axis=1)[:, None])

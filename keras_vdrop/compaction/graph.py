@@ -1,38 +1,45 @@
 """The calls of the layers of a model, and the tensors between them."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import keras
 from keras import layers
+
+# The name of the layer that returns a tensor, the index of the call, and the index of the output.
+Key: TypeAlias = tuple[str, int, int]
+Shape: TypeAlias = tuple[int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
     """One call of a layer.
 
-    The key of a tensor is (name of the layer that returns it, index of the call, index of the output).
-
     Attributes:
         name: Name of the layer.
-        arguments: Dict from the position or name of an argument to a list: keys of its tensors, None for anything else.
+        arguments: Dict from the position or name of an argument to a list: the `Key`s of its tensors, None for
+            anything else.
         masks: Keys of the tensors passed as masks, which are masks of positions and not of channels.
         options: Dict from a name to an argument without tensors.
         outputs: Keys of the outputs.
     """
 
     name: str
-    arguments: dict
-    masks: list
-    options: dict
-    outputs: list
+    arguments: dict[int | str, Sequence[Key | None]]
+    masks: list[Key]
+    options: dict[str, Any]
+    outputs: list[Key]
 
     @property
-    def inputs(self):
+    def inputs(self) -> list[Key]:
         """Keys of all input tensors except the masks."""
         return [key for keys in self.arguments.values() for key in keys if key]
 
     @property
-    def plain(self):
+    def plain(self) -> bool:
         """Whether all arguments are tensors and positional; masks and options do not count."""
         return all(isinstance(place, int) and all(keys) for place, keys in self.arguments.items())
 
@@ -47,18 +54,18 @@ class Graph:
         outputs: Keys of the model's outputs.
     """
 
-    calls: list
-    shapes: dict
-    outputs: list
+    calls: list[Call]
+    shapes: dict[Key, Shape]
+    outputs: list[Key]
 
 
-def graph_of(model):
+def graph_of(model: keras.Model) -> Graph:
     """Return the `Graph` of a Functional or Sequential model."""
     return _sequential_graph(model) if isinstance(model, keras.Sequential) else _functional_graph(model)
 
 
-def _sequential_graph(model):
-    before = [("", 0, 0)]
+def _sequential_graph(model: keras.Model) -> Graph:
+    before: list[Key] = [("", 0, 0)]
     calls, shapes = [Call("", {}, [], {}, before)], {before[0]: model.inputs[0].shape}
     for layer in model.layers:
         outputs = keras.tree.flatten(layer.output)
@@ -69,7 +76,7 @@ def _sequential_graph(model):
     return Graph(calls, shapes, before)
 
 
-def _functional_graph(model):
+def _functional_graph(model: keras.Model) -> Graph:
     config = model.get_config()
     by_name = {layer.name: layer for layer in model.layers}
     shapes = {}
@@ -116,14 +123,14 @@ def _functional_graph(model):
     return Graph(calls, shapes, outputs)
 
 
-def _flat(shapes):
+def _flat(shapes: Any) -> list[Shape]:
     """Return a list of shapes from one shape or a nested structure of shapes."""
     if all(size is None or isinstance(size, int) for size in shapes):
         return [tuple(shapes)]
     return [shape for each in shapes for shape in _flat(each)]
 
 
-def _keys(value):
+def _keys(value: Any) -> list[Key]:
     """Return the keys in the `output_layers` of a config, which may be nested."""
     if isinstance(value, dict):
         value = [value[name] for name in sorted(value)]

@@ -1,15 +1,21 @@
 """Propagate constants and needs through all layers of a model, and cut the layers."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import layers
 
 from keras_vdrop.compaction.attention import Attention
-from keras_vdrop.compaction.graph import graph_of
+from keras_vdrop.compaction.graph import Call, Graph, Key, Shape, graph_of
 from keras_vdrop.compaction.recurrent import Recurrent, TwoWays
 from keras_vdrop.compaction.rules import (
     Affine,
     Concatenation,
+    Cut,
     Depthwise,
     Elementwise,
     Merge,
@@ -27,7 +33,7 @@ from keras_vdrop.compaction.rules import (
 from keras_vdrop.conversion import finalize_normalizations, is_graph, known_layers
 
 
-def shrink(model, masked=None):
+def shrink(model: keras.Model, masked: bool | None = None) -> keras.Model:
     """Return a smaller copy of a model of Keras's own layers.
 
     Args:
@@ -43,7 +49,7 @@ def shrink(model, masked=None):
     return _rebuild(model, *_cut(groups, constants, kept))
 
 
-def _constants(graph, groups, sizes):
+def _constants(graph: Graph, groups: list[Group], sizes: dict[Key, int]) -> dict[Key, np.ndarray]:
     """Return, by the key of each tensor, the values of its constant channels, and NaN for the others: forward, once."""
     group_of = {key: group for group in groups for call in group.calls for key in call.outputs}
     constants = {}
@@ -56,7 +62,9 @@ def _constants(graph, groups, sizes):
     return constants
 
 
-def _needs(graph, groups, sizes, constants):
+def _needs(
+    graph: Graph, groups: list[Group], sizes: dict[Key, int], constants: dict[Key, np.ndarray]
+) -> dict[Key, np.ndarray]:
     """Return, by the key of each tensor, a mask of the channels to keep: those of the outputs, and what they need."""
     kept = {key: np.full(size, key in graph.outputs) for key, size in sizes.items()}
     before = None
@@ -68,7 +76,7 @@ def _needs(graph, groups, sizes, constants):
     return kept
 
 
-def _propagate_needs(groups, constants, kept):
+def _propagate_needs(groups: list[Group], constants: dict[Key, np.ndarray], kept: dict[Key, np.ndarray]) -> None:
     """Add to `kept` what its channels need, until nothing changes."""
     before = None
     while before != _count(kept):
@@ -77,11 +85,13 @@ def _propagate_needs(groups, constants, kept):
             group.need(constants, kept)
 
 
-def _count(kept):
+def _count(kept: dict[Key, np.ndarray]) -> int:
     return sum(int(mask.sum()) for mask in kept.values())
 
 
-def _cut(groups, constants, kept):
+def _cut(
+    groups: list[Group], constants: dict[Key, np.ndarray], kept: dict[Key, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
     """Return the changes of the layers and their smaller weights, both by name."""
     changes, weights = {}, {}
     for group in groups:
@@ -91,7 +101,7 @@ def _cut(groups, constants, kept):
     return changes, weights
 
 
-def _rebuild(model, changes, weights):
+def _rebuild(model: keras.Model, changes: dict[str, Any], weights: dict[str, list[np.ndarray]]) -> keras.Model:
     """Return a copy of the model with changed layers and these weights."""
     config = model.get_config()
     for entry in config["layers"]:
@@ -109,7 +119,7 @@ def _rebuild(model, changes, weights):
     return small
 
 
-def _makes_masks(model):
+def _makes_masks(model: keras.Model) -> bool:
     """Return whether any layer may make a mask of positions: by its arguments, or because it runs a user's code."""
     return any(
         isinstance(layer, (layers.Masking, layers.Lambda))
@@ -125,10 +135,10 @@ class Nested(Rule):
     reads_channels = False
 
     @classmethod
-    def inputs(cls, call):
+    def inputs(cls, call: Call) -> list[Key] | None:
         return call.inputs
 
-    def cut(self, known, ins, outs):
+    def cut(self, known: list[np.ndarray], ins: list[np.ndarray], outs: list[np.ndarray]) -> Cut:
         small = shrink(self.layer, self.masked)
         return small.get_config(), small.get_weights()
 
@@ -139,20 +149,20 @@ class Wrapped(Rule):
     has_sizes = True
 
     @staticmethod
-    def _within(inputs):
+    def _within(inputs: Sequence[Shape]) -> list[Shape]:
         return [(shape[0], *shape[2:]) for shape in inputs]
 
     @classmethod
-    def fits(cls, layer, inputs):
+    def fits(cls, layer: Any, inputs: Sequence[Shape]) -> bool:
         kind, inputs = _kind(layer.layer), cls._within(inputs)
         return len(inputs) == 1 and kind is not Table and kind.fits(layer.layer, inputs)
 
-    def __init__(self, layer, shapes=(), masked=True):
+    def __init__(self, layer: Any, shapes: Sequence[Sequence[Shape]] = (), masked: bool = True):
         super().__init__(layer, shapes, masked)
         self.within = _kind(layer.layer)(layer.layer, [self._within(inputs) for inputs in shapes], masked)
         self.constants, self.need, self.settle = self.within.constants, self.within.need, self.within.settle
 
-    def cut(self, known, ins, outs):
+    def cut(self, known: list[np.ndarray], ins: list[np.ndarray], outs: list[np.ndarray]) -> Cut:
         changes, weights = self.within.cut(known, ins, outs)
         return {"layer": rewrapped(self.layer.get_config()["layer"], changes)}, weights
 
@@ -185,7 +195,7 @@ _RULES = {
     Wrapped: "TimeDistributed",
 }
 # The rule of each class of layers. A layer of another class keeps its channels.
-RULES = {getattr(layers, name): rule for rule, names in _RULES.items() for name in names.split()}
+RULES: dict[Any, type[Rule]] = {getattr(layers, name): rule for rule, names in _RULES.items() for name in names.split()}
 
 # Rules of Keras's operations, by class name, because the classes are not public.
 _OPERATIONS = {
@@ -196,7 +206,7 @@ _OPERATIONS = {
 _OPERATION_RULE_OF = {name: rule for rule, names in _OPERATIONS.items() for name in names.split()}
 
 
-def _kind(operation):
+def _kind(operation: Any) -> type[Rule]:
     """Return the class of the rule of a layer or another operation."""
     if isinstance(operation, layers.Layer):
         nested = isinstance(operation, keras.Model) and is_graph(operation)
@@ -214,19 +224,20 @@ class Group:
         rule: Its `Rule`.
     """
 
-    def __init__(self, layer, calls, shapes, masked, kind):
+    def __init__(self, layer: Any, calls: list[Call], shapes: dict[Key, Shape], masked: bool, kind: type[Rule]):
         self.name = calls[0].name
         self.calls = calls
-        self._inputs = self._known_inputs(kind, layer, shapes)
-        if self._inputs is None:
-            kind, self._inputs = Rule, [call.inputs for call in calls]
+        inputs = self._known_inputs(kind, layer, shapes)
+        if inputs is None:
+            kind, inputs = Rule, [call.inputs for call in calls]
+        self._inputs = inputs
         masked = masked or any(call.masks for call in calls)
         self.rule = kind(layer, [[shapes[key] for key in keys] for keys in self._inputs], masked)
 
-    def _known_inputs(self, kind, layer, shapes):
+    def _known_inputs(self, kind: type[Rule], layer: Any, shapes: dict[Key, Shape]) -> list[list[Key]] | None:
         """Return the keys of each call's inputs, in the order of the rule; None if the rule does not hold."""
-        inputs = [kind.inputs(call) for call in self.calls]
-        if None in inputs:
+        inputs = [keys for call in self.calls if (keys := kind.inputs(call)) is not None]
+        if len(inputs) < len(self.calls):
             return None
         of_calls = [[shapes[key] for key in keys] for keys in inputs]
         if kind.reads_channels:
@@ -235,12 +246,12 @@ class Group:
                 return None
         return inputs if all(kind.fits(layer, each) for each in of_calls) else None
 
-    def input_constants(self, constants):
+    def input_constants(self, constants: dict[Key, np.ndarray]) -> list[np.ndarray]:
         """Return the constants of the inputs; with several calls none, because constants may differ between calls."""
         values = [constants[key] for key in self._inputs[0]]
         return values if len(self.calls) == 1 else [np.full_like(value, np.nan) for value in values]
 
-    def masks(self, kept):
+    def masks(self, kept: dict[Key, np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return what any call keeps of its inputs and outputs; calls may differ in their number of outputs."""
 
         def union(every):
@@ -253,7 +264,7 @@ class Group:
         inputs = self._inputs if self.rule.reads_channels else [[]]
         return union(inputs), union([call.outputs for call in self.calls])
 
-    def need(self, constants, kept):
+    def need(self, constants: dict[Key, np.ndarray], kept: dict[Key, np.ndarray]) -> None:
         """Add what the layer needs to `kept`, the same for all calls."""
         ins, outs = self.masks(kept)
         self.rule.need(self.input_constants(constants), ins, outs)
@@ -262,19 +273,19 @@ class Group:
             for key in [*call.masks, *([] if self.rule.reads_channels else keys)]:
                 kept[key][:] = True
 
-    def settle(self, kept):
+    def settle(self, kept: dict[Key, np.ndarray]) -> None:
         """Add what the shapes of the layer need to `kept`."""
         ins, outs = self.masks(kept)
         self.rule.settle(outs)
         self._keep(kept, ins, outs)
 
-    def _keep(self, kept, ins, outs):
+    def _keep(self, kept: dict[Key, np.ndarray], ins: list[np.ndarray], outs: list[np.ndarray]) -> None:
         for call, keys in zip(self.calls, self._inputs):
             for key, mask in (*zip(keys, ins), *zip(call.outputs, outs)):
                 kept[key] |= mask
 
 
-def _groups(model, graph, masked):
+def _groups(model: keras.Model, graph: Graph, masked: bool) -> list[Group]:
     operations = getattr(model, "operations", model.layers)  # a Sequential model has only layers
     by_name = {operation.name: operation for operation in operations}
     groups = []

@@ -1,9 +1,13 @@
 """How channels pass through recurrent layers."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from keras import layers
 
-from keras_vdrop.compaction.rules import Rule, is_elementwise, rewrapped, tie
+from keras_vdrop.compaction.graph import Shape
+from keras_vdrop.compaction.rules import Cut, Rule, is_elementwise, rewrapped, tie
 
 
 class Recurrent(Rule):
@@ -16,11 +20,11 @@ class Recurrent(Rule):
     _CANDIDATE = {layers.LSTM: 2, layers.GRU: 2, layers.SimpleRNN: 0}  # noqa: RUF012
 
     @classmethod
-    def fits(cls, layer, inputs):
+    def fits(cls, layer: Any, inputs: Sequence[Shape]) -> bool:
         functions = (layer.activation, getattr(layer, "recurrent_activation", None))
         return len(inputs) == 1 and all(map(is_elementwise, functions))
 
-    def __init__(self, layer, *place):
+    def __init__(self, layer: Any, *place: Any):
         super().__init__(layer, *place)
         kernel, recurrent, *bias = layer.get_weights()
         self.units = layer.units
@@ -29,12 +33,12 @@ class Recurrent(Rule):
         gates = self.kernel.shape[1]
         self.bias = bias[0].reshape(-1, gates, self.units) if bias else np.zeros((1, gates, self.units), "float32")
 
-    def _folded(self, value, channels):
+    def _folded(self, value: np.ndarray, channels: np.ndarray) -> np.ndarray:
         bias = self.bias.astype("float64")
         bias[0] += np.einsum("c,cgu->gu", value[channels], self.kernel[channels].astype("float64"))
         return bias
 
-    def _dead(self, value):
+    def _dead(self, value: np.ndarray) -> np.ndarray:
         candidate = self._CANDIDATE[type(self.layer)]
         if float(self.layer.activation(0.0)) != 0.0:
             return np.zeros(self.units, bool)
@@ -46,10 +50,10 @@ class Recurrent(Rule):
                 return ~alive
             alive = more
 
-    def constants(self, known, sizes):
+    def constants(self, known: list[np.ndarray], sizes: Sequence[int]) -> list[np.ndarray]:
         return [np.where(self._dead(known[0]), 0.0, np.nan) for _ in sizes]
 
-    def need(self, known, ins, outs):
+    def need(self, known: list[np.ndarray], ins: list[np.ndarray], outs: list[np.ndarray]) -> None:
         tie(*outs)
         (into,), out = ins, outs[0]
         alive = ~self._dead(known[0])
@@ -61,7 +65,7 @@ class Recurrent(Rule):
         tie(*outs)
         into |= (self.kernel[:, :, out] != 0).any(axis=(1, 2)) & np.isnan(known[0])
 
-    def cut(self, known, ins, outs):
+    def cut(self, known: list[np.ndarray], ins: list[np.ndarray], outs: list[np.ndarray]) -> Cut:
         (into,), out = ins, outs[0]
         bias = self._folded(known[0], ~into & ~np.isnan(known[0]))[..., out]
         kernel, recurrent = self.kernel[into][..., out], self.recurrent[out][..., out]
@@ -78,16 +82,16 @@ class TwoWays(Rule):
     """Bidirectional around one of these layers. Both directions have, and keep, the same number of units."""
 
     @classmethod
-    def fits(cls, layer, inputs):
+    def fits(cls, layer: Any, inputs: Sequence[Shape]) -> bool:
         ways = (layer.forward_layer, layer.backward_layer)
         known = all(type(way) in Recurrent._CANDIDATE and Recurrent.fits(way, inputs) for way in ways)
         return known and ways[0].units == ways[1].units and type(ways[0]) is type(ways[1])
 
-    def __init__(self, layer, *place):
+    def __init__(self, layer: Any, *place: Any):
         super().__init__(layer, *place)
         self.ways = [Recurrent(way, *place) for way in (layer.forward_layer, layer.backward_layer)]
 
-    def _outputs(self, outs):
+    def _outputs(self, outs: list[np.ndarray]) -> list[list[np.ndarray]]:
         """Return, for each direction, its output (the same for both if they are merged elementwise) and its states."""
         mode = self.layer.merge_mode
         if mode == "concat":
@@ -99,7 +103,7 @@ class TwoWays(Rule):
         half = len(states) // 2
         return [[handed[0], *states[:half]], [handed[1], *states[half:]]]
 
-    def constants(self, known, sizes):
+    def constants(self, known: list[np.ndarray], sizes: Sequence[int]) -> list[np.ndarray]:
         forward, backward = (way.constants(known, [0])[0] for way in self.ways)
         if self.layer.merge_mode == "concat":
             handed = [np.concatenate([forward, backward])]
@@ -112,11 +116,11 @@ class TwoWays(Rule):
         states = (len(sizes) - len(handed)) // 2
         return [*handed, *[forward] * states, *[backward] * states]
 
-    def need(self, known, ins, outs):
+    def need(self, known: list[np.ndarray], ins: list[np.ndarray], outs: list[np.ndarray]) -> None:
         for way, mine in zip(self.ways, self._outputs(outs)):
             way.need(known, ins, mine)
 
-    def settle(self, outs):
+    def settle(self, outs: list[np.ndarray]) -> None:
         super().settle(outs)
         ways = self._outputs(outs)
         units = max(int(mine[0].sum()) for mine in ways)
@@ -125,7 +129,7 @@ class TwoWays(Rule):
             cheapest = np.argsort(np.where(handed, -1, weights), kind="stable")
             handed[cheapest[:units]] = True
 
-    def cut(self, known, ins, outs):
+    def cut(self, known: list[np.ndarray], ins: list[np.ndarray], outs: list[np.ndarray]) -> Cut:
         config, weights = self.layer.get_config(), []
         for name, way, mine in zip(("layer", "backward_layer"), self.ways, self._outputs(outs)):
             changes, values = way.cut(known, ins, mine)

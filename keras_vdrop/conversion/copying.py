@@ -1,19 +1,21 @@
 """Copy weights, states, `trainable` flags and the compile configuration from a model to its twin, a converted copy."""
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_vdrop.conversion.graphs import children, is_graph
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.layers import Variational, VariationalGaussianDropout
 from keras_vdrop.layers.stochastic import StochasticLayer, is_unset
-from keras_vdrop.posterior import VariationalWeight, posteriors
+from keras_vdrop.posterior import LowRankUpdate, Posterior, VariationalWeight, posteriors
 
 
-def stock_weights(layer):
+def stock_weights(layer: Any) -> list[Any]:
     """Return the weights of a model or layer that the corresponding layers of Keras have too.
 
     A posterior contributes its mean, a low-rank update the weight that it updates, and a noise layer nothing.
@@ -22,19 +24,19 @@ def stock_weights(layer):
     for posterior in posteriors(layer):
         owner = posterior.owner
         ours_alone.update(map(id, (owner.kl_weight, owner.free_bits, *posterior.variables)))
-        if _update(posterior) is not None:
-            ours_alone.add(id(posterior.update.b))
+        if (update := _update(posterior)) is not None:
+            ours_alone.add(id(update.b))
         elif isinstance(posterior, VariationalWeight) and not isinstance(owner, VariationalGaussianDropout):
             ours_alone.discard(id(posterior.loc))
     return [variable for variable in layer.weights if id(variable) not in ours_alone]
 
 
-def _update(posterior):
+def _update(posterior: Any) -> LowRankUpdate | None:
     """Return the low-rank update that a posterior belongs to, or None."""
     return getattr(posterior, "update", None)
 
 
-def _origins(layer, value):
+def _origins(layer: Any, value: Callable[[VariationalWeight], Any]) -> dict[int, tuple[Callable[[], Any], Any]]:
     """Return the values that replace the weights with a posterior in a twin made of Keras's own layers.
 
     Args:
@@ -46,20 +48,27 @@ def _origins(layer, value):
         returns the value to copy, and the variable whose `trainable` flag the target takes over.
     """
     found = {}
-    for posterior in posteriors(layer):
-        if _update(posterior) is not None:
-            found[id(posterior.update.kernel)] = (lambda one=posterior: one.update.whole(value(one))), posterior.loc
-        elif isinstance(posterior, VariationalWeight):
-            found[id(posterior.loc)] = (lambda one=posterior: value(one)), posterior.loc
+    for weight in posteriors(layer):
+        if not isinstance(weight, VariationalWeight):
+            continue
+        if weight.update is None:
+            found[id(weight.loc)] = (lambda one=weight: value(one)), weight.loc
+        else:
+            found[id(weight.update.kernel)] = (lambda one=weight: one.update.whole(value(one))), weight.loc
     return found
 
 
-def array(variable):
+def array(variable: Any) -> np.ndarray:
     """Return the values of a variable or tensor as a copy: JAX may donate the buffer of a variable."""
-    return np.array(ops.convert_to_numpy(variable))
+    return np.array(to_numpy(variable))
 
 
-def carry_over(model, twin, made, value=None):
+def carry_over(
+    model: keras.Model,
+    twin: keras.Model,
+    made: Mapping[int, Any],
+    value: Callable[[VariationalWeight], Any] | None = None,
+) -> list[Posterior]:
     """Copy weights, states and `trainable` flags from a model to a twin in which some layers have other classes.
 
     Args:
@@ -91,21 +100,21 @@ def carry_over(model, twin, made, value=None):
             _assign(old, _recurrent_states(old), _recurrent_states(new))
     _check_shared(model, twin)
     for posterior in fresh:
-        if _update(posterior) is not None:
-            posterior.update.kernel.trainable = False
+        if (update := _update(posterior)) is not None:
+            update.kernel.trainable = False
         elif isinstance(posterior, VariationalWeight) and not posterior.loc.trainable:
             posterior.log_variance.trainable = False
     return fresh
 
 
-def _pairs(old, new, made):
+def _pairs(old: Any, new: Any, made: Mapping[int, Any]) -> Iterator[tuple[Any, Any]]:
     """Yield pairs of a layer and its twin, outer layers first; sublayers only if both have the same parts."""
     yield old, new
     for pair in _within(old, new, made):
         yield from _pairs(*pair, made)
 
 
-def _within(old, new, made):
+def _within(old: Any, new: Any, made: Mapping[int, Any]) -> list[tuple[Any, Any]]:
     if _is_wrapped(old, new):
         return [(old, new.layer)]
     if id(old) in made and is_graph(old):
@@ -122,33 +131,38 @@ def _within(old, new, made):
     return list(zip(*inside))
 
 
-def _is_alike(old, new):
+def _is_alike(old: Any, new: Any) -> bool:
     """Return whether a layer and its twin have the same parts: both are of one class, or both are graphs."""
     return type(new) is type(old) or (is_graph(old) and is_graph(new))
 
 
-def _is_wrapped(old, new):
+def _is_wrapped(old: Any, new: Any) -> bool:
     return isinstance(new, Variational) and not isinstance(old, Variational)
 
 
-def _own_variables(layer):
+def _own_variables(layer: Any) -> list[Any]:
     """Return the variables of a layer without those of its sublayers, but with the states of its seed generators."""
     within = {id(variable) for each in children(layer) for variable in each.variables}
     return [variable for variable in layer.variables if id(variable) not in within]
 
 
-def _recurrent_states(layer):
+def _recurrent_states(layer: Any) -> list[Any]:
     """Return the states that a stateful recurrent layer keeps from one batch to the next."""
     kept = isinstance(layer, keras.layers.RNN) and layer.stateful and layer.states is not None
     return keras.tree.flatten(layer.states) if kept else []
 
 
-def _by_name(variables):
+def _by_name(variables: Iterable[Any]) -> list[Any]:
     """Sort variables by name: the order in a layer depends on which are frozen, and that may differ between twins."""
     return sorted(variables, key=lambda variable: variable.name.removesuffix("_loc"))
 
 
-def _assign(layer, sources, targets, origins=MappingProxyType({})):
+def _assign(
+    layer: Any,
+    sources: Sequence[Any],
+    targets: Sequence[Any],
+    origins: Mapping[int, tuple[Callable[[], Any], Any]] = MappingProxyType({}),
+) -> None:
     """Copy values (or their replacements in `origins`) and `trainable` flags from `sources` to `targets`."""
     shapes, expected = ([tuple(each.shape) for each in variables] for variables in (targets, sources))
     if shapes != expected:
@@ -162,7 +176,7 @@ def _assign(layer, sources, targets, origins=MappingProxyType({})):
         target.trainable = variable.trainable
 
 
-def _check_shared(model, twin):
+def _check_shared(model: keras.Model, twin: keras.Model) -> None:
     """Raise a `ValueError` if the twin has separate copies of weights that the model shares."""
     sizes = [sum(math.prod(each.shape) for each in stock_weights(each_model)) for each_model in (model, twin)]
     if sizes[0] != sizes[1]:
@@ -172,13 +186,13 @@ def _check_shared(model, twin):
         )
 
 
-def _keep_kl_weight(old, new):
+def _keep_kl_weight(old: Any, new: Any) -> None:
     """Mark the KL weight of the new layer as set if that of the old one is set, for example by a callback."""
     if isinstance(old, StochasticLayer) and old._kl_weight is not None and not is_unset(old):
         new.kl_weight = float(array(old.kl_weight))
 
 
-def compile_as(model, twin):
+def compile_as(model: keras.Model, twin: keras.Model) -> str | None:
     """Compile a twin as its model was compiled, with a new optimizer of the same arguments and copies of the metrics.
 
     Returns:
@@ -199,11 +213,11 @@ def compile_as(model, twin):
     return None
 
 
-def _again(thing):
+def _again(thing: Any) -> Any:
     return None if thing is None else type(thing).from_config(thing.get_config())
 
 
-def _copied_metrics(value):
+def _copied_metrics(value: Any) -> Any:
     """Copy the `metrics` argument of `compile`; only `Metric` objects, which have a state, become new objects."""
     if isinstance(value, dict):
         return {name: _copied_metrics(each) for name, each in value.items()}

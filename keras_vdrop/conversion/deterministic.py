@@ -1,11 +1,15 @@
 """Convert back to Keras's own layers: the model at the posterior mean, or one draw of it."""
 
+from __future__ import annotations
+
 import collections
 import inspect
 import re
+from collections.abc import Callable
+from typing import Any
 
 import keras
-from keras import layers, ops
+from keras import layers
 
 from keras_vdrop.checks import require_built
 from keras_vdrop.conversion.copying import carry_over
@@ -19,9 +23,11 @@ from keras_vdrop.conversion.graphs import (
     model_copy,
     serialized,
 )
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.layers import ConcreteDropout, Variational, VariationalGaussianDropout
 from keras_vdrop.layers.drop_in import DropIn
 from keras_vdrop.layers.stochastic import StochasticLayer
+from keras_vdrop.posterior import VariationalWeight
 
 
 def to_deterministic(model: keras.Model, sample: bool = False, seed: int | None = None) -> keras.Model:
@@ -68,7 +74,7 @@ def to_deterministic(model: keras.Model, sample: bool = False, seed: int | None 
     return stock_twin(model, lambda weight: weight.mean() + weight.perturbation(generator))
 
 
-def stock_twin(model, value):
+def stock_twin(model: keras.Model, value: Callable[[VariationalWeight], Any]) -> keras.Model:
     """Return the model made of Keras's own layers in which each `VariationalWeight` is the tensor `value(weight)`."""
     inside = model.layer if isinstance(model, Variational) else model
     if not is_graph(inside) and inside is model:
@@ -118,13 +124,13 @@ _OF_UPDATES = {"lora_rank", "lora_alpha"}
 class _Names:
     """Name layers after Keras's classes if they were named after ours. Other names stay, and all stay unique."""
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model):
         layers_within = model._flatten_layers()
         operations = [each for graph in filter(is_graph, layers_within) for each in getattr(graph, "operations", ())]
         every = {id(each): each.name for each in (*layers_within, *operations)}
         self._uses = collections.Counter(every.values())
 
-    def __call__(self, name, cls, new):
+    def __call__(self, name: str, cls: type, new: type) -> str:
         """Return the name of the layer of class `new` that replaces a layer `name` of class `cls`."""
         named_after = re.fullmatch(rf"(forward_|backward_)?{_snake_case(cls)}(_\d+)?", name)
         if named_after is None:
@@ -132,12 +138,12 @@ class _Names:
         before, number = (part or "" for part in named_after.groups())
         return self._unless_taken(f"{before}{_snake_case(new)}{number}", name, 0)
 
-    def of_wrapper(self, name, cls, within):
+    def of_wrapper(self, name: str, cls: type, within: str) -> str:
         """Return the name of the layer that replaces its wrapper `name` of class `cls`; its own name is `within`."""
         named_after = re.fullmatch(rf"{_snake_case(cls)}(_\d+)?", name)
         return name if named_after is None else self._unless_taken(within, name, 1)
 
-    def _unless_taken(self, name, otherwise, uses):
+    def _unless_taken(self, name: str, otherwise: str, uses: int) -> str:
         if self._uses[name] > uses:
             return otherwise
         self._uses[name] += 1
@@ -147,19 +153,19 @@ class _Names:
 class _SameNames:
     """Keep every name."""
 
-    def __call__(self, name, cls, new):
+    def __call__(self, name: str, cls: type, new: type) -> str:
         return name
 
     of_wrapper = __call__
 
 
-def _snake_case(cls):
+def _snake_case(cls: type) -> str:
     """Return the name that Keras gives to the first layer of a class."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", cls.__name__)
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def _stock(value, names):
+def _stock(value: Any, names: _Names | _SameNames) -> Any:
     """Replace our layers by Keras's in a serialized value, at every depth."""
     if isinstance(value, (list, tuple)):
         return [_stock(each, names) for each in value]
@@ -176,7 +182,7 @@ def _stock(value, names):
     return {**calls, **_stock_of_ours(cls, value["config"], names)}
 
 
-def _stock_of_ours(cls, config, names):
+def _stock_of_ours(cls: type, config: dict[str, Any], names: _Names | _SameNames) -> dict[str, Any]:
     """Return the serialized layer of Keras that replaces one of our layers."""
     if not cls.__module__.startswith("keras_vdrop."):
         raise ValueError(
@@ -203,9 +209,11 @@ def _stock_of_ours(cls, config, names):
     }
 
 
-def _stock_gaussian_dropout(layer, value, names):
+def _stock_gaussian_dropout(
+    layer: Any, value: Callable[[VariationalWeight], Any], names: _Names | _SameNames
+) -> keras.layers.Layer:
     """Return `Identity`, or `Rescaling` by a factor for each unit: 0 for a pruned unit, or the drawn factor."""
-    scale = None if layer.alpha == "fixed" else ops.convert_to_numpy(value(layer.scale))
+    scale = None if layer.alpha == "fixed" else to_numpy(value(layer.scale))
     plain = scale is None or (scale == 1.0).all()
     stock = layers.Identity if plain else layers.Rescaling
     arguments = {"name": names(layer.name, type(layer), stock), "dtype": layer.dtype_policy.name}

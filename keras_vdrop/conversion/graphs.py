@@ -2,52 +2,54 @@
 
 import contextlib
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 from keras import layers
 
 
-def is_graph(model):
+def is_graph(model: Any) -> bool:
     """Return whether a model is a graph, Functional or Sequential: Keras knows how its layers are connected."""
     return _graph_class(model) is not None
 
 
-def is_plain_graph(model):
+def is_plain_graph(model: Any) -> bool:
     """Return whether a model is a graph and does not override `call`, which could connect the layers differently."""
     base = _graph_class(model)
     return base is not None and type(model).call is base.call
 
 
-def _graph_class(model):
+def _graph_class(model: Any) -> Any:
     return next((cls for cls in type(model).__mro__ if cls.__name__ in ("Functional", "Sequential")), None)
 
 
-def children(layer):
+def children(layer: keras.layers.Layer) -> list[Any]:
     """Return the direct sublayers of a layer, in the order in which they were assigned."""
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
-def serialized(layer):
+def serialized(layer: keras.layers.Layer) -> Any:
     """Return the dict to which Keras serializes a layer."""
     with _without_warnings():
         return keras.saving.serialize_keras_object(layer)
 
 
-def config_of(layer):
+def config_of(layer: Any) -> dict[str, Any]:
     """Return the config of a layer without warnings."""
     with _without_warnings():
         return layer.get_config()
 
 
 @contextlib.contextmanager
-def _without_warnings():
+def _without_warnings() -> Iterator[None]:
     """Suppress warnings, such as that about a serialized lambda: the config does not leave this process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def graph_copy(model, make):
+def graph_copy(model: Any, make: Callable[[Any], Any]) -> tuple[keras.Model, dict[int, Any]]:
     """Copy a model's graph with other layers. The copy is not compiled.
 
     Args:
@@ -84,14 +86,14 @@ def graph_copy(model, make):
         return again(model), made
 
 
-def model_copy(model):
+def model_copy(model: keras.Model) -> Any:
     """Return a model of the same class and arguments, not compiled, and built if Keras can build it."""
     config = {name: value for name, value in serialized(model).items() if name != "compile_config"}
     with _without_warnings():  # `check_built` reports a model that cannot be built
         return keras.saving.deserialize_keras_object(config, safe_mode=False)
 
 
-def check_built(copy, model):
+def check_built(copy: keras.Model, model: keras.Model) -> None:
     """Raise a `ValueError` if the copy of a model has no weights yet."""
     if not copy.built:
         raise ValueError(
@@ -100,7 +102,7 @@ def check_built(copy, model):
         )
 
 
-def known_layers(model):
+def known_layers(model: keras.layers.Layer) -> contextlib.AbstractContextManager[Any]:
     """Return a scope in which Keras finds the classes of the model's layers by name, registered or not."""
     types = [type(layer) for layer in model._flatten_layers()]
     return keras.saving.custom_object_scope(
@@ -108,12 +110,12 @@ def known_layers(model):
     )
 
 
-def input_structure(model):
+def input_structure(model: Any) -> Any:
     """Return the symbolic inputs in the structure that the model takes: one tensor, a list or a dict."""
     return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
 
 
-def check_lookup(layer):
+def check_lookup(layer: keras.layers.Layer) -> None:
     """Raise a `ValueError` for a lookup layer: neither its arguments nor its weights hold the learned vocabulary."""
     if isinstance(layer, (layers.IntegerLookup, layers.StringLookup, layers.TextVectorization)):
         raise ValueError(
@@ -122,7 +124,7 @@ def check_lookup(layer):
         )
 
 
-def finalize_normalizations(model):
+def finalize_normalizations(model: keras.layers.Layer) -> None:
     """Let `Normalization` layers recompute the values that they derive from their weights and compute with."""
     for layer in model._flatten_layers():
         if isinstance(layer, layers.Normalization):
@@ -130,7 +132,7 @@ def finalize_normalizations(model):
 
 
 @contextlib.contextmanager
-def _not_compiled(model):
+def _not_compiled(model: Any) -> Iterator[None]:
     """Mark models as not compiled: Keras would compile the clone from a config, which cannot hold every loss."""
     compiled = [each for each in model._flatten_layers() if getattr(each, "compiled", False)]
     for each in compiled:
@@ -142,7 +144,7 @@ def _not_compiled(model):
             each.compiled = True
 
 
-def _same_inputs(model, made):
+def _same_inputs(model: Any, made: dict[int, Any]) -> Any:
     """Return new inputs of the same names; None for a Sequential model, where Keras keeps the names itself.
 
     Args:

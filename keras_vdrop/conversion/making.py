@@ -2,6 +2,8 @@
 
 import dataclasses
 import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import keras
 from keras import layers
@@ -39,10 +41,10 @@ class Arguments:
     lora_rank: int | None = None
     lora_alpha: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         VariationalDense(1, name="arguments", **vars(self))
 
-    def of(self, cls):
+    def of(self, cls: Any) -> dict[str, Any]:
         """Return the arguments for a class: "auto" if it lacks the estimator, `lora_*` only if there is a rank."""
         known = getattr(cls, "_cell_class", cls)._estimators()
         given = {**vars(self), "estimator": self.estimator if self.estimator in known else "auto"}
@@ -51,7 +53,7 @@ class Arguments:
         return given
 
 
-def counterpart(layer, arguments):
+def counterpart(layer: Any, arguments: Arguments) -> Any:
     """Return the counterpart of a layer of Keras, with the same arguments, not built.
 
     Raises:
@@ -68,12 +70,14 @@ def counterpart(layer, arguments):
     return made
 
 
-def wrapped(layer, arguments, dropout):
+def wrapped(layer: Any, arguments: Arguments, dropout: Literal["monte_carlo", "variational"] | None) -> Variational:
     """Return a copy of a layer in a `Variational`, not built."""
     return _variational(copied(layer), arguments, dropout)
 
 
-def wrapped_model(model, arguments, dropout):
+def wrapped_model(
+    model: keras.Model, arguments: Arguments, dropout: Literal["monte_carlo", "variational"] | None
+) -> Variational:
     """Return a copy of a model in a `Variational`, built.
 
     Raises:
@@ -87,7 +91,9 @@ def wrapped_model(model, arguments, dropout):
     return _variational(copy, arguments, dropout)
 
 
-def _variational(layer, arguments, dropout):
+def _variational(
+    layer: Any, arguments: Arguments, dropout: Literal["monte_carlo", "variational"] | None
+) -> Variational:
     names = "kl_weight", "initial_log_variance", "log_variance_rate", "threshold", "lora_rank", "lora_alpha"
     given = {name: getattr(arguments, name) for name in names}
     # Dropout inside a wrapped layer cannot learn its rate, so both kinds draw it at its fixed rate.
@@ -95,7 +101,7 @@ def _variational(layer, arguments, dropout):
     return Variational(layer, prior=arguments.kernel_prior, trainable=layer.trainable, dropout=drawn, **given)
 
 
-def copied(layer):
+def copied(layer: Any) -> Any:
     """Return a layer of the same class and arguments, not built.
 
     Raises:
@@ -109,7 +115,7 @@ def copied(layer):
         raise _not_copied(layer, error) from error
 
 
-def _not_copied(layer, error):
+def _not_copied(layer: Any, error: Exception) -> ValueError:
     return ValueError(
         f"{layer.name!r}, a {type(layer).__name__}, cannot be recreated from its config ({_shortened(error)}). "
         "Define `get_config` in its class, and decorate the class and its custom functions with "
@@ -117,11 +123,11 @@ def _not_copied(layer, error):
     )
 
 
-def _shortened(error):
+def _shortened(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
-def remade(layer, new_layers):
+def remade(layer: Any, new_layers: Mapping[int, Callable[[], Any]]) -> Any:
     """Return the layer that replaces another in a copy of its model, not built.
 
     Args:
@@ -140,7 +146,7 @@ def remade(layer, new_layers):
         raise _not_copied(layer, error) from error
 
 
-def _remade_config(layer, config, new_layers):
+def _remade_config(layer: Any, config: dict[str, Any], new_layers: Mapping[int, Callable[[], Any]]) -> dict[str, Any]:
     """Return the serialized layer with the replacements of itself or its sublayers in it."""
     if id(layer) in new_layers:
         new = serialized(new_layers[id(layer)]())
@@ -153,7 +159,9 @@ def _remade_config(layer, config, new_layers):
 # Noise
 
 
-def noise(layer, kind, kl_weight):
+def noise(
+    layer: Any, kind: Literal["monte_carlo", "variational"], kl_weight: float | None
+) -> MonteCarloDropout | VariationalGaussianDropout:
     """Return the layer that replaces one of Keras's noise layers.
 
     Args:
@@ -178,7 +186,7 @@ def noise(layer, kind, kl_weight):
     )
 
 
-def _axis_of_units(layer):
+def _axis_of_units(layer: Any) -> int:
     """Return the axis of the units that a dropout layer drops as a whole; the last axis if it drops single numbers."""
     noise_shape = noise_shape_of(layer) if isinstance(layer, layers.Dropout) else None
     axis = -1

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 from keras import layers
@@ -30,7 +32,7 @@ _NO_KERNELS = tuple(
 )
 
 
-def _counterparts():
+def _counterparts() -> dict[Any, Any]:
     classes = [getattr(ours, name) for name in ours.__all__]
     kernels = [cls for cls in classes if issubclass(cls, (VariationalLayer, RecurrentLayer))]
     return {next(base for base in cls.__mro__ if base.__module__.startswith("keras.")): cls for cls in kernels}
@@ -53,18 +55,18 @@ class Site:
 
     layer: keras.layers.Layer
     path: str
-    around: tuple
+    around: tuple[keras.layers.Layer, ...]
     kind: str
 
-    def is_within(self, layer):
+    def is_within(self, layer: Any) -> bool:
         """Return whether `layer` is this layer or one around it."""
         return any(each is layer for each in (*self.around, self.layer))
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.path} ({type(self.layer).__name__})"
 
 
-def survey(model, has_counterpart=lambda layer: True):
+def survey(model: keras.Model, has_counterpart: Callable[[Any], bool] = lambda layer: True) -> list[Site]:
     """Return the sites of a model, in its order. A layer that is at several sites is listed at the first.
 
     Args:
@@ -81,11 +83,15 @@ def survey(model, has_counterpart=lambda layer: True):
     return list(found.values())
 
 
-def _in_graph(graph, path, around, has_counterpart):
+def _in_graph(
+    graph: Any, path: str, around: tuple[keras.layers.Layer, ...], has_counterpart: Callable[[Any], bool]
+) -> list[Site]:
     return [site for layer in graph.layers for site in _visit(layer, path + layer.name, around, has_counterpart)]
 
 
-def _visit(layer, path, around, has_counterpart):
+def _visit(
+    layer: Any, path: str, around: tuple[keras.layers.Layer, ...], has_counterpart: Callable[[Any], bool]
+) -> list[Site]:
     """Return the sites within a layer, or the layer itself as one site."""
 
     def here(kind):
@@ -110,12 +116,12 @@ def _visit(layer, path, around, has_counterpart):
     return here(OTHER) if kernels(layer) else []
 
 
-def _hold_all_kernels(some, layer):
+def _hold_all_kernels(some: Iterable[keras.layers.Layer], layer: Any) -> bool:
     held = {id(kernel) for each in some for kernel in kernels(each)}
     return all(id(kernel) in held for kernel in kernels(layer))
 
 
-def _can_hold(layer, inner, has_counterpart):
+def _can_hold(layer: Any, inner: Iterable[Site], has_counterpart: Callable[[Any], bool]) -> bool:
     """Return whether the replacements of its sublayers work in a layer.
 
     Only `TimeDistributed` can hold a `Variational`, which replaces a layer without a counterpart: other wrappers do
@@ -126,7 +132,7 @@ def _can_hold(layer, inner, has_counterpart):
     return all(site.kind != OTHER and (site.kind != COUNTERPART or has_counterpart(site.layer)) for site in inner)
 
 
-def kernels(layer):
+def kernels(layer: Any) -> list[Any]:
     """Return the variables of a layer and its sublayers with at least two axes that are no scales, shifts or biases."""
     none = {
         id(variable) for each in layer._flatten_layers() if isinstance(each, _NO_KERNELS) for variable in each.weights
@@ -138,7 +144,7 @@ def kernels(layer):
     ]
 
 
-def layers_in_config(layer):
+def layers_in_config(layer: Any) -> list[Any]:
     """Return the sublayers in a layer's config, such as those of a wrapper, which can therefore be replaced."""
     found = []
     if children(layer):
@@ -150,7 +156,7 @@ def layers_in_config(layer):
     return found
 
 
-def exchange(value, pool, function):
+def exchange(value: Any, pool: list[Any], function: Callable[[Any, Any], Any]) -> Any:
     """Return a config in which `function(layer, serialized)` replaces each serialized layer of the pool.
 
     Args:
@@ -173,7 +179,7 @@ def exchange(value, pool, function):
 # Choosing among the sites
 
 
-def choose(sites, wanted, model):
+def choose(sites: Iterable[Site], wanted: Any, model: keras.Model) -> list[Site]:
     """Return the sites with kernels that the user chose.
 
     Args:
@@ -197,7 +203,7 @@ def choose(sites, wanted, model):
     return chosen
 
 
-def _filter(wanted):
+def _filter(wanted: Any) -> Callable[[Site], bool]:
     """Return a function from a site to whether it is chosen."""
     if isinstance(wanted, (list, tuple)):
         filters = list(map(_filter, wanted))
@@ -220,7 +226,7 @@ def _filter(wanted):
     )
 
 
-def _last(model, sites):
+def _last(model: keras.Model, sites: Iterable[Site]) -> Callable[[Site], bool]:
     """Return a function from a site to whether no other site follows it on a path to one of the outputs."""
 
     def within(layer):
@@ -232,7 +238,7 @@ def _last(model, sites):
     return lambda site: id(site) in last
 
 
-def _ends(graph, within):
+def _ends(graph: Any, within: Callable[[Any], set[int]]) -> set[int]:
     """Return the union of `within(layer)` over the last layers of a graph for which it is not empty."""
     if isinstance(graph, keras.Sequential):
         return next((found for layer in reversed(graph.layers) if (found := within(layer))), set())

@@ -1,9 +1,11 @@
 """Convert Keras's own layers to variational layers: the same predictions at the posterior mean."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import keras
@@ -16,7 +18,7 @@ from keras_vdrop.conversion.making import NOISE_KINDS, Arguments, counterpart, n
 from keras_vdrop.conversion.survey import ADAPTED, COUNTERPART, NOISE, VARIATIONAL, Site, choose, kernels, survey
 from keras_vdrop.functional import sparsity
 from keras_vdrop.layers import VariationalGaussianDropout
-from keras_vdrop.posterior import posteriors
+from keras_vdrop.posterior import Posterior, posteriors
 
 
 def to_variational(
@@ -128,7 +130,7 @@ def to_variational(
         return _as_it_is(model, changes, print_fn, f"layers={layers!r}, dropout={dropout!r}")
     twin, made = _twin(model, new_layers)
     new_posteriors = carry_over(model, twin, made)
-    fresh = [each for each in new_posteriors if not isinstance(each.owner, VariationalGaussianDropout)]
+    fresh: list[Any] = [each for each in new_posteriors if not isinstance(each.owner, VariationalGaussianDropout)]
     for weight in fresh:
         weight.restart(relative_variance)
     finalize_normalizations(twin)
@@ -140,7 +142,7 @@ def to_variational(
     return twin
 
 
-def _as_it_is(model, changes, print_fn, received):
+def _as_it_is(model: keras.Model, changes: list[_Change], print_fn: Callable[[str], Any], received: str) -> keras.Model:
     """Return the model unchanged if it is variational already; else raise a `ValueError` with the reasons."""
     reasons = [each.line for each in changes if each.site.kind != VARIATIONAL]
     if not posteriors(model):
@@ -151,7 +153,7 @@ def _as_it_is(model, changes, print_fn, received):
     return model
 
 
-def _prior(name, identifier, empirical_bayes):
+def _prior(name: str, identifier: Any, empirical_bayes: bool) -> Any:
     """Return the prior; with `empirical_bayes`, a normal prior is centered on the trained weights."""
     prior = priors.get(identifier)
     if prior is None and name == "prior":
@@ -161,7 +163,7 @@ def _prior(name, identifier, empirical_bayes):
     return prior
 
 
-def _check_model(model):
+def _check_model(model: Any) -> None:
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a keras.Model. Received: model={model!r}")
     require_built(model)
@@ -189,10 +191,12 @@ class _Change:
 
     site: Site
     line: str
-    make: Callable | None = None
+    make: Callable[[], Any] | None = None
 
 
-def _changes(model, wanted, arguments, dropout):
+def _changes(
+    model: keras.Model, wanted: Any, arguments: Arguments, dropout: Literal["monte_carlo", "variational"] | None
+) -> tuple[list[_Change], int]:
     """Return the changes, and the number of layers with kernels that `wanted` leaves out."""
     sites = survey(model, lambda layer: _reason_against(layer, arguments) is None)
     chosen = set(map(id, choose(sites, wanted, model)))
@@ -205,7 +209,9 @@ def _changes(model, wanted, arguments, dropout):
     return changes, sum(site.kind != NOISE for site in sites) - len(chosen)
 
 
-def _change(site, is_model, arguments, dropout):
+def _change(
+    site: Site, is_model: bool, arguments: Arguments, dropout: Literal["monte_carlo", "variational"] | None
+) -> _Change:
     layer, cls = site.layer, type(site.layer).__name__
     if site.kind == VARIATIONAL:
         return _Change(site, f"{site.path}: {cls} stays: it is already variational")
@@ -228,7 +234,7 @@ def _change(site, is_model, arguments, dropout):
     return _Change(site, f"{site.path}: {cls} -> Variational({cls}), because {why_not}{_notes(layer)}", make)
 
 
-def _reason_against(layer, arguments):
+def _reason_against(layer: Any, arguments: Arguments) -> str | None:
     """Return why the layer's counterpart cannot replace it, or None if it can."""
     try:
         counterpart(layer, arguments)
@@ -237,7 +243,7 @@ def _reason_against(layer, arguments):
     return None
 
 
-def _check_groups(site, prior):
+def _check_groups(site: Site, prior: priors.Prior) -> None:
     for kernel in kernels(site.layer):
         try:
             sparsity.check_groups(tuple(kernel.shape), **prior.groups)
@@ -245,7 +251,7 @@ def _check_groups(site, prior):
             raise ValueError(f"The prior {prior} does not fit {site}: {error}") from error
 
 
-def _notes(layer, estimator=None, new=None):
+def _notes(layer: Any, estimator: str | None = None, new: Any = None) -> str:
     notes = ""
     own = getattr(getattr(new, "cell", new), "estimator", estimator)
     if own != estimator:
@@ -255,7 +261,7 @@ def _notes(layer, estimator=None, new=None):
     return notes
 
 
-def _change_of_noise(site, dropout, arguments):
+def _change_of_noise(site: Site, dropout: Literal["monte_carlo", "variational"], arguments: Arguments) -> _Change:
     cls = type(site.layer).__name__
     make = functools.partial(noise, site.layer, dropout, arguments.kl_weight)
     try:
@@ -264,7 +270,7 @@ def _change_of_noise(site, dropout, arguments):
         return _Change(site, f"{site.path}: {cls} stays: {error}")
 
 
-def _twin(model, new_layers):
+def _twin(model: keras.Model, new_layers: Mapping[int, Callable[[], Any]]) -> tuple[Any, dict[int, Any]]:
     """Return a copy with the new layers, freshly initialized, and a dict from the ids of old layers to new ones."""
     if id(model) in new_layers:
         with known_layers(model):
@@ -272,7 +278,7 @@ def _twin(model, new_layers):
     return graph_copy(model, lambda layer: remade(layer, new_layers))
 
 
-def _trains_by_own_code(model):
+def _trains_by_own_code(model: keras.Model) -> bool:
     names = "fit", "train_step", "test_step", "compute_loss"
     return any(getattr(type(model), name) is not getattr(keras.Model, name) for name in names)
 
@@ -280,7 +286,9 @@ def _trains_by_own_code(model):
 # The report
 
 
-def _report(model, twin, changes, left_out, not_compiled):
+def _report(
+    model: keras.Model, twin: keras.Model, changes: list[_Change], left_out: int, not_compiled: str | None
+) -> list[str]:
     """Return the lines about the layers and the training of the twin.
 
     Args:
@@ -304,14 +312,14 @@ def _report(model, twin, changes, left_out, not_compiled):
     return lines
 
 
-def _count(model, posteriors, rank):
+def _count(model: keras.Model, posteriors: Iterable[Posterior], rank: int | None) -> str:
     drawn = sum(posterior.size for posterior in posteriors)
     total = sum(math.prod(variable.shape) for variable in stock_weights(model))
     of = f"of {total:,} weights" if rank is None else f"numbers, in updates of rank {rank},"
     return f"{drawn:,} {of} are distributions now"
 
 
-def _about(prior, empirical_bayes):
+def _about(prior: priors.Prior, empirical_bayes: bool) -> str:
     """Return the line of the report about the prior."""
     name = type(prior).__name__
     prunes = isinstance(prior, priors.ARD) or (isinstance(prior, priors.LogUniform) and prior.form != "cubic")

@@ -328,15 +328,15 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, bounds: tuple[float, f
     least, greatest = bounds
     if not 0.0 < least < greatest < np.inf:
         raise ValueError(f"`bounds` must be (least, greatest) with 0 < least < greatest. Received: bounds={bounds}")
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    target = logits[np.arange(len(labels)), labels]
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    target = shifted[np.arange(len(labels)), labels]
 
     def derivatives(inverse):
         """Return the first and second derivatives of the NLL with respect to 1/T."""
-        p = np.exp(inverse * logits)
+        p = np.exp(inverse * shifted)
         p /= p.sum(axis=-1, keepdims=True)
-        mean = (p * logits).sum(axis=-1)
-        return (mean - target).mean(), (p * (logits - mean[:, None]) ** 2).sum(axis=-1).mean()
+        mean = (p * shifted).sum(axis=-1)
+        return (mean - target).mean(), (p * (shifted - mean[:, None]) ** 2).sum(axis=-1).mean()
 
     low, high = 1.0 / greatest, 1.0 / least
     for edge, sign in ((low, 1.0), (high, -1.0)):
@@ -361,7 +361,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, bounds: tuple[float, f
     return float(1.0 / inverse)
 
 
-def _bins(values, num_bins, binning):
+def _bins(values: np.ndarray, num_bins: int, binning: str) -> np.ndarray:
     """Return the index of the bin, in [0, num_bins), of each value in [0, 1]."""
     if num_bins < 1:
         raise ValueError(f"`num_bins` must be at least 1. Received: num_bins={num_bins}")

@@ -14,7 +14,7 @@ Reference:
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -184,11 +184,11 @@ def prediction_intervals(
     return prediction - reach, prediction + reach
 
 
-def _width(prediction, scale):
+def _width(prediction: ArrayLike, scale: ArrayLike | None) -> Any:
     return 1.0 if scale is None else checks.positive("scale", checks.alike(prediction=prediction, scale=scale)[1])
 
 
-def _set_scores(probability, score):
+def _set_scores(probability: np.ndarray, score: str) -> np.ndarray:
     """Compute the score of every class, (B, C)."""
     if score == "lac":
         return 1.0 - probability

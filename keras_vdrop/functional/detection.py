@@ -5,6 +5,8 @@ a `MonteCarlo`. For a confidence, pass 1 − confidence. "Inside" rows come from
 do not.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -177,11 +179,11 @@ def excess_aurc(uncertainty: ArrayLike, loss: ArrayLike) -> float:
     return aurc(uncertainty, loss) - aurc(loss, loss)
 
 
-def _scores(inside, outside):
+def _scores(inside: ArrayLike, outside: ArrayLike) -> Iterator[np.ndarray]:
     return (checks.numbers(name, v, 1, infinite=True) for name, v in (("inside", inside), ("outside", outside)))
 
 
-def _flagged(inside, outside):
+def _flagged(inside: np.ndarray, outside: np.ndarray) -> Iterator[np.ndarray]:
     """Count the rows inside and outside that reach each distinct score, from the highest score down."""
     thresholds = np.unique(np.concatenate([inside, outside]))[::-1]
     return (len(rows) - np.searchsorted(np.sort(rows), thresholds) for rows in (inside, outside))

@@ -15,7 +15,7 @@ they draw, and so in cost and in the dependence between outputs:
 that of `log_variance`. An `x` of an integer dtype means a lookup: each integer stands for a one-hot row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
 from keras import ops
@@ -159,16 +159,16 @@ def flipout(
     return mean + linear(signed, delta) * _signs(mean, seed, sign_axes[1])
 
 
-def _arguments(x, loc, log_variance):
+def _arguments(x: TensorLike, loc: TensorLike, log_variance: TensorLike) -> tuple[Tensor, Tensor, Tensor]:
     """Convert all three to tensors."""
     return ops.convert_to_tensor(x), *tensors(loc, log_variance, least="float32")
 
 
-def _is_lookup(x):
+def _is_lookup(x: Tensor) -> bool:
     return "int" in keras.backend.standardize_dtype(x.dtype)
 
 
-def _signs(tensor, seed, axes):
+def _signs(tensor: Tensor, seed: keras.random.SeedGenerator, axes: Sequence[int]) -> Tensor:
     """Draw signs along some axes of `tensor`; all other axes have size 1."""
     kept = {axis % len(tensor.shape) for axis in axes}
     shape = tuple(size if axis in kept else 1 for axis, size in enumerate(ops.shape(tensor)))
@@ -217,7 +217,7 @@ def reparameterization(
     return linear(x, ops.cast(reparameterize(loc, log_variance, seed), dtype or x.dtype))
 
 
-ESTIMATORS = {
+ESTIMATORS: dict[str, Callable[..., Tensor]] = {
     "local_reparameterization": local_reparameterization,
     "flipout": flipout,
     "reparameterization": reparameterization,

@@ -6,6 +6,7 @@ noise-to-signal ratio of a weight.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from keras import ops
@@ -33,12 +34,12 @@ _LEAST_LOG_VARIANCE = -70.0
 _LEGENDRE_NODES, _LEGENDRE_WEIGHTS = np.polynomial.legendre.leggauss(32)
 
 
-def _signal_to_noise(loc, log_variance):
+def _signal_to_noise(loc: Tensor, log_variance: Tensor) -> Tensor:
     """Compute |loc| / standard deviation = 1 / sqrt(alpha)."""
     return ops.abs(loc) * ops.exp(-0.5 * ops.maximum(log_variance, _LEAST_LOG_VARIANCE))
 
 
-def _by_signal_to_noise(kl, loc, log_variance):
+def _by_signal_to_noise(kl: Callable[[Tensor], tuple[Tensor, Tensor]], loc: Tensor, log_variance: Tensor) -> Tensor:
     """Compute a KL that depends on t = 1/alpha = loc²/variance only.
 
     A custom gradient halves the number of operations of automatic differentiation.
@@ -96,7 +97,7 @@ def log_uniform(loc: TensorLike, log_variance: TensorLike) -> Tensor:
     return _by_signal_to_noise(_log_uniform, loc, log_variance)
 
 
-def _log_uniform(t):
+def _log_uniform(t: Tensor) -> tuple[Tensor, Tensor]:
     # The bound keeps t^1.5 finite in float32. Beyond it, the sigmoid term is constant to within 1e-27.
     bounded = ops.minimum(t, 1e18)
     root = ops.sqrt(bounded)
@@ -137,7 +138,7 @@ def log_uniform_exact(loc: TensorLike, log_variance: TensorLike) -> Tensor:
     return ops.square(z) * _homogeneous(_P, z, w) / _homogeneous(_Q, z, w) + 0.5 * ops.log1p(s * s)
 
 
-def _homogeneous(coefficients, z, w):
+def _homogeneous(coefficients: Sequence[float], z: Tensor, w: Tensor) -> Tensor:
     """Compute Σ coefficients[i]·zⁱ·wⁿ⁻ⁱ, of degree n, by Horner's rule."""
     total, power = coefficients[-1], 1.0
     for coefficient in reversed(coefficients[:-1]):
@@ -216,7 +217,7 @@ def ard(loc: TensorLike, log_variance: TensorLike, group_axis: int | None = None
     return 0.5 * (ops.log(ard_variance(loc, log_variance, group_axis, blocks)) - log_variance)
 
 
-def _ard(t):
+def _ard(t: Tensor) -> tuple[Tensor, Tensor]:
     return 0.5 * ops.log1p(t), 1.0 / (1.0 + t)
 
 

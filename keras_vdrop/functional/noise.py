@@ -8,6 +8,7 @@ conversion of Philox's bits to numbers still takes 2 to 10 times as long as nece
 import functools
 import hashlib
 import math
+from typing import Any
 
 import keras
 from keras import ops
@@ -47,7 +48,7 @@ def hash_seed(seed: int | str, *salt: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") & 0x7FFFFFFF
 
 
-def _philox(seed):
+def _philox(seed: keras.random.SeedGenerator) -> dict[str, Any]:
     """Return the arguments of TensorFlow's Philox operations for the next seed of a generator.
 
     The seed is Philox's key, and the counter starts at 0: streams of different keys are independent. (The functions of
@@ -60,8 +61,9 @@ def _philox(seed):
     state = tf.cast(state, "uint32")
     replica = None if getattr(seed, "same_on_replicas", False) else tf.distribute.get_replica_context()
     if replica is not None and replica.num_replicas_in_sync > 1:
+        random: Any = tf.random
         state = tf.bitcast(state, "int32")
-        state = tf.random.experimental.stateless_fold_in(state, replica.replica_id_in_sync_group)
+        state = random.experimental.stateless_fold_in(state, replica.replica_id_in_sync_group)
     key = tf.reshape(tf.bitcast(state, "uint64"), (1,))
     return {"key": key, "counter": tf.zeros((2,), "uint64"), "alg": _PHILOX}
 
@@ -91,13 +93,13 @@ def normal(shape: tuple[int | Tensor, ...], seed: keras.random.SeedGenerator | i
 
 
 @functools.cache
-def _has_gpu():
+def _has_gpu() -> bool:
     import tensorflow as tf
 
     return bool(tf.config.list_physical_devices("GPU"))
 
 
-def _box_muller(shape, philox):
+def _box_muller(shape: Any, philox: dict[str, Any]) -> Tensor:
     """Draw samples of N(0, 1), r·cos 2θ and r·sin 2θ, in float32.
 
     Here r = sqrt(−2·log u), and θ is uniform on [−½π, ½π]. In this range a polynomial approximates sin θ, and cos θ is
@@ -127,14 +129,14 @@ def _box_muller(shape, philox):
     return tf.reshape(_first(count, draws), shape)
 
 
-def _count(shape):
+def _count(shape: Any) -> Any:
     """Return the number of elements of a shape: an int if all sizes are known."""
     import tensorflow as tf
 
     return math.prod(shape) if all(isinstance(size, int) for size in shape) else tf.reduce_prod(tf.stack(shape))
 
 
-def _first(count, values):
+def _first(count: Any, values: Tensor) -> Tensor:
     """Return the first `count` values as a vector."""
     import tensorflow as tf
 
@@ -142,7 +144,7 @@ def _first(count, values):
     return values if values.shape[0] == count else values[:count]
 
 
-def _bits(count, philox):
+def _bits(count: Any, philox: dict[str, Any]) -> Tensor:
     """Draw `count` random int32.
 
     They are drawn as int64: in one XLA program on a CPU, a second draw of 32-bit numbers of the same shape takes six
@@ -175,7 +177,7 @@ def rademacher(
     return ops.where(uniform(shape, seed) < 0.5, ops.cast(-1, dtype), ops.cast(1, dtype))
 
 
-def _signs(shape, philox):
+def _signs(shape: Any, philox: dict[str, Any]) -> Tensor:
     """Draw −1.0 or 1.0, 32 signs from each random int32."""
     import tensorflow as tf
 
@@ -211,7 +213,7 @@ def uniform(
     return keras.random.uniform(shape, dtype=dtype, seed=seed)
 
 
-def _uniform(shape, philox):
+def _uniform(shape: Any, philox: dict[str, Any]) -> Tensor:
     """Draw samples of U[0, 1): 23 random bits as the fraction of a float32 in [1, 2), minus 1."""
     import tensorflow as tf
 

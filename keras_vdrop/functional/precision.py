@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 
@@ -31,7 +32,7 @@ def full_precision() -> Iterator[None]:
     elif backend == "torch":
         import torch
 
-        switches = torch.backends.cuda.matmul, torch.backends.cudnn
+        switches: Any = torch.backends.cuda.matmul, torch.backends.cudnn
         before = [switch.allow_tf32 for switch in switches]
         try:
             for switch in switches:

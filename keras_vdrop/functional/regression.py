@@ -214,13 +214,13 @@ def interval_coverage(lower: ArrayLike, upper: ArrayLike, y: ArrayLike) -> float
     return float(((lower <= y) & (y <= upper)).mean())
 
 
-def _standardised(loc, scale, y):
+def _standardised(loc: np.ndarray, scale: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the scale, and (y − loc) / scale."""
     loc, scale, y = checks.alike(loc=loc, scale=scale, y=y)
     return checks.positive("scale", scale), (y - loc) / scale
 
 
-def _samples(samples, y):
+def _samples(samples: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     samples, y = checks.numbers("samples", samples), checks.numbers("y", y)
     if samples.shape[1:] != y.shape or len(samples) < 2:
         raise ValueError(

@@ -21,10 +21,15 @@ def tensors(*values: TensorLike, least: str | None = None) -> tuple[Tensor, ...]
         *values: Tensors, arrays, or numbers and lists of numbers.
         least: The narrowest dtype of the result, such as "float32", or None.
     """
-    converted = [ops.convert_to_tensor(value) for value in values]
+    converted: list[Any] = [ops.convert_to_tensor(value) for value in values]
     dtypes = {keras.backend.standardize_dtype(value.dtype) for value in converted}
     dtype = keras.backend.result_type(*dtypes, float, *([] if least is None else [least]))
     return tuple(ops.cast(value, dtype) for value in converted)
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Return the values of a tensor or a variable."""
+    return np.asarray(ops.convert_to_numpy(x))
 
 
 def is_float(x: Tensor) -> bool:
@@ -37,6 +42,11 @@ def channel_axis(layer: keras.layers.Layer) -> int:
     return 1 if getattr(layer, "data_format", None) == "channels_first" else -1
 
 
+def equal_parts(x: Tensor, count: int) -> Any:
+    """Split a tensor into a number of equal parts along its last axis."""
+    return ops.split(x, count, axis=-1)
+
+
 def left_along(kept: np.ndarray, axes: Iterable[int]) -> tuple[int, int]:
     """Return, for the indices along some axes of a boolean array, (number with any True, number of all)."""
     axes = {axis % kept.ndim for axis in axes}
@@ -47,4 +57,5 @@ def left_along(kept: np.ndarray, axes: Iterable[int]) -> tuple[int, int]:
 def product(sizes: Iterable[int | None]) -> int | None:
     """Multiply sizes, of which some may be None: 0 if any is 0, else None if any is None; 1 if there are none."""
     sizes = list(sizes)
-    return 0 if 0 in sizes else None if None in sizes else math.prod(sizes)
+    known = [size for size in sizes if size is not None]
+    return 0 if 0 in known else math.prod(known) if len(known) == len(sizes) else None

@@ -5,6 +5,7 @@ whether it is within a scope, is fixed for all later calls. PyTorch recompiles i
 """
 
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -58,7 +59,7 @@ def new_function(model: keras.Model, name: Literal["predict", "test", "train"]) 
             delattr(model, step_name)
 
 
-def _owner(is_boundary, otherwise):
+def _owner(is_boundary: Callable[[types.FrameType], bool], otherwise: tuple[None, None] | None) -> Any:
     """Identify the innermost compiled function on the stack, as `compiled_function` returns it.
 
     Keras has no public way from a layer to the model that is being traced. The stack is the same for functional,
@@ -86,11 +87,11 @@ def _owner(is_boundary, otherwise):
     return found or otherwise
 
 
-def _is_tensorflow_call(frame):
+def _is_tensorflow_call(frame: types.FrameType) -> bool:
     return frame.f_globals.get("__name__", "").startswith("tensorflow.python.eager.polymorphic_function")
 
 
-def _is_jax_call(frame):
+def _is_jax_call(frame: types.FrameType) -> bool:
     """Return whether a frame traces a function under `jit`, and not the body of a loop, which runs at once."""
     return frame.f_code.co_name == "cache_miss" and frame.f_globals.get("__name__") == "jax._src.pjit"
 
@@ -111,7 +112,7 @@ def side_by_side(function: Callable[[Tensor], Any], elements: Tensor) -> Any:
         return tf.vectorized_map(function, elements, warn=False)
     if keras.backend.backend() == "jax":
         return ops.vectorized_map(function, elements)
-    results = [function(element) for element in ops.unstack(elements)]
+    results = list(map(function, ops.unstack(elements)))
     return keras.tree.map_structure(lambda *each: ops.stack(each), *results)
 
 

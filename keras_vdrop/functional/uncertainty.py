@@ -177,7 +177,7 @@ def normal(loc: TensorLike, scale: TensorLike) -> dict[str, Tensor]:
     return TOTAL_VARIANCE.of(_samples((loc, ops.square(scale))))
 
 
-def _samples(samples):
+def _samples(samples: Any) -> Any:
     """Convert samples to tensors.
 
     Raises:
@@ -194,23 +194,23 @@ def _samples(samples):
     return samples
 
 
-def _moment_terms(samples, origin):
+def _moment_terms(samples: Any, origin: Any) -> dict[str, Any]:
     deviation = keras.tree.map_structure(ops.subtract, samples, origin)
     return {"deviation": deviation, "square": keras.tree.map_structure(ops.square, deviation)}
 
 
-def _moment_statistics(means, origin):
+def _moment_statistics(means: dict[str, Any], origin: Any) -> dict[str, Any]:
     variance = keras.tree.map_structure(
         lambda square, deviation: ops.maximum(square - ops.square(deviation), 0.0), means["square"], means["deviation"]
     )
     return {"mean": keras.tree.map_structure(ops.add, origin, means["deviation"]), "variance": variance}
 
 
-def _categorical_terms(probability, origin):
+def _categorical_terms(probability: Any, origin: Any) -> dict[str, Any]:
     return {"probability": probability, "entropy": entropy(probability)}
 
 
-def _categorical_statistics(means, origin):
+def _categorical_statistics(means: dict[str, Any], origin: Any) -> dict[str, Any]:
     predictive, expected = entropy(means["probability"]), means["entropy"]
     return {
         "probability": means["probability"],
@@ -220,25 +220,25 @@ def _categorical_statistics(means, origin):
     }
 
 
-def _two_classes(probability):
+def _two_classes(probability: Any) -> Any:
     return ops.stack([1.0 - probability, probability], axis=-1)
 
 
-def _bernoulli_terms(probability, origin):
+def _bernoulli_terms(probability: Any, origin: Any) -> dict[str, Any]:
     return {"probability": probability, "entropy": entropy(_two_classes(probability))}
 
 
-def _bernoulli_statistics(means, origin):
+def _bernoulli_statistics(means: dict[str, Any], origin: Any) -> dict[str, Any]:
     result = _categorical_statistics({**means, "probability": _two_classes(means["probability"])}, origin)
     return {**result, "probability": means["probability"]}
 
 
-def _total_variance_terms(samples, origin):
+def _total_variance_terms(samples: Any, origin: Any) -> dict[str, Any]:
     (loc, variance), (origin, _) = samples, origin
     return {"loc": _moment_terms(loc, origin), "variance": variance}
 
 
-def _total_variance_statistics(means, origin):
+def _total_variance_statistics(means: dict[str, Any], origin: Any) -> dict[str, Any]:
     loc = _moment_statistics(means["loc"], origin[0])
     return {
         "mean": loc["mean"],

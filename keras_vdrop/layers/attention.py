@@ -2,6 +2,8 @@
 
 import itertools
 import string
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -55,12 +57,17 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
         Models for Speech Recognition, Xue et al., 2021, https://arxiv.org/abs/2102.04754
     """
 
-    def __init__(self, *args, lora_rank=None, lora_alpha=None, **kwargs):
+    def __init__(self, *args: Any, lora_rank: int | None = None, lora_alpha: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha
 
-    def build(self, query_shape, value_shape, key_shape=None):
+    def build(
+        self,
+        query_shape: Sequence[int | None],
+        value_shape: Sequence[int | None],
+        key_shape: Sequence[int | None] | None = None,
+    ) -> None:
         key_shape = value_shape if key_shape is None else key_shape
         if tuple(value_shape[1:-1]) != tuple(key_shape[1:-1]):
             raise ValueError(
@@ -80,10 +87,19 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
         self._output_dense = self._dense(heads_shape, 2, output_shape, "attention_output")
         self._build_noise()
 
-    def _project(self, input_shape, size, name, **arguments):
+    def _project(
+        self, input_shape: Sequence[int | None], size: int, name: str, **arguments: Any
+    ) -> VariationalEinsumDense:
         return self._dense(input_shape, 1, (self.num_heads, size), name, **arguments)
 
-    def _dense(self, input_shape, contracted, output_shape, name, **arguments):
+    def _dense(
+        self,
+        input_shape: Sequence[int | None],
+        contracted: int,
+        output_shape: Sequence[int],
+        name: str,
+        **arguments: Any,
+    ) -> VariationalEinsumDense:
         """Build one of the projections, which contracts the last `contracted` axes of its inputs."""
         letters = iter(string.ascii_lowercase)
         # Avoid an ellipsis: with TensorFlow it makes an einsum forty times as slow.
@@ -114,29 +130,29 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
         return layer
 
     @property
-    def _replayed(self):
+    def _replayed(self) -> keras.random.SeedGenerator | None:
         return self._query_dense.seed_generator
 
     @property
-    def kl_weight(self):
+    def kl_weight(self) -> Any:
         """The factor of each projection's KL in the loss; assignable."""
         return self._query_dense.kl_weight if self.built else self._initial_kl_weight
 
     @kl_weight.setter
-    def kl_weight(self, value):
+    def kl_weight(self, value: float) -> None:
         if not self.built:
-            VariationalLayer.kl_weight.fset(self, value)
+            VariationalLayer.kl_weight.__set__(self, value)
             return
         for layer in self._projections:
             layer.kl_weight = value
 
     @property
-    def free_bits(self):
+    def free_bits(self) -> Any:
         """The KL of each projection that costs nothing, in nats per weight; assignable. None before `build`."""
         return self._query_dense.free_bits if self.built else None
 
     @free_bits.setter
-    def free_bits(self, value):
+    def free_bits(self, value: float) -> None:
         if not self.built:
             raise ValueError(
                 f"The layer {self.name!r} has not been built. Build it before you set `free_bits`. "
@@ -145,6 +161,6 @@ class VariationalMultiHeadAttention(VariationalLayer, keras.layers.MultiHeadAtte
         for layer in self._projections:
             layer.free_bits = value
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         lora = {} if self.lora_rank is None else {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
         return {**super().get_config(), **lora}

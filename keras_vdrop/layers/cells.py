@@ -3,11 +3,16 @@
 A cell is `class VariationalXCell(RecurrentCell, keras.layers.XCell)` with the equations of one step.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vdrop.checks import check_positive_int, check_rate
 from keras_vdrop.functional import noise
+from keras_vdrop.functional.tensors import equal_parts
 from keras_vdrop.layers.held import Held, Product
 from keras_vdrop.layers.weights import VariationalLayer
 from keras_vdrop.posterior import VariationalWeight
@@ -36,12 +41,12 @@ class RecurrentCell(VariationalLayer):
 
     def __init__(
         self,
-        *args,
-        estimator="auto",
-        output_dropout=0.0,
-        weight_dropout=0.0,
-        tied_masks=True,
-        **kwargs,
+        *args: Any,
+        estimator: str = "auto",
+        output_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        tied_masks: bool = True,
+        **kwargs: Any,
     ):
         kwargs = self._bind(args, kwargs)
         rates = {"output_dropout": output_dropout, "weight_dropout": weight_dropout}
@@ -55,14 +60,14 @@ class RecurrentCell(VariationalLayer):
         self.tied_masks = bool(tied_masks)
 
     @classmethod
-    def _estimators(cls):
+    def _estimators(cls) -> tuple[str, ...]:
         return "auto", "reparameterization", "flipout"
 
     @property
-    def learns_locally(self):
+    def learns_locally(self) -> bool:
         return False
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         super().build(input_shape)
         groups = {} if self.kernel_prior is None else self.kernel_prior.groups
         gates = self.kernel.shape[-1] // self.units
@@ -74,46 +79,46 @@ class RecurrentCell(VariationalLayer):
 
     # Drawing
 
-    _held = None
+    _held: Held | None = None
 
-    def get_dropout_mask(self, step_input):
+    def get_dropout_mask(self, step_input: Any) -> None:
         """Draw what the inputs are multiplied by. `keras.layers.RNN` calls this before the first step."""
         # Draw from a copy of the generator's state: a sequence without noise must not advance the generator.
         self._held = Held(ops.convert_to_tensor(self.seed_generator.state) if self.draws else None)
         self._held.products[_INPUTS] = self._both_products(_INPUTS, step_input)
 
-    def get_recurrent_dropout_mask(self, step_input):
+    def get_recurrent_dropout_mask(self, step_input: Any) -> None:
         """Draw what the state is multiplied by, and the mask of the output."""
         self._held.products[_STATE] = self._both_products(_STATE, step_input)
         self._held.output_mask = self._output_mask(step_input)
 
-    def reset_dropout_mask(self):
+    def reset_dropout_mask(self) -> None:
         """Discard the draws, and advance the generator if they were used. `keras.layers.RNN` calls this at the end."""
         if self._held is not None and self._held.used and self.draws:
             advance(self.seed_generator)
         self._held = None
 
-    def reset_recurrent_dropout_mask(self):
+    def reset_recurrent_dropout_mask(self) -> None:
         """Do nothing: `reset_dropout_mask` has discarded all draws."""
 
     @property
-    def draws(self):
+    def draws(self) -> bool:
         rates = self.dropout, self.recurrent_dropout, self.output_dropout, self.weight_dropout
         return super().draws or any(rates)
 
-    def _seeds(self, purpose="noise"):
+    def _seeds(self, purpose: str = "noise") -> keras.random.SeedGenerator:
         if self._held is None:
             return super()._seeds(purpose)
         return FixedSeeds(self._held.state, noise.hash_seed(purpose))
 
-    def rematerialized_call(self, layer_call, *args, **kwargs):
+    def rematerialized_call(self, layer_call: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """Do not recompute a single step: that is not worth its cost, and a step must not draw."""
         return layer_call
 
-    def _both_products(self, operand, like):
+    def _both_products(self, operand: int, like: Any) -> tuple[Product, ...]:
         return tuple(self._product(operand, like, noisy) for noisy in (False, True))
 
-    def _product(self, operand, like, noisy):
+    def _product(self, operand: int, like: Any, noisy: bool) -> Product:
         """Make the `Product` of the inputs or of the state; `like` is a tensor of their shape."""
         name = ("inputs", "state")[operand]
         weight = (self.kernel, self.recurrent_kernel)[operand]
@@ -143,16 +148,16 @@ class RecurrentCell(VariationalLayer):
         masks = [self._draw_mask(like, rate, f"mask {gate} of the {name}") for gate in range(count)]
         return Product(self.units, matrix, bias, flips, masks)
 
-    def _mean(self, weight):
+    def _mean(self, weight: Any) -> Any:
         return ops.cast(weight.mean() if isinstance(weight, VariationalWeight) else weight, self.compute_dtype)
 
-    def _perturbation(self, weight):
+    def _perturbation(self, weight: VariationalWeight) -> Any:
         return ops.cast(weight.perturbation(self._seeds(weight.name)), self.compute_dtype)
 
-    def _signs(self, shape, purpose):
+    def _signs(self, shape: Any, purpose: str) -> Any:
         return noise.rademacher(shape, self._seeds(purpose), self.compute_dtype)
 
-    def _bias_row(self, row, of):
+    def _bias_row(self, row: int, of: Callable[[Any], Any]) -> Any:
         """Return what `of(bias)` adds to one product: its row if it has two, else all of it for the inputs' product."""
         if self.bias is None:
             return None
@@ -160,47 +165,47 @@ class RecurrentCell(VariationalLayer):
             return of(self.bias)[row]
         return of(self.bias) if row == _INPUTS else None
 
-    def _output_mask(self, like):
+    def _output_mask(self, like: Any) -> Any:
         return self._draw_mask(like, self.output_dropout, "mask of the output")
 
-    def _draw_mask(self, like, rate, purpose):
+    def _draw_mask(self, like: Any, rate: float, purpose: str) -> Any:
         """Draw a mask for every example and channel; None at rate 0."""
         return self._bernoulli(mask_shape(ops.shape(like)), rate, purpose) if rate else None
 
-    def _bernoulli(self, shape, rate, purpose):
+    def _bernoulli(self, shape: Any, rate: float, purpose: str) -> Any:
         """Draw from Bernoulli(1 − rate) / (1 − rate)."""
         keep = noise.bernoulli(shape, 1.0 - rate, self._seeds(purpose))
         return ops.cast(keep / (1.0 - rate), self.compute_dtype)
 
     # For the equations of a step
 
-    def _products(self, inputs, state, noisy):
+    def _products(self, inputs: Any, state: Any, noisy: bool) -> list[Product]:
         """Return the products held for this sequence. A cell that is called outside an RNN draws for this step."""
         if self._held is None:
             return [self._product(operand, like, noisy) for operand, like in enumerate((inputs, state))]
         self._held.used |= noisy
         return [product[noisy] for product in self._held.products]
 
-    def _output(self, h, noisy):
+    def _output(self, h: Any, noisy: bool) -> Any:
         if not noisy or not self.output_dropout:
             return h
         return h * (self._output_mask(h) if self._held is None else self._held.output_mask)
 
     # For `sparsity`
 
-    def places(self, input_shape):
+    def places(self, input_shape: Sequence[int | None]) -> int | None:
         return 1  # per step
 
-    _gate_names = ()
+    _gate_names: tuple[str, ...] = ()
 
-    def structure(self, kept):
+    def structure(self, kept: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
         """Count the hidden units, in all and for each gate, that still depend on the inputs or the state."""
         columns = kept["kernel"].any(axis=0) | kept["recurrent_kernel"].any(axis=0)
         gates = columns.reshape(-1, self.units)
         alive = {"units": gates.any(axis=0), **{f"{name} gate": gate for name, gate in zip(self._gate_names, gates)}}
         return {name: (int(each.sum()), self.units) for name, each in alive.items()}
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "output_dropout": self.output_dropout,
@@ -257,11 +262,11 @@ class VariationalLSTMCell(RecurrentCell, keras.layers.LSTMCell):
 
     _gate_names = ("input", "forget", "cell", "output")
 
-    def call(self, inputs, states, training=False):
+    def call(self, inputs: Any, states: Any, training: bool | None = False) -> tuple[Any, Any]:
         noisy = self._noisy(training)
         h, c = states
         of_inputs, of_state = self._products(inputs, h, noisy)
-        i, f, z, o = ops.split(of_inputs(inputs) + of_state(h), 4, axis=-1)
+        i, f, z, o = equal_parts(of_inputs(inputs) + of_state(h), 4)
         c = self.recurrent_activation(f) * c + self.recurrent_activation(i) * self.activation(z)
         h = self.recurrent_activation(o) * self.activation(c)
         return self._output(h, noisy), [h, c]
@@ -303,16 +308,16 @@ class VariationalGRUCell(RecurrentCell, keras.layers.GRUCell):
 
     _gate_names = ("update", "reset", "candidate")
 
-    def call(self, inputs, states, training=False):
+    def call(self, inputs: Any, states: Any, training: bool | None = False) -> tuple[Any, Any]:
         noisy = self._noisy(training)
         (h,) = keras.tree.flatten(states)
         of_inputs, of_state = self._products(inputs, h, noisy)
-        x_z, x_r, x_h = ops.split(of_inputs(inputs), 3, axis=-1)
+        x_z, x_r, x_h = equal_parts(of_inputs(inputs), 3)
         if self.reset_after:
-            h_z, h_r, h_h = ops.split(of_state(h), 3, axis=-1)
+            h_z, h_r, h_h = equal_parts(of_state(h), 3)
         else:
             h_h = None  # it depends on r
-            h_z, h_r = ops.split(of_state(h, last=2), 2, axis=-1)
+            h_z, h_r = equal_parts(of_state(h, last=2), 2)
         z, r = self.recurrent_activation(x_z + h_z), self.recurrent_activation(x_r + h_r)
         h_h = of_state(r * h, first=2) if h_h is None else r * h_h
         candidate = self.activation(x_h + h_h)
@@ -351,7 +356,7 @@ class VariationalSimpleRNNCell(RecurrentCell, keras.layers.SimpleRNNCell):
         As for `VariationalLSTMCell`.
     """
 
-    def call(self, inputs, states, training=False):
+    def call(self, inputs: Any, states: Any, training: bool | None = False) -> tuple[Any, Any]:
         noisy = self._noisy(training)
         (h,) = keras.tree.flatten(states)
         of_inputs, of_state = self._products(inputs, h, noisy)

@@ -1,6 +1,8 @@
 """`ConcreteDropout`: dropout before a layer, of learned rate."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -59,14 +61,14 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
 
     def __init__(
         self,
-        layer,
-        initial_rate=0.1,
-        temperature=0.1,
-        prior_scale=1.0,
-        spatial=False,
-        kl_weight=None,
-        seed=None,
-        **kwargs,
+        layer: keras.layers.Layer,
+        initial_rate: float = 0.1,
+        temperature: float = 0.1,
+        prior_scale: float = 1.0,
+        spatial: bool = False,
+        kl_weight: float | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         check_rate("initial_rate", initial_rate)
         if initial_rate == 0.0:
@@ -80,7 +82,7 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
         self.spatial = bool(spatial)
         self.supports_masking = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         channels = input_shape[channel_axis(self.layer)]
         if channels is None:
             raise ValueError(
@@ -108,16 +110,16 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
         self._build_noise()
 
     @property
-    def rate(self):
+    def rate(self) -> Any:
         """p, the probability that an input is dropped, as learned so far; `initial_rate` before `build`."""
         if not hasattr(self, "rate_logit"):
             return self.initial_rate
         return ops.sigmoid(ops.convert_to_tensor(self.rate_logit))
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
         return self.layer(self._drop(inputs) if self._noisy(training) else inputs)
 
-    def _drop(self, x):
+    def _drop(self, x: Any) -> Any:
         if not is_float(x):
             x = ops.cast(x, self.compute_dtype)
         shape = ops.shape(x)
@@ -128,10 +130,10 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
         dropped = noise.concrete(mask_shape(shape), logit, self.temperature, self._seeds())
         return x * ops.cast((1.0 - dropped) / (1.0 - self.rate), x.dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return self.layer.compute_output_shape(input_shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "initial_rate": self.initial_rate,
@@ -144,15 +146,15 @@ class ConcreteDropout(StochasticLayer, keras.layers.Wrapper):
 class BernoulliRate(Posterior):
     """The posterior of a kernel whose input channels are dropped: W times a Bernoulli variable for each channel."""
 
-    def __init__(self, owner, kernel, channels):
+    def __init__(self, owner: ConcreteDropout, kernel: Any, channels: int):
         super().__init__(owner, channels)
         self.kernel = kernel
 
     @property
-    def variables(self):
+    def variables(self) -> list[Any]:
         return [self.owner.rate_logit]
 
-    def kl(self):
+    def kl(self) -> Any:
         rate = self.owner.rate
         logit = ops.convert_to_tensor(self.owner.rate_logit)
         # Compute both logarithms from the logit, so that they are finite at every rate.

@@ -1,6 +1,10 @@
 """Convolution layers: linear maps of patches, by a kernel that all positions share."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vdrop.checks import check_positive_int
@@ -13,16 +17,16 @@ class ConvolutionLayer(AffineLayer):
 
     _outputs = "filters", (-1,)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         arguments = self._bind(args, kwargs)
         if "filters" in arguments:
             check_positive_int("filters", arguments["filters"])
         super().__init__(**arguments)
 
-    def linear(self, x, kernel):
+    def linear(self, x: Any, kernel: Any) -> Any:
         return self.convolution_op(x, kernel)
 
-    def places(self, input_shape):
+    def places(self, input_shape: Sequence[int | None]) -> int | None:
         """Count the positions of the outputs; multiplications by padding count too."""
         return super().places(self.compute_output_shape(input_shape))
 
@@ -32,11 +36,11 @@ class TransposedConvolutionLayer(ConvolutionLayer):
 
     _outputs = "filters", (-2,)
 
-    def places(self, input_shape):
+    def places(self, input_shape: Sequence[int | None]) -> int | None:
         """Count the positions of the inputs; multiplications for cropped outputs count too."""
         return AffineLayer.places(self, input_shape)
 
-    def linear(self, x, kernel):
+    def linear(self, x: Any, kernel: Any) -> Any:
         return ops.conv_transpose(
             x,
             kernel,
@@ -86,7 +90,7 @@ class VariationalConv1D(ConvolutionLayer, keras.layers.Conv1D):
         https://arxiv.org/abs/1701.05369
     """
 
-    def linear(self, x, kernel):
+    def linear(self, x: Any, kernel: Any) -> Any:
         if self.padding != "causal":
             return super().linear(x, kernel)
         time = (self.dilation_rate[0] * (self.kernel_size[0] - 1), 0)
@@ -288,7 +292,7 @@ class VariationalDepthwiseConv2D(ConvolutionLayer, keras.layers.DepthwiseConv2D)
 
     _outputs = "channels", (-2, -1)
 
-    def linear(self, x, kernel):
+    def linear(self, x: Any, kernel: Any) -> Any:
         return ops.depthwise_conv(x, kernel, self.strides, self.padding, self.data_format, self.dilation_rate)
 
 
@@ -334,18 +338,18 @@ class VariationalSeparableConv2D(ConvolutionLayer, keras.layers.SeparableConv2D)
 
     _depthwise = VariationalDepthwiseConv2D.linear
 
-    def transform(self, x, noisy):
+    def transform(self, x: Any, noisy: bool) -> Any:
         estimator = self._estimator(x.shape)
         x = self._apply(self.depthwise_kernel, self._depthwise, x, noisy, estimator)
         return self._apply(self.pointwise_kernel, self._pointwise, x, noisy, estimator)
 
-    def structure(self, kept):
+    def structure(self, kept: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
         return {
             "channels": left_along(kept["depthwise_kernel"], (-2, -1)),
             "filters": left_along(kept["pointwise_kernel"], (-1,)),
         }
 
-    def _pointwise(self, x, kernel):
+    def _pointwise(self, x: Any, kernel: Any) -> Any:
         if self.data_format == "channels_first":  # TensorFlow convolves this format on few devices only
             product = ops.matmul(ops.moveaxis(x, 1, -1), kernel[0, 0])
             return ops.cast(ops.moveaxis(product, -1, 1), kernel.dtype)  # PyTorch's product of float64 is float32

@@ -1,6 +1,8 @@
 """Dense layers."""
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -60,7 +62,7 @@ class VariationalDense(AffineLayer, keras.layers.Dense):
         https://arxiv.org/abs/1701.05369
     """
 
-    def linear(self, x, kernel):
+    def linear(self, x: Any, kernel: Any) -> Any:
         return ops.matmul(x, kernel)
 
 
@@ -102,10 +104,10 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
         https://arxiv.org/abs/1701.05369
     """
 
-    def linear(self, x, kernel):
+    def linear(self, x: Any, kernel: Any) -> Any:
         return ops.einsum(self.equation, x, kernel)
 
-    def enable_lora(self, rank, *args, **kwargs):
+    def enable_lora(self, rank: int, *args: Any, **kwargs: Any) -> None:
         _, kernel, outputs = self._operands()
         if kernel[-1] != outputs[-1]:
             raise ValueError(
@@ -115,16 +117,16 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
         super().enable_lora(rank, *args, **kwargs)
 
     @property
-    def _outputs(self):
+    def _outputs(self) -> tuple[str, Sequence[int]]:
         _, kernel, outputs = self._operands()
         return "units", _positions(kernel, outputs)
 
-    def _sign_axes(self):
+    def _sign_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         inputs, kernel, outputs = self._operands()
         batch = max(outputs.find(inputs[0]), 0)
         return (0, *_positions(inputs, kernel)), (batch, *_positions(outputs, kernel))
 
-    def _operands(self):
+    def _operands(self) -> tuple[str, ...]:
         """Return the letters of the inputs, the kernel and the outputs, with a dot for an ellipsis."""
         operands = re.fullmatch(r"([a-zA-Z.]+),([a-zA-Z]+)->([a-zA-Z.]+)", self.equation.replace("...", "."))
         if operands is None:
@@ -135,7 +137,7 @@ class VariationalEinsumDense(AffineLayer, keras.layers.EinsumDense):
         return operands.groups()
 
 
-def _positions(operand, letters):
+def _positions(operand: str, letters: str) -> list[int]:
     """Return the axes of an einsum operand that `letters` names; those after an ellipsis (a dot here) are negative."""
     ellipsis = operand.find(".")
     past = [index - len(operand) if -1 < ellipsis < index else index for index in range(len(operand))]

@@ -1,5 +1,8 @@
 """Embedding layers."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -52,7 +55,7 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
 
     _looks_up = True
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         # Given `weights`, Keras's constructor would build the layer before our constructor has finished.
         arguments = self._bind(args, kwargs)
         weights = arguments.pop("weights", None)
@@ -63,11 +66,11 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
             self.build()
             self.embeddings_initializer = initializer
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Sequence[int | None] | None = None) -> None:
         if not self.built:
             super().build(input_shape)
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
         if hasattr(inputs, "nested_row_lengths"):  # TensorFlow's ragged tensor
             table = self.call(inputs.to_tensor(), training)
             lengths, dtype = inputs.nested_row_lengths(), inputs.row_splits.dtype
@@ -77,30 +80,30 @@ class VariationalEmbedding(VariationalLayer, keras.layers.Embedding):
         noisy = self._noisy(training)
         return self._with_update(self._apply(self.embeddings, _look_up, indices, noisy), _look_up, indices, noisy)
 
-    def _adapted(self):
+    def _adapted(self) -> Any:
         return self.embeddings
 
-    def _dtype_with(self, x):
+    def _dtype_with(self, x: Any) -> str:
         return self.compute_dtype  # Keras's layer casts to it, wherever it is called
 
-    def compute_output_spec(self, inputs, training=False):
+    def compute_output_spec(self, inputs: Any, training: bool | None = False) -> Any:
         return super().compute_output_spec(inputs)
 
-    def structure(self, kept):
+    def structure(self, kept: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
         return {"words": left_along(kept["embeddings"], (0,)), "columns": left_along(kept["embeddings"], (1,))}
 
-    def places(self, input_shape):
+    def places(self, input_shape: Sequence[int | None]) -> int | None:
         return 0  # a lookup multiplies nothing
 
-    def uses(self, input_shape):
+    def uses(self, input_shape: Sequence[int | None]) -> int | None:
         """Count the indices of an example, since all of them may be equal."""
         return product(input_shape[1:])
 
-    def _sign_axes(self):
+    def _sign_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (0,), (0, -1)
 
 
-def _given(table):
+def _given(table: Any) -> Callable[..., Any]:
     """Return an initializer that gives this table, so that the posterior and its prior start at its scale."""
 
     def initializer(shape, dtype=None):
@@ -111,5 +114,5 @@ def _given(table):
     return initializer
 
 
-def _look_up(indices, table):
+def _look_up(indices: Any, table: Any) -> Any:
     return ops.take(table, indices, axis=0)

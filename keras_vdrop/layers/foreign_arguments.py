@@ -1,6 +1,7 @@
 """Arguments that other libraries have, and what to write instead."""
 
 import inspect
+from collections.abc import Iterable, Mapping
 
 _INITIAL = "Set the initial variance with `initial_log_variance`. The means start from the layer's initializers."
 _PRIOR = "Pass `kernel_prior`: a name, a `keras_vdrop.priors.Prior` or, on TensorFlow, a distribution of TFP."
@@ -62,7 +63,7 @@ ANSWERS = {
 }
 
 
-def refuse_foreign_arguments(cls, names):
+def refuse_foreign_arguments(cls: type, names: Iterable[str]) -> None:
     """Raise a ValueError if the class lacks an argument that has an answer here.
 
     Args:
@@ -75,10 +76,10 @@ def refuse_foreign_arguments(cls, names):
             raise ValueError(f"{cls.__name__} has no argument `{name}`. {answer}")
 
 
-def _takes(cls, name):
+def _takes(cls: type, name: str) -> bool:
     return any(name in _parameters(base) for base in cls.__mro__)
 
 
-def _parameters(cls):
+def _parameters(cls: type) -> Mapping[str, inspect.Parameter]:
     signature = vars(cls).get("__signature__")  # composed by `DropIn`
     return (signature or inspect.signature(cls.__init__)).parameters

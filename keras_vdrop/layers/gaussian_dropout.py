@@ -1,8 +1,11 @@
 """`VariationalGaussianDropout`: multiplicative Gaussian noise on activations, of learned variance."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vdrop import priors
@@ -60,14 +63,14 @@ class VariationalGaussianDropout(StochasticLayer):
 
     def __init__(
         self,
-        rate=0.5,
-        alpha="unit",
-        prior="log_uniform",
-        axis=-1,
-        kl_weight=None,
-        threshold=3.0,
-        seed=None,
-        **kwargs,
+        rate: float = 0.5,
+        alpha: Literal["unit", "layer", "fixed"] = "unit",
+        prior: Any = "log_uniform",
+        axis: int = -1,
+        kl_weight: float | None = None,
+        threshold: float | None = 3.0,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         check_rate("rate", rate)
         if rate == 0.0:
@@ -92,7 +95,7 @@ class VariationalGaussianDropout(StochasticLayer):
         self.threshold = None if threshold is None else float(threshold)
         self.supports_masking = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         rank = len(input_shape)
         if not -rank < self.axis < rank:
             raise ValueError(
@@ -125,10 +128,10 @@ class VariationalGaussianDropout(StochasticLayer):
         super().build(input_shape)
 
     @property
-    def _initial_log_alpha(self):
+    def _initial_log_alpha(self) -> float:
         return math.log(self.rate / (1.0 - self.rate))
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
         noisy = self._noisy(training)
         if noisy and not is_float(inputs):
             inputs = ops.cast(inputs, self.compute_dtype)
@@ -150,17 +153,17 @@ class VariationalGaussianDropout(StochasticLayer):
         )
         return inputs * scale
 
-    def _fixed(self, x):
+    def _fixed(self, x: Any) -> Any:
         epsilon = noise.normal(mask_shape(ops.shape(x)), self._seeds())
         return x * ops.cast(1.0 + math.exp(0.5 * self._initial_log_alpha) * epsilon, x.dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
-    def structure(self, kept):
+    def structure(self, kept: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
         return {"units": left_along(kept["scale"], (0,))}
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "rate": self.rate,
@@ -174,5 +177,5 @@ class VariationalGaussianDropout(StochasticLayer):
 class AtMostZero(keras.constraints.Constraint):
     """Projects a log alpha onto values ≤ 0, that is, alpha ≤ 1."""
 
-    def __call__(self, w):
+    def __call__(self, w: Any) -> Any:
         return ops.minimum(w, 0.0)

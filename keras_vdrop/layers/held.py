@@ -1,5 +1,8 @@
 """What a recurrent cell draws before the first time step and holds until the last: weights and masks."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from keras import ops
 
 from keras_vdrop.functional.tensors import is_float
@@ -17,15 +20,22 @@ class Product:
         masks: Sequence of the masks to multiply x by: one for all gates (None for no mask), or one for each gate.
     """
 
-    def __init__(self, units, matrix, bias=None, flips=None, masks=(None,)):
+    def __init__(
+        self,
+        units: int,
+        matrix: Any,
+        bias: Any = None,
+        flips: tuple[Any, Any, Any] | None = None,
+        masks: Sequence[Any] = (None,),
+    ):
         self.units = units
-        self.gates = matrix.shape[-1] // units
+        self.gates: int = matrix.shape[-1] // units
         self.matrix = matrix
         self.bias = bias
         self.flips = flips
         self.masks = masks
 
-    def __call__(self, x, first=0, last=None):
+    def __call__(self, x: Any, first: int = 0, last: int | None = None) -> Any:
         """Return the products of the gates `first` to `last` − 1 (all by default), side by side."""
         if not is_float(x):
             x = ops.cast(x, self.matrix.dtype)
@@ -36,7 +46,7 @@ class Product:
         (mask,) = self.masks
         return self._cut_product(x if mask is None else x * mask, first, last)
 
-    def _cut_product(self, x, first, last):
+    def _cut_product(self, x: Any, first: int, last: int) -> Any:
         def cut(tensor):
             whole = (first, last) == (0, self.gates)
             return tensor if whole else tensor[..., first * self.units : last * self.units]
@@ -58,8 +68,8 @@ class Held:
         used: Whether any step has used the noise.
     """
 
-    def __init__(self, state):
+    def __init__(self, state: Any):
         self.state = state
-        self.products = [None, None]
-        self.output_mask = None
+        self.products: list[Any] = [None, None]
+        self.output_mask: Any = None
         self.used = False

@@ -1,5 +1,8 @@
 """`MonteCarloDropout`: dropout that prediction can draw, in place of Keras's or within any layer."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import layers, ops
 
@@ -54,7 +57,14 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
         Dropout as a Bayesian Approximation, Gal, Ghahramani, 2016, https://arxiv.org/abs/1506.02142
     """
 
-    def __init__(self, rate, noise_shape=None, seed=None, per_example=True, **kwargs):
+    def __init__(
+        self,
+        rate: float,
+        noise_shape: Sequence[int | None] | None = None,
+        seed: int | None = None,
+        per_example: bool = True,
+        **kwargs: Any,
+    ):
         if kwargs.pop("kl_weight", None) is not None:
             raise ValueError(
                 "MonteCarloDropout has no argument `kl_weight`: its rate is fixed, so it has no KL. Leave it out. "
@@ -64,15 +74,15 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
         self.per_example = bool(per_example)
 
     @classmethod
-    def like(cls, layer):
+    def like(cls, layer: Any) -> "MonteCarloDropout":
         """Return a `MonteCarloDropout` that drops as a `Dropout` or `SpatialDropout` layer does."""
         return cls(layer.rate, noise_shape_of(layer), layer.seed, name=layer.name, dtype=layer.dtype_policy)
 
     @property
-    def draws(self):
+    def draws(self) -> bool:
         return self.rate > 0.0
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
         if not self.draws or not self._noisy(training):
             return inputs
         shape = list(ops.shape(inputs))
@@ -83,13 +93,13 @@ class MonteCarloDropout(StochasticLayer, keras.layers.Dropout):
         keep = noise.bernoulli(mask_shape(shape), 1.0 - self.rate, self._seeds(), inputs.dtype)
         return inputs * (keep / (1.0 - self.rate)) if self.rate < 1.0 else ops.zeros_like(inputs)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {**super().get_config(), "per_example": self.per_example}
         del config["kl_weight"]  # the layer has no KL
         return config
 
 
-def noise_shape_of(layer):
+def noise_shape_of(layer: Any) -> tuple[int | None, ...] | None:
     """Return the mask shape of a dropout layer, in the format of `noise_shape` of `keras.layers.Dropout`."""
     ranks = {layers.SpatialDropout1D: 3, layers.SpatialDropout2D: 4, layers.SpatialDropout3D: 5}
     if type(layer) not in ranks:
@@ -99,7 +109,7 @@ def noise_shape_of(layer):
     return tuple(shape)
 
 
-def take_over_dropout(layer):
+def take_over_dropout(layer: keras.layers.Layer) -> list[MonteCarloDropout]:
     """Make the dropout in a layer active under `sampling()` too, and return the layers that draw it.
 
     Each `Dropout` and `SpatialDropout` below the layer calls a `MonteCarloDropout` from then on. Its config does not
@@ -115,6 +125,6 @@ def take_over_dropout(layer):
     return found
 
 
-def is_taken_over(layer):
+def is_taken_over(layer: Any) -> bool:
     """Return whether a layer is dropout that `take_over_dropout` has made active under `sampling()`."""
     return isinstance(layer, layers.Dropout) and "call" in vars(layer)

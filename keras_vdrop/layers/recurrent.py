@@ -1,6 +1,7 @@
 """Recurrent layers: `class VariationalX(RecurrentLayer, keras.layers.X)` with the class of the cell that it runs."""
 
 import inspect
+from typing import Any
 
 import keras
 
@@ -14,9 +15,10 @@ class RecurrentLayer(DropIn):
     The constructor bypasses that of the Keras layer, which would make a Keras cell.
     """
 
-    _cell_class = None
+    _cell_class: Any = None
+    cell: Any
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         arguments = self._bind(args, kwargs)
         names = {*inspect.signature(self._cell_class).parameters, "implementation"}
         of_cell = {name: arguments.pop(name) for name in names & set(arguments)}
@@ -34,36 +36,38 @@ class RecurrentLayer(DropIn):
         self.input_spec = keras.layers.InputSpec(ndim=3)
 
     @property
-    def kl_weight(self):
+    def kl_weight(self) -> Any:
         """The KL weight of the cell; assignable."""
         return self.cell.kl_weight
 
     @kl_weight.setter
-    def kl_weight(self, value):
+    def kl_weight(self, value: float) -> None:
         self.cell.kl_weight = value
 
     @property
-    def free_bits(self):
+    def free_bits(self) -> Any:
         """The free bits of the cell; assignable."""
         return self.cell.free_bits
 
     @free_bits.setter
-    def free_bits(self, value):
+    def free_bits(self, value: float) -> None:
         self.cell.free_bits = value
 
-    def call(self, sequences, initial_state=None, mask=None, training=False):
+    def call(self, sequences: Any, initial_state: Any = None, mask: Any = None, training: bool | None = False) -> Any:
+        keras_layer: Any = super()
         try:
-            return super().call(sequences, initial_state=initial_state, mask=mask, training=training)
+            return keras_layer.call(sequences, initial_state=initial_state, mask=mask, training=training)
         finally:  # Keras does not reset if a step fails
             self.cell.reset_dropout_mask()
 
     @classmethod
-    def _own_arguments(cls):
+    def _own_arguments(cls) -> dict[str, inspect.Parameter]:
         return {} if cls._cell_class is None else cls._cell_class._own_arguments()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        keras_layer: Any = super()
         ours = self.cell.get_config()
-        return {**super().get_config(), **{name: ours[name] for name in self._own_arguments()}}
+        return {**keras_layer.get_config(), **{name: ours[name] for name in self._own_arguments()}}
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")

@@ -3,6 +3,8 @@
 import contextlib
 import contextvars
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 from keras import ops
@@ -13,14 +15,14 @@ from keras_vdrop.sampling import FixedSeeds, advance, drawing, is_consistent, re
 class Rematerialized(keras.layers.Layer):
     """Mixin for a layer with a generator of noise that may be called within `keras.RematScope`."""
 
-    _replay = contextvars.ContextVar("replay", default=None)
+    _replay: contextvars.ContextVar["_Replay | None"] = contextvars.ContextVar("replay", default=None)
 
     @property
-    def _replayed(self):
+    def _replayed(self) -> keras.random.SeedGenerator | None:
         """The generator whose state determines all noise of a call that can be recomputed, or None."""
         return self.seed_generator
 
-    def rematerialized_call(self, layer_call, *args, **kwargs):
+    def rematerialized_call(self, layer_call: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """As in Keras (within `keras.RematScope`), but the recomputation draws the same noise as the first pass."""
         replay, scope = contextlib.nullcontext, (is_consistent(), repeated())
         if self._replayed is not None:
@@ -40,7 +42,7 @@ class Rematerialized(keras.layers.Layer):
         return lambda *args, **_: rematerialized(*args)
 
     @contextlib.contextmanager
-    def _replaying(self, state, noisy, scope):
+    def _replaying(self, state: Any, noisy: bool, scope: tuple[bool, frozenset[int]]) -> Iterator[None]:
         token = self._replay.set(_Replay(state, noisy))
         try:
             with drawing(*scope):  # as in the first pass; `noisy` decides whether to draw
@@ -52,6 +54,6 @@ class Rematerialized(keras.layers.Layer):
 class _Replay(FixedSeeds):
     """The seeds of a computation that can be repeated, and whether it draws."""
 
-    def __init__(self, state, noisy):
+    def __init__(self, state: Any, noisy: bool):
         super().__init__(state)
         self.noisy = noisy

@@ -2,6 +2,8 @@
 
 import copy
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 
@@ -11,6 +13,9 @@ from keras_vdrop.layers.monte_carlo_dropout import take_over_dropout
 from keras_vdrop.layers.stochastic import StochasticLayer
 from keras_vdrop.layers.weights import distinct
 from keras_vdrop.posterior import LowRankUpdate, VariationalWeight, posteriors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
@@ -76,19 +81,19 @@ class Variational(StochasticLayer, keras.Model):
 
     def __init__(
         self,
-        layer,
-        include=None,
-        exclude=None,
-        prior="log_uniform",
-        kl_weight=None,
-        initial_log_variance=None,
-        log_variance_rate=5.0,
-        threshold=None,
-        lora_rank=None,
-        lora_alpha=None,
-        seed=None,
-        dropout=None,
-        **kwargs,
+        layer: keras.layers.Layer,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        prior: Any = "log_uniform",
+        kl_weight: float | None = None,
+        initial_log_variance: float | None = None,
+        log_variance_rate: float = 5.0,
+        threshold: float | None = None,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+        seed: int | None = None,
+        dropout: Literal["monte_carlo"] | None = None,
+        **kwargs: Any,
     ):
         if not isinstance(layer, keras.layers.Layer):
             raise ValueError(f"`layer` must be an instance of a Keras layer or model. Received: layer={layer!r}")
@@ -127,14 +132,14 @@ class Variational(StochasticLayer, keras.Model):
         self.lora_alpha = lora_alpha
         self.dropout = dropout
         self.drawn = {}
-        self._called_on = None
+        self._called_on: Any = None
         self._allow_non_tensor_positional_args = True
         if layer.built:
             self.build()
 
     # Building
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._called_on is not None:
             return super().__call__(*args, **kwargs)
         self._called_on = keras.tree.map_structure(_symbolic, (args, kwargs))
@@ -147,7 +152,7 @@ class Variational(StochasticLayer, keras.Model):
             self._called_on = None  # the next call may have the right arguments
             raise
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Any = None) -> None:
         if not self.layer.built:
             # Some layers build their sublayers only when called, so call the layer once.
             args, kwargs = self._called_on or ((keras.tree.map_shape_structure(keras.KerasTensor, input_shape),), {})
@@ -158,7 +163,7 @@ class Variational(StochasticLayer, keras.Model):
         self._masks = take_over_dropout(self.layer) if self.dropout else []
         self._build_noise()
 
-    def _chosen(self):
+    def _chosen(self) -> list[tuple[str, str, Any]]:
         """Return the variables to draw, each as (unique name, path below the layer, variable)."""
         taken = {id(each) for posterior in posteriors(self.layer) for each in posterior.variables}
         pairs = [(path, each) for path, each in trained_variables(self.layer) if id(each) not in taken]
@@ -183,7 +188,7 @@ class Variational(StochasticLayer, keras.Model):
         names = distinct(found[path].name for path in paths)
         return [(name, path, found[path]) for name, path in zip(names, paths)]
 
-    def _draw_from(self, name, path, loc):
+    def _draw_from(self, name: str, path: str, loc: Any) -> VariationalWeight:
         return VariationalWeight(
             self,
             super().add_weight,
@@ -196,7 +201,7 @@ class Variational(StochasticLayer, keras.Model):
             loc=loc,
         )
 
-    def _draw_update(self, name, path, kernel):
+    def _draw_update(self, name: str, path: str, kernel: Any) -> VariationalWeight:
         return LowRankUpdate(
             self,
             super().add_weight,
@@ -211,7 +216,7 @@ class Variational(StochasticLayer, keras.Model):
 
     # Calling
 
-    def call(self, *args, training=None, **kwargs):
+    def call(self, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
         # Quantization replaces the variables that are drawn, and Keras quantizes inner layers without calling this one.
         for each in self.layer._flatten_layers():
             check_policy(each.dtype_policy)
@@ -232,7 +237,7 @@ class Variational(StochasticLayer, keras.Model):
             self.add_loss(loss + 0.0)  # a new tensor: Keras recognizes the wrapped layer's losses by identity
         return outputs
 
-    def _value(self, weight, noisy):
+    def _value(self, weight: VariationalWeight, noisy: bool) -> tuple[Any, Any]:
         """Return a variable of the wrapped layer and its value in this call."""
         value = weight.mean()
         if noisy:
@@ -240,18 +245,18 @@ class Variational(StochasticLayer, keras.Model):
         return (weight.loc, value) if weight.update is None else (weight.update.kernel, weight.update.whole(value))
 
     @property
-    def draws(self):
+    def draws(self) -> bool:
         return self._posterior_size > 0
 
-    def compute_output_spec(self, *args, training=None, **kwargs):
+    def compute_output_spec(self, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
         return self.layer.compute_output_spec(*args, **kwargs)
 
-    def compute_output_shape(self, *args, **kwargs):
+    def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = keras.tree.map_shape_structure(keras.KerasTensor, (args, kwargs))
         kwargs = {name.removesuffix("_shape"): each for name, each in kwargs.items()}
         return keras.tree.map_structure(lambda each: each.shape, self.compute_output_spec(*args, **kwargs))
 
-    def compute_mask(self, inputs, previous_mask):
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
         """Compute the mask for the first of the inputs; `inputs` holds all positional arguments."""
         if not inputs or not self.layer.supports_masking:
             return None
@@ -259,26 +264,27 @@ class Variational(StochasticLayer, keras.Model):
 
     # For `sparsity` and `MonteCarlo`
 
-    def places(self, input_shape):
+    def places(self, input_shape: Sequence[int | None]) -> int | None:
         return None  # unknown: it depends on the wrapped layer's code
 
-    def uses(self, input_shape):
+    def uses(self, input_shape: Sequence[int | None]) -> int | None:
         """Return None (unknown), because it depends on the wrapped layer's code."""
         return None
 
-    def stock_variables(self):
-        own = {id(each) for posterior in posteriors(self) for each in posterior.variables if each is not posterior.loc}
+    def stock_variables(self) -> list[Any]:
+        means = {id(getattr(posterior, "loc", None)) for posterior in posteriors(self)}
+        own = {id(each) for posterior in posteriors(self) for each in posterior.variables} - means
         return [each for each in self.layer.weights if id(each) not in own]
 
     # Saving
 
-    def get_build_config(self):
+    def get_build_config(self) -> dict[str, Any]:
         if self._called_on is None:
             return {"layer": self.layer.get_build_config()}
-        args, kwargs = keras.tree.map_structure(_described, self._called_on)
+        args, kwargs = (keras.tree.map_structure(_described, each) for each in self._called_on)
         return {"args": list(args), "kwargs": kwargs}
 
-    def build_from_config(self, config):
+    def build_from_config(self, config: dict[str, Any]) -> None:
         if "args" in config:
             self._called_on = _from_described(config["args"]), _from_described(config["kwargs"])
         elif not self.layer.built:
@@ -287,8 +293,8 @@ class Variational(StochasticLayer, keras.Model):
         if not self.built:
             self.build()
 
-    def get_config(self):
-        layer = keras.saving.serialize_keras_object(self.layer)
+    def get_config(self) -> dict[str, Any]:
+        layer: Any = keras.saving.serialize_keras_object(self.layer)
         # The wrapped layer is compiled and built only as a part of this layer.
         layer = {name: value for name, value in layer.items() if name not in ("compile_config", "build_config")}
         config = {
@@ -307,7 +313,7 @@ class Variational(StochasticLayer, keras.Model):
         return {name: value for name, value in config.items() if name != "dtype"}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "Self":
         # Keras modifies the config of a model when it deserializes the model.
         layer = keras.saving.deserialize_keras_object(copy.deepcopy(config["layer"]), custom_objects=custom_objects)
         return cls(**{**config, "layer": layer})
@@ -320,23 +326,23 @@ class _Drawn(keras.StatelessScope):
         updated: The variables that were assigned to within the scope, by id.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.updated = {}
 
-    def add_update(self, update):
+    def add_update(self, update: tuple[Any, Any]) -> None:
         variable, _ = update
         self.updated[id(variable)] = variable
         super().add_update(update)
 
-    def get_current_value(self, variable):
+    def get_current_value(self, variable: Any) -> Any:
         value = super().get_current_value(variable)
         if value is None and self.original_scope is not None:
             return self.original_scope.get_current_value(variable)
         return value
 
 
-def trained_variables(layer):
+def trained_variables(layer: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
     """Yield (path, variable) for each variable of a layer and its sublayers that trains, or would if not frozen.
 
     A path joins the names of the sublayers below `layer` and of the variable. Keras's own path of a variable depends on
@@ -355,15 +361,15 @@ def trained_variables(layer):
     return visit(layer, [])
 
 
-def _is_bias(path):
+def _is_bias(path: str) -> bool:
     return "bias" in path.rsplit("/")[-1]
 
 
-def _is_kernel(variables):
+def _is_kernel(variables: Mapping[str, Any]) -> Callable[[str], bool]:
     return lambda path: len(variables[path].shape) > 1 and not _is_bias(path)
 
 
-def _patterns(name, value):
+def _patterns(name: str, value: str | Sequence[str] | None) -> list[str] | None:
     """Return a checked list of regular expressions, or None."""
     if value is None:
         return None
@@ -378,25 +384,25 @@ def _patterns(name, value):
     return patterns
 
 
-def _matches(patterns, path):
+def _matches(patterns: Iterable[str], path: str) -> bool:
     return any(re.search(pattern, path) for pattern in patterns)
 
 
-def _symbolic(x):
+def _symbolic(x: Any) -> Any:
     """Replace an array by a `KerasTensor`, with which a layer can be built; return anything else as it is."""
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         return x
     return keras.KerasTensor(tuple(x.shape), keras.backend.standardize_dtype(x.dtype))
 
 
-def _described(x):
+def _described(x: Any) -> Any:
     """Describe an argument for a file: a tensor by its shape and dtype, numbers and strings as they are, else None."""
     if isinstance(x, keras.KerasTensor):
         return {"shape": list(x.shape), "dtype": x.dtype}
     return x if isinstance(x, (bool, int, float, str)) else None
 
 
-def _from_described(value):
+def _from_described(value: Any) -> Any:
     """Return the arguments that `_described` has described."""
     if isinstance(value, dict) and set(value) == {"shape", "dtype"}:
         return keras.KerasTensor(tuple(value["shape"]), value["dtype"])

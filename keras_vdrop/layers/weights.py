@@ -6,8 +6,11 @@ checks, the shapes and `build`. When `build` adds a weight that has a prior, `Va
 """
 
 import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vdrop import priors
@@ -23,7 +26,7 @@ from keras_vdrop.sampling import is_repeated
 _RETIRED_ESTIMATORS = {"fast_local_reparameterization": "local_reparameterization"}
 
 
-def distinct(names):
+def distinct(names: Iterable[str]) -> list[str]:
     """Return the names as a list, with a number appended to each one that repeats an earlier name."""
     found = []
     for name in names:
@@ -64,16 +67,16 @@ class VariationalLayer(DropIn, StochasticLayer):
 
     def __init__(
         self,
-        *args,
-        kernel_prior="log_uniform",
-        bias_prior=None,
-        estimator="auto",
-        kl_weight=None,
-        initial_log_variance=None,
-        log_variance_rate=5.0,
-        threshold=None,
-        seed=None,
-        **kwargs,
+        *args: Any,
+        kernel_prior: Any = "log_uniform",
+        bias_prior: Any = None,
+        estimator: str = "auto",
+        kl_weight: float | None = None,
+        initial_log_variance: float | None = None,
+        log_variance_rate: float = 5.0,
+        threshold: float | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         kwargs = self._bind(args, kwargs)
         seed = kwargs.pop("seed", seed)
@@ -95,10 +98,10 @@ class VariationalLayer(DropIn, StochasticLayer):
         self.threshold = None if threshold is None else float(threshold)
 
     @classmethod
-    def _estimators(cls):
+    def _estimators(cls) -> tuple[str, ...]:
         return "auto", *estimators.ESTIMATORS
 
-    def uses(self, input_shape):
+    def uses(self, input_shape: Sequence[int | None]) -> int | None:
         """Return at how many positions of one example each element of a weight is used in one call.
 
         Args:
@@ -110,31 +113,31 @@ class VariationalLayer(DropIn, StochasticLayer):
         return self.places(input_shape)
 
     @property
-    def learns_locally(self):
+    def learns_locally(self) -> bool:
         """Whether the layer may use local reparameterization."""
         return self.estimator in ("auto", "local_reparameterization")
 
-    def _estimator(self, input_shape):
+    def _estimator(self, input_shape: Sequence[int | None]) -> str:
         """Return the name of the estimator for a call on inputs of this shape."""
         if self.estimator != "auto":
             return self.estimator
         once = self.uses(tuple(input_shape)) == 1 and not (self.draws and is_repeated(self.seed_generator))
         return "local_reparameterization" if once else "flipout"
 
-    def _sign_axes(self):
+    def _sign_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return, for inputs and for outputs, the batch axis and the axes that they share with the kernel."""
         return (0, channel_axis(self)), (0, channel_axis(self))
 
-    def places(self, input_shape):
+    def places(self, input_shape: Sequence[int | None]) -> int | None:
         """Count the positions along the input axes other than the batch and those shared with the kernel."""
         shared = {axis % len(input_shape) for axis in self._sign_axes()[0]}
         return product(size for axis, size in enumerate(input_shape) if axis not in shared)
 
-    def stock_variables(self):
+    def stock_variables(self) -> list[Any]:
         """Exclude the KL's scalars, the low-rank update and, of each posterior, everything but its mean."""
         own = {id(self._kl_weight), id(self._free_bits)}
         for posterior in posteriors(self):
-            stands = posterior.loc if posterior is not self.lora_a else None
+            stands = getattr(posterior, "loc", None) if posterior is not self.lora_a else None
             own.update(id(variable) for variable in posterior.variables if variable is not stands)
         if self._update is not None:
             own.add(id(self._update.b))
@@ -143,10 +146,10 @@ class VariationalLayer(DropIn, StochasticLayer):
     # Weights
 
     @property
-    def draws(self):
+    def draws(self) -> bool:
         return self._posterior_size > 0
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         for axis in self._sign_axes()[0][1:]:
             if not -len(input_shape) <= axis < len(input_shape):
                 raise ValueError(
@@ -159,7 +162,15 @@ class VariationalLayer(DropIn, StochasticLayer):
                 )
         super().build(input_shape)
 
-    def add_weight(self, shape=None, initializer=None, dtype=None, trainable=True, name=None, **arguments):
+    def add_weight(
+        self,
+        shape: Any = None,
+        initializer: Any = None,
+        dtype: Any = None,
+        trainable: bool = True,
+        name: str | None = None,
+        **arguments: Any,
+    ) -> Any:
         """As in Keras, but a trainable weight with a prior becomes a `VariationalWeight`."""
         if shape is not None and None in shape:
             raise ValueError(
@@ -192,7 +203,7 @@ class VariationalLayer(DropIn, StochasticLayer):
 
     _looks_up = False  # whether integer inputs are indices into the weights
 
-    def _dtype_with(self, x):
+    def _dtype_with(self, x: Any) -> str:
         """Return the dtype in which Keras's layer would compute with x: not its policy's if `TimeDistributed` calls."""
         weight = plain_variable(self.variable_dtype).dtype
         given = keras.backend.standardize_dtype(x.dtype)
@@ -201,7 +212,15 @@ class VariationalLayer(DropIn, StochasticLayer):
         # Except with TensorFlow, Keras's `result_type` turns float64 into float32.
         return "float64" if "float64" in (weight, given) else keras.backend.result_type(weight, given)
 
-    def _apply(self, weight, linear, x, noisy, estimator=None, sign_axes=None):
+    def _apply(
+        self,
+        weight: Any,
+        linear: Callable[[Any, Any], Any],
+        x: Any,
+        noisy: bool,
+        estimator: str | None = None,
+        sign_axes: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    ) -> Any:
         """Return `linear(x, weight)` for a plain or a variational weight."""
         dtype = self._dtype_with(x)
         if not self._looks_up:  # integers are numbers, as in Keras's matrix product, and not indices
@@ -220,7 +239,7 @@ class VariationalLayer(DropIn, StochasticLayer):
 
     # Saving
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "kernel_prior": priors.serialize(self.kernel_prior),
@@ -233,9 +252,15 @@ class VariationalLayer(DropIn, StochasticLayer):
 
     # LoRA and quantization, which Keras's layers apply to a plain kernel
 
-    _update = None
+    _update: LowRankUpdate | None = None
 
-    def enable_lora(self, rank, a_initializer="he_uniform", b_initializer="zeros", lora_alpha=None):
+    def enable_lora(
+        self,
+        rank: int,
+        a_initializer: Any = "he_uniform",
+        b_initializer: Any = "zeros",
+        lora_alpha: float | None = None,
+    ) -> None:
         """Add a low-rank update to the kernel. Keras's `build` calls this if `lora_rank` is set; a later call fails.
 
         The kernel W stays fixed, and the layer learns an update: W + (lora_alpha / lora_rank)·A·B. A has a
@@ -276,20 +301,20 @@ class VariationalLayer(DropIn, StochasticLayer):
         self._posterior_size += self._update.a.size
 
     @property
-    def lora_a(self):
+    def lora_a(self) -> VariationalWeight | None:
         """A of the low-rank update, a `VariationalWeight`; None without one."""
         return None if self._update is None else self._update.a
 
     @property
-    def lora_b(self):
+    def lora_b(self) -> Any:
         """B of the low-rank update, a variable; None without one."""
         return None if self._update is None else self._update.b
 
-    def _adapted(self):
+    def _adapted(self) -> Any:
         """Return the weight that the low-rank update applies to; its last axis is that of the outputs."""
         return self.kernel
 
-    def _with_update(self, y, linear, x, noisy):
+    def _with_update(self, y: Any, linear: Callable[[Any, Any], Any], x: Any, noisy: bool) -> Any:
         """Return `y`, which is `linear(x, W)`, plus what the update of W, if there is one, adds to it."""
         if self._update is None:
             return y
@@ -298,7 +323,7 @@ class VariationalLayer(DropIn, StochasticLayer):
         update = ops.matmul(ops.moveaxis(inner, axis, -1), ops.cast(self.lora_b, inner.dtype))
         return y + ops.cast(self._update.scale, y.dtype) * ops.moveaxis(update, -1, axis)
 
-    def quantize(self, *args, **kwargs):
+    def quantize(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"{type(self).__name__} cannot be quantized. Quantize the result of `keras_vdrop.to_deterministic`."
         )
@@ -308,29 +333,29 @@ class AffineLayer(VariationalLayer):
     """Mixin for activation(linear(x, kernel) + bias); the subclass defines `linear`."""
 
     # The name of the outputs, and the axes of the kernel that index them.
-    _outputs = "units", (-1,)
+    _outputs: Any = "units", (-1,)
 
-    def linear(self, x, kernel):
+    def linear(self, x: Any, kernel: Any) -> Any:
         """Apply the layer's operation, which is linear in the input and in the kernel."""
         raise NotImplementedError
 
-    def transform(self, x, noisy):
+    def transform(self, x: Any, noisy: bool) -> Any:
         """Compute the layer without bias and activation; by default `linear` with one kernel."""
         return self._with_update(self._apply(self.kernel, self.linear, x, noisy), self.linear, x, noisy)
 
-    def structure(self, kept):
+    def structure(self, kept: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
         """Count the outputs that have at least one kept weight."""
         name, axes = self._outputs
         return {name: left_along(kept["kernel"], axes)}
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
         noisy = self._noisy(training)
         x = self.transform(inputs, noisy)
         if self.bias is not None:
             x = x + self._broadcast_bias(x, noisy)
         return x if self.activation is None else self.activation(x)
 
-    def _broadcast_bias(self, x, noisy):
+    def _broadcast_bias(self, x: Any, noisy: bool) -> Any:
         """Return the bias, shaped to be added to `x`; a variational bias is the weight of an input that is always 1."""
         rank = len(x.shape)
         shape = [1] * (rank - len(self.bias.shape)) + list(self.bias.shape)

@@ -1,14 +1,18 @@
 """What `MonteCarlo` checks: its model before the first draw, and what it has predicted."""
 
+from __future__ import annotations
+
 import math
 import numbers
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_vdrop import costs
 from keras_vdrop.checks import require_built
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.layers.drop_in import DropIn
 from keras_vdrop.layers.monte_carlo_dropout import KERAS_NOISE, is_taken_over
 from keras_vdrop.layers.stochastic import StochasticLayer
@@ -18,6 +22,9 @@ from keras_vdrop.outputs import check_activation, last_activation, last_layer, o
 from keras_vdrop.posterior import learning_posteriors, owners
 from keras_vdrop.warning import warn
 
+if TYPE_CHECKING:
+    from keras_vdrop.montecarlo.readings import Reading
+
 # The lowest and highest of the values that should be probabilities, and the lowest and highest of their sums.
 ENDS = ("low", "high", "sum_low", "sum_high")
 # The number of rows whose outputs are looked at.
@@ -26,7 +33,7 @@ ROWS = 32
 _FEW = 20
 
 
-def check_built(model):
+def check_built(model: keras.Model) -> None:
     """Raise if the model or a layer that draws has not been built: only then are its generators of noise known."""
     require_built(model)
     layers = [layer.name for layer in model._flatten_layers() if isinstance(layer, StochasticLayer) and not layer.built]
@@ -37,7 +44,7 @@ def check_built(model):
         )
 
 
-def check_num_samples(count, output):
+def check_num_samples(count: int, output: str) -> None:
     """Warn if statistics are to be taken from one draw."""
     if count == 1 and output == "statistics":
         warn(
@@ -46,7 +53,7 @@ def check_num_samples(count, output):
         )
 
 
-def check_draws(model):
+def check_draws(model: keras.Model) -> None:
     """Raise if nothing in the model is drawn, and warn of noise that is active in training only."""
     off = _keras_noise(model)
     if not any(isinstance(layer, StochasticLayer) and layer.draws for layer in model._flatten_layers()):
@@ -68,7 +75,7 @@ def check_draws(model):
         )
 
 
-def _keras_noise(model):
+def _keras_noise(model: keras.Model) -> list[str]:
     """Return the names of the layers with Keras's own dropout or noise, at a rate or scale above 0."""
     found = []
     for layer in model._flatten_layers():
@@ -83,11 +90,11 @@ def _keras_noise(model):
     return found
 
 
-def check_kl_weight(model):
+def check_kl_weight(model: keras.Model) -> None:
     """Warn of a posterior that was learned or saved while the KL did not have its full weight in the loss."""
     names, least = [], 1.0
     for owner in owners(learning_posteriors(model)):
-        weight, full = (float(ops.convert_to_numpy(each)) for each in (owner.kl_weight, owner.full_kl_weight or 0.0))
+        weight, full = (float(to_numpy(each)) for each in (owner.kl_weight, owner.full_kl_weight or 0.0))
         if weight == 0.0 or weight < 0.99 * full:
             names.append(owner.name)
             least = min(least, weight / full if full else 0.0)
@@ -100,7 +107,7 @@ def check_kl_weight(model):
         )
 
 
-def check_noise_is_a_draw(model):
+def check_noise_is_a_draw(model: keras.Model) -> None:
     """Warn of layers that were trained with noise that no draw of their weights can produce."""
     names = [
         layer.name
@@ -116,7 +123,7 @@ def check_noise_is_a_draw(model):
         )
 
 
-def check_outputs(model, readings):
+def check_outputs(model: keras.Model, readings: Mapping[str | None, Reading]) -> None:
     """Raise if a likelihood does not fit the outputs, as far as the model shows that before it is called."""
     names = output_names(model)
     if None in readings:
@@ -138,7 +145,7 @@ def check_outputs(model, readings):
             check_activation(model, name)
 
 
-def need_outputs(model, readings):
+def need_outputs(model: keras.Model, readings: Mapping[str | None, Reading]) -> dict[str | None, Reading]:
     """Return the readings of logits, by name, for which only outputs can show whether they are probabilities."""
     if any(getattr(layer, "stateful", False) for layer in model._flatten_layers()):
         return {}  # such layers take whole batches only
@@ -149,7 +156,7 @@ def need_outputs(model, readings):
     }
 
 
-def check_logits(outputs, likelihood, where):
+def check_logits(outputs: np.ndarray, likelihood: str, where: str) -> None:
     """Raise if outputs that should be logits are certainly probabilities; warn if they probably are.
 
     Args:
@@ -172,7 +179,7 @@ def check_logits(outputs, likelihood, where):
         )
 
 
-def check_metrics(metrics, readings):
+def check_metrics(metrics: Any, readings: Mapping[str | None, Reading]) -> None:
     """Raise for metrics that would take a prediction for the parameters of a distribution, or for logits."""
     for name, reading in readings.items():
         own = metrics.get(name) if isinstance(metrics, dict) else metrics
@@ -182,7 +189,7 @@ def check_metrics(metrics, readings):
             reading.check_metric(metric)
 
 
-def wrong_names(likelihood, outputs):
+def wrong_names(likelihood: Iterable[Any], outputs: Iterable[Any]) -> str:
     missing, unknown = sorted(set(outputs) - set(likelihood)), sorted(set(likelihood) - set(outputs))
     wrong = [f"no entry for {missing}"] * bool(missing) + [f"entries for unknown outputs {unknown}"] * bool(unknown)
     return (
@@ -191,11 +198,11 @@ def wrong_names(likelihood, outputs):
     )
 
 
-def known_names(names):
+def known_names(names: Iterable[Any]) -> str:
     return f"Known names: {sorted(names)}"
 
 
-def rows_not_finite(result):
+def rows_not_finite(result: Any) -> int:
     """Count the rows that contain NaN or infinity."""
     arrays = keras.tree.flatten(result)
     rows = np.zeros(len(arrays[0]), bool)
@@ -204,7 +211,7 @@ def rows_not_finite(result):
     return int(rows.sum())
 
 
-def report_not_finite(wrong, rows):
+def report_not_finite(wrong: int, rows: int) -> None:
     """Warn if any rows contain NaN or infinity."""
     if wrong:
         warn(
@@ -213,7 +220,7 @@ def report_not_finite(wrong, rows):
         )
 
 
-def range_of(probability, likelihood, of):
+def range_of(probability: Any, likelihood: str, of: Any) -> tuple[Any, Any, Any, Any]:
     """Return the values that `ENDS` names, over finite values only. `of` is `numpy`, or `keras.ops` for tensors."""
     sums = of.ones_like(probability) if likelihood == "bernoulli" else of.sum(probability, axis=-1)
 
@@ -224,7 +231,7 @@ def range_of(probability, likelihood, of):
     return *extremes(probability), *extremes(sums)
 
 
-def check_probabilities(low, high, sum_low, sum_high):
+def check_probabilities(low: float, high: float, sum_low: float, sum_high: float) -> None:
     """Raise if means are not probabilities: means of probabilities always are, and those of logits hardly ever."""
     wrong_sums = math.isfinite(sum_low) and max(1.0 - sum_low, sum_high - 1.0) > 1e-2
     if low < -1e-3 or high > 1 + 1e-3 or wrong_sums:

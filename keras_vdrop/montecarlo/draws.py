@@ -1,5 +1,8 @@
 """The draws of `MonteCarlo`: seeds for the generators of a model, and the outputs of the model under them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -9,7 +12,9 @@ from keras_vdrop.sampling import OneDraw, drawing, generator_states, is_generato
 from keras_vdrop.targets import mask_of
 
 
-def draw_seeds(model, num_samples, together, generator):
+def draw_seeds(
+    model: keras.Model, num_samples: int, together: int, generator: keras.random.SeedGenerator
+) -> tuple[Any, Any]:
     """Draw one seed for each draw and each of the G generators of random numbers in a model.
 
     Args:
@@ -30,7 +35,9 @@ def draw_seeds(model, num_samples, together, generator):
     return seeds[:first], ops.reshape(seeds[first:], (-1, together, shape[1]))
 
 
-def draws_of(model, inputs, consistent, in_order):
+def draws_of(
+    model: keras.Model, inputs: Any, consistent: bool, in_order: Callable[[Any], list[Any]]
+) -> Callable[[Any], tuple[Any, dict[int, Any]]]:
     """Return a function from seeds (s, G) to the outputs (s, B, ...) under s draws, computed side by side.
 
     The function also returns the masks (B, ...) of the outputs that have one, by the index of the output.

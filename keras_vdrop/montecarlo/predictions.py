@@ -140,7 +140,7 @@ class Predictions(dict):
             )
         return self._of_rows(0.5 * np.log1p(self["epistemic_variance"] / self["aleatoric_variance"]))
 
-    def _of_rows(self, values):
+    def _of_rows(self, values: Any) -> np.ndarray:
         """Sum over all axes but the first, without masked steps."""
         values = np.asarray(values)
         if "mask" in self:

@@ -1,5 +1,10 @@
 """How a likelihood reads an output: its samples, its statistics, and their comparison with y."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -13,7 +18,7 @@ from keras_vdrop.targets import aligned, mask_of, weights_of, with_mask
 _LIKELIHOODS = (None, "categorical", "bernoulli", "normal")
 
 
-def readings_of(likelihood, from_logits):
+def readings_of(likelihood: Any, from_logits: bool | dict[str, bool]) -> dict[str | None, Reading]:
     """Return a `Reading` for each output, by name.
 
     Without a dict there is one `Reading`, named None: for the only output, or with `likelihood=None` for outputs of
@@ -34,7 +39,7 @@ def readings_of(likelihood, from_logits):
     return {name: Reading(each, by_name.get(name, True), name) for name, each in likelihood.items()}
 
 
-def serialized(likelihood):
+def serialized(likelihood: Any) -> Any:
     if isinstance(likelihood, dict):
         return {name: serialized(each) for name, each in likelihood.items()}
     if likelihood is None or isinstance(likelihood, str):
@@ -50,23 +55,23 @@ class Reading:
         name: The name of the output if there are several.
     """
 
-    def __init__(self, likelihood, from_logits, name=None):
+    def __init__(self, likelihood: Any, from_logits: bool, name: str | None = None):
         is_loss = hasattr(likelihood, "moments") and not isinstance(likelihood, type)
         if not (likelihood in _LIKELIHOODS or is_loss):
             raise ValueError(
                 f"`likelihood` must be one of {_LIKELIHOODS}, a loss of `keras_vdrop.losses`, or a dict of these by "
                 f"output name. Received: likelihood={likelihood!r}"
             )
-        self.likelihood = likelihood
+        self.likelihood: Any = likelihood
         self.from_logits = from_logits
         self.where = "" if name is None else f" for {name!r}"
 
     @property
-    def is_classes(self):
+    def is_classes(self) -> bool:
         return self.likelihood in ("categorical", "bernoulli")
 
     @property
-    def summary(self):
+    def summary(self) -> uncertainty.Summary:
         known = {
             None: uncertainty.MOMENTS,
             "categorical": uncertainty.CATEGORICAL,
@@ -74,7 +79,7 @@ class Reading:
         }
         return next((each for key, each in known.items() if key == self.likelihood), uncertainty.TOTAL_VARIANCE)
 
-    def samples(self, outputs):
+    def samples(self, outputs: Any) -> Any:
         """Convert outputs, of float32 or wider, to the samples that the summary takes."""
         if self.likelihood is None:
             return outputs
@@ -92,7 +97,7 @@ class Reading:
             return outputs[..., 0], ops.square(likelihoods.scale_of(outputs[..., 1]))
         return self.likelihood.moments(outputs)
 
-    def _check_size(self, shape):
+    def _check_size(self, shape: Sequence[int | None]) -> None:
         """Raise if the last axis of the outputs does not have the size that the likelihood takes."""
         if self.likelihood == "categorical" and shape[-1] == 1:
             raise ValueError(
@@ -106,7 +111,7 @@ class Reading:
                 f"outputs{self.where} of shape {tuple(shape)}"
             )
 
-    def predictions(self, arrays):
+    def predictions(self, arrays: dict[str, Any]) -> Predictions:
         """Return the arrays as `Predictions`; raise if they should be probabilities and are not."""
         if self.is_classes and not self.from_logits and len(arrays["probability"]):
             check_probabilities(*range_of(arrays["probability"], self.likelihood, np))
@@ -114,7 +119,7 @@ class Reading:
 
     # Scores
 
-    def check_metric(self, metric):
+    def check_metric(self, metric: Any) -> None:
         """Raise for a metric that takes the outputs of the model, and not a prediction."""
         if self.likelihood is None:
             return
@@ -130,7 +135,7 @@ class Reading:
                 f"{metric.name!r} {remedy} Received: a metric of type {type(metric).__name__}"
             )
 
-    def laid_out(self, y, found, weight):
+    def laid_out(self, y: Any, found: dict[str, Any], weight: Any) -> tuple[Any, Any]:
         """Return y in the layout of its prediction, and weights that broadcast to one for each number or label."""
         point = found[point_name(found)]
         shape, sizes = point.shape, ops.shape(point)
@@ -150,7 +155,7 @@ class Reading:
                 weight = weight * ops.ones_like(weighed, dtype=weight.dtype)
         return fitting, weight
 
-    def compared(self, y, found, weight):
+    def compared(self, y: Any, found: dict[str, Any], weight: Any) -> tuple[Any, Any, Any]:
         """Return y, the prediction to compare it with, and weights, as Keras's losses and metrics take them.
 
         Keras takes the mean over the last axis and applies weights to the others, so numbers get an axis of size 1.
@@ -168,7 +173,7 @@ class Reading:
             return ops.expand_dims(y, -1), _a_number_each(point), weight
         return y, point, None if weight is None else weight[..., 0]
 
-    def loss(self, y, found, weight):
+    def loss(self, y: Any, found: dict[str, Any], weight: Any) -> Any:
         """Return −log p(y) of the prediction: Keras's mean over labels, or the sum over the numbers of an example."""
         if self.likelihood is None:
             raise ValueError(
@@ -187,28 +192,28 @@ class Reading:
         return loss()(y, point, weight)
 
 
-def point_name(found):
+def point_name(found: Iterable[str]) -> str:
     """Return the name of the statistic that y is compared with."""
     return "probability" if "probability" in found else "mean"
 
 
-def _at_least_a_column(point):
+def _at_least_a_column(point: Any) -> Any:
     """Return the tensor with rank 2 at least: Keras takes the mean over the last axis."""
     return point[:, None] if len(point.shape) == 1 else point
 
 
-def _a_number_each(point):
+def _a_number_each(point: Any) -> Any:
     """Add a last axis of size 1, (B, ..., 1), and keep the mask."""
     return with_mask(ops.expand_dims(point, -1), mask_of(point))
 
 
-def moments(found):
+def moments(found: dict[str, Any]) -> Any:
     """Return the mean and the variance of y, (B, ..., 2), with the mask of the mean."""
     variance = found["aleatoric_variance"] + found["epistemic_variance"]
     return with_mask(ops.stack([found["mean"], variance], axis=-1), mask_of(found["mean"]))
 
 
-def _check_same_layout(y, point):
+def _check_same_layout(y: Any, point: Any) -> None:
     """Raise if y has neither the shape of the prediction nor that of its class numbers."""
     ys, points = keras.tree.flatten(y), keras.tree.flatten(point)
     if len(ys) != len(points) or any(each is None for each in ys):
@@ -224,8 +229,8 @@ def _check_same_layout(y, point):
 class MomentsNLL(NegativeLogLikelihood):
     """−log N(y; mean, variance), where the outputs (B, ..., 2) are that mean and variance."""
 
-    def log_prob(self, y, parameters):
+    def log_prob(self, y: Any, parameters: Any) -> Any:
         return likelihoods.normal(y, parameters[..., 0], ops.sqrt(parameters[..., 1]))
 
-    def moments(self, parameters):
+    def moments(self, parameters: Any) -> tuple[Any, Any]:
         return parameters[..., 0], parameters[..., 1]

@@ -1,12 +1,17 @@
 """What `MonteCarlo.evaluate` collects in its pass over the data and reports at the end."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.montecarlo.checks import ENDS, check_probabilities, range_of, report_not_finite
-from keras_vdrop.montecarlo.readings import MomentsNLL, moments
+from keras_vdrop.montecarlo.readings import MomentsNLL, Reading, moments
 from keras_vdrop.targets import mask_of, outside, weights_of
 from keras_vdrop.warning import warn
 
@@ -14,12 +19,12 @@ from keras_vdrop.warning import warn
 _ENOUGH = 30
 
 
-def of(readings):
+def of(readings: Mapping[str | None, Reading]) -> list[Any]:
     """Return the reports for the readings of a model's outputs, given by name."""
     return [Finite(), *(report for name, reading in readings.items() for report in _of_output(name, reading))]
 
 
-def _of_output(name, reading):
+def _of_output(name: str | None, reading: Reading) -> Sequence[Report]:
     """Return the reports on an output."""
     if reading.likelihood is None:
         return []
@@ -32,17 +37,17 @@ def _of_output(name, reading):
 class Report(keras.metrics.Metric):
     """Base of metrics that collect facts in `evaluate` and report them at its end; they do not appear in the logs."""
 
-    def result(self):
+    def result(self) -> dict[str, Any]:
         return {}
 
-    def report(self):
+    def report(self) -> None:
         raise NotImplementedError
 
-    def _add(self, name, initial=0.0):
+    def _add(self, name: str, initial: float = 0.0) -> Any:
         return self.add_variable((), initializer=keras.initializers.Constant(initial), name=name)
 
-    def _number(self, variable):
-        return float(ops.convert_to_numpy(variable))
+    def _number(self, variable: Any) -> float:
+        return float(to_numpy(variable))
 
 
 class Finite(Report):
@@ -52,7 +57,7 @@ class Finite(Report):
         super().__init__(name="finite", dtype="float32")
         self.rows, self.wrong = self._add("rows"), self._add("wrong")
 
-    def update_state(self, found, rows):
+    def update_state(self, found: Any, rows: Mapping[str | None, tuple[Any, Any, Any]]) -> None:
         arrays = [each for each in keras.tree.flatten(found) if keras.backend.standardize_dtype(each.dtype) != "bool"]
         wrong = False
         for values in arrays:
@@ -62,23 +67,23 @@ class Finite(Report):
         self.wrong.assign_add(ops.sum(ops.cast(wrong, "float32")))
 
     @property
-    def count(self):
+    def count(self) -> int:
         """The number of rows."""
         return int(self._number(self.rows))
 
-    def report(self):
+    def report(self) -> None:
         report_not_finite(int(self._number(self.wrong)), self.count)
 
 
 class Labels(Report):
     """The number of labels that count and are not class numbers."""
 
-    def __init__(self, name, reading):
+    def __init__(self, name: str | None, reading: Reading):
         super().__init__(name="labels", dtype="float32")
         self.output, self.reading = name, reading
         self.wrong = self._add("wrong")
 
-    def update_state(self, found, rows):
+    def update_state(self, found: dict[str, Any], rows: Mapping[str | None, tuple[Any, Any, Any]]) -> None:
         if self.output not in rows:
             return
         y, found, weight = rows[self.output]
@@ -92,7 +97,7 @@ class Labels(Report):
                 wrong *= weights_of(ops.cast(ops.not_equal(ops.cast(each, "float32"), 0.0), "float32"), wrong)
         self.wrong.assign_add(ops.sum(wrong))
 
-    def report(self):
+    def report(self) -> None:
         wrong = int(self._number(self.wrong))
         if wrong:
             raise ValueError(
@@ -104,33 +109,33 @@ class Labels(Report):
 class Probabilities(Report):
     """The range of outputs that should be probabilities, and the range of their sums."""
 
-    def __init__(self, name, likelihood):
+    def __init__(self, name: str | None, likelihood: str):
         super().__init__(name="probabilities", dtype="float32")
         self.output, self.likelihood = name, likelihood
         self.ends = [self._add(end, math.inf if end in ("low", "sum_low") else -math.inf) for end in ENDS]
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         for variable, end in zip(self.ends, ENDS):
             variable.assign(math.inf if end in ("low", "sum_low") else -math.inf)
 
-    def update_state(self, found, rows):
+    def update_state(self, found: dict[str, Any], rows: Mapping[str | None, tuple[Any, Any, Any]]) -> None:
         found = found if self.output is None else found[self.output]
         for variable, value, end in zip(self.ends, range_of(found["probability"], self.likelihood, ops), ENDS):
             variable.assign((ops.minimum if end in ("low", "sum_low") else ops.maximum)(variable, value))
 
-    def report(self):
+    def report(self) -> None:
         check_probabilities(*map(self._number, self.ends))
 
 
 class Fit(Report):
     """The NLL of predicted numbers, compared with that of a normal distribution with the mean and variance of y."""
 
-    def __init__(self, name, reading):
+    def __init__(self, name: str | None, reading: Reading):
         super().__init__(name="fit", dtype="float32")
         self.output, self.reading = name, reading
         self.count, self.mean, self.squares, self.nll = map(self._add, ("count", "mean", "squares", "nll"))
 
-    def update_state(self, found, rows):
+    def update_state(self, found: dict[str, Any], rows: Mapping[str | None, tuple[Any, Any, Any]]) -> None:
         if self.output not in rows:
             return
         y, found, weight = rows[self.output]
@@ -150,7 +155,7 @@ class Fit(Report):
         self.count.assign(total)
         self.nll.assign_add(ops.sum(counts * MomentsNLL().values(y, moments(found))))
 
-    def report(self):
+    def report(self) -> None:
         count, mean, squares, nll = map(self._number, (self.count, self.mean, self.squares, self.nll))
         if count < _ENOUGH or not squares > 0:
             return

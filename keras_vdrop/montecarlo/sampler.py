@@ -1,13 +1,16 @@
 """The model that predicts with many draws of another model's weights."""
 
 import contextlib
-from typing import Any, Literal
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import keras
 from keras import ops
 
 from keras_vdrop.checks import check_positive_int, check_seed
 from keras_vdrop.functional import uncertainty
+from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.functional.tracing import in_tensorflow
 from keras_vdrop.montecarlo import checks, reports
 from keras_vdrop.montecarlo.draws import draw_seeds, draws_of
@@ -24,6 +27,9 @@ from keras_vdrop.montecarlo.rows import (
 from keras_vdrop.outputs import output_names
 from keras_vdrop.sampling import FixedSeeds, seed_generator, take_part
 from keras_vdrop.targets import with_mask
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _OUTPUTS = ("statistics", "samples")
 _SEED_STATE = "seed_state"
@@ -153,12 +159,12 @@ class MonteCarlo(keras.Model):
             self.jit_compile = False
         self.built = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         self.built = True
 
     # Draws
 
-    def samples(self, inputs):
+    def samples(self, inputs: Any) -> Any:
         """Return the outputs of the wrapped model under S draws, (S, B, ...)."""
         if has_no_rows(inputs):
             return keras.tree.map_structure(lambda each: each[:, :0], self.samples(one_row_of(inputs)))
@@ -172,7 +178,7 @@ class MonteCarlo(keras.Model):
             lambda one, others: ops.concatenate([one, ops.reshape(others, (count, *ops.shape(one)[1:]))]), samples, more
         )
 
-    def _draws(self, inputs):
+    def _draws(self, inputs: Any) -> tuple[Callable[[Any], tuple[Any, dict[int, Any]]], Any, Any]:
         """Return the function `draws_of` the model, the seeds of the first group of draws, and those of the others."""
         generator = FixedSeeds(self.seed_generator.state) if self.consistent else self.seed_generator
         # XLA cannot tell where a loop ends, such as an RNN's, once TensorFlow has vectorised it.
@@ -182,7 +188,7 @@ class MonteCarlo(keras.Model):
 
     # Statistics
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         if has_no_rows(inputs):  # TensorFlow can neither vectorise draws of 0 rows nor sum them
             return without_rows(self.call(one_row_of(inputs)))
         if self.output_kind == "samples":
@@ -208,16 +214,16 @@ class MonteCarlo(keras.Model):
         return self._masked(summary.statistics(means, origin), masks)
 
     @property
-    def _is_named(self):
+    def _is_named(self) -> bool:
         """Whether there are statistics for several outputs, by name."""
         return None not in self._readings
 
-    def _summary(self):
+    def _summary(self) -> uncertainty.Summary:
         if self._is_named:
             return uncertainty.by_name({name: reading.summary for name, reading in self._readings.items()})
         return self._readings[None].summary
 
-    def _interpreted(self, outputs):
+    def _interpreted(self, outputs: Any) -> Any:
         """Convert outputs to the samples that the summary takes, in float32 at least."""
         outputs = keras.tree.map_structure(_at_least_float32, outputs)
         if not self._is_named:
@@ -227,7 +233,7 @@ class MonteCarlo(keras.Model):
             raise ValueError(checks.wrong_names(self._readings, outputs))
         return {name: reading.samples(outputs[name]) for name, reading in self._readings.items()}
 
-    def _by_name(self, values, what):
+    def _by_name(self, values: Any, what: str) -> dict[Any, Any]:
         """Return values that belong to outputs (a dict, a list in the order of the outputs, or one value) by name."""
         known = checks.known_names(self._readings)
         if isinstance(values, dict):
@@ -242,11 +248,11 @@ class MonteCarlo(keras.Model):
             raise ValueError(f"Expected {what} for each of {names}. Received: {len(values)} value(s)")
         return dict(zip(names, values))
 
-    def _in_order(self, outputs):
+    def _in_order(self, outputs: Any) -> list[Any]:
         """Return the outputs as a flat list, in the order in which `_masked` assigns their masks."""
         return keras.tree.flatten(self._by_name(outputs, "outputs") if self._is_named else outputs)
 
-    def _masked(self, found, masks):
+    def _masked(self, found: Any, masks: dict[int, Any]) -> Any:
         """Add the masks of the outputs, and attach them to the statistics that y is compared with, for `evaluate`."""
         if not masks:
             return found
@@ -263,15 +269,15 @@ class MonteCarlo(keras.Model):
 
     def compile(
         self,
-        optimizer=None,
-        loss=None,
-        loss_weights=None,
-        metrics=None,
-        weighted_metrics=None,
-        *args,
-        jit_compile="auto",
-        **kwargs,
-    ):
+        optimizer: Any = None,
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        *args: Any,
+        jit_compile: Literal["auto"] | bool = "auto",
+        **kwargs: Any,
+    ) -> None:
         """Configure `evaluate`, as in Keras. No optimizer is needed; on TensorFlow, `jit_compile="auto"` means False.
 
         Raises:
@@ -286,18 +292,18 @@ class MonteCarlo(keras.Model):
             optimizer, loss, loss_weights, metrics, weighted_metrics, *args, jit_compile=jit_compile, **kwargs
         )
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
 
-    def make_predict_function(self, force=False):
+    def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
         take_part()  # mark the scope as used: a compiled MonteCarlo draws without asking for the scope
         return super().make_predict_function(force)
 
-    def make_test_function(self, force=False):
+    def make_test_function(self, force: bool = False) -> Callable[..., Any]:
         take_part()
         return super().make_test_function(force)
 
-    def predict(self, x, *args, **kwargs):
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict as in Keras; return `Predictions`, a dict of them by output name, or an array of samples.
 
         Inputs without rows give arrays without rows. A data set without a batch does not tell their shapes.
@@ -318,14 +324,14 @@ class MonteCarlo(keras.Model):
             ) from error
         return self._as_predictions(result)
 
-    def predict_on_batch(self, x):
+    def predict_on_batch(self, x: Any) -> Any:
         """Predict one batch; otherwise as `predict`."""
         if not has_no_rows(x):
             self._check_logits(x)
             return self._as_predictions(super().predict_on_batch(x))
         return self._as_predictions(without_rows(super().predict_on_batch(one_row_of(x))))
 
-    def _check_logits(self, data):
+    def _check_logits(self, data: Any) -> None:
         """Look for probabilities in the first outputs, where the last layer does not show what they are."""
         if not self._unchecked or self.output_kind == "samples":
             return
@@ -336,10 +342,10 @@ class MonteCarlo(keras.Model):
             outputs = self.model(rows, training=False)
         outputs = self._by_name(outputs, "outputs") if self._is_named else {None: outputs}
         for name, reading in self._unchecked.items():
-            checks.check_logits(ops.convert_to_numpy(outputs[name]), reading.likelihood, reading.where)
+            checks.check_logits(to_numpy(outputs[name]), reading.likelihood, reading.where)
         self._unchecked = {}
 
-    def _as_predictions(self, result):
+    def _as_predictions(self, result: Any) -> Any:
         """Check the arrays, and return them in the form that `predict` documents."""
         checks.report_not_finite(checks.rows_not_finite(result), len(keras.tree.flatten(result)[0]))
         if self.output_kind == "samples":
@@ -348,7 +354,7 @@ class MonteCarlo(keras.Model):
             return self._readings[None].predictions(result)
         return {name: reading.predictions(result[name]) for name, reading in self._readings.items()}
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as in Keras; the loss is the NLL of the prediction, unless `compile` was given one.
 
         Raises:
@@ -370,14 +376,14 @@ class MonteCarlo(keras.Model):
             report.report()
         return result
 
-    def test_on_batch(self, x, *args, **kwargs):
+    def test_on_batch(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch, which must have rows; otherwise as in Keras."""
         if has_no_rows(x):
             raise ValueError(no_rows_message(x))
         return super().test_on_batch(x, *args, **kwargs)
 
     @contextlib.contextmanager
-    def _restored(self):
+    def _restored(self) -> Iterator[None]:
         """Restore all variables if the body fails before its first batch is done.
 
         On JAX, Keras takes the values out of the variables for its steps, and does not put them back in that case.
@@ -393,13 +399,15 @@ class MonteCarlo(keras.Model):
                     variable.assign(value)
             raise
 
-    def fit(self, *args, **kwargs):
+    def fit(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not supported: a `MonteCarlo` only predicts."""
         raise NotImplementedError("A MonteCarlo only predicts: fit the model that it wraps.")
 
     train_on_batch = fit
 
-    def export(self, filepath, format="tf_saved_model", *, input_signature=None, **kwargs):
+    def export(
+        self, filepath: str | os.PathLike, format: str = "tf_saved_model", *, input_signature: Any = None, **kwargs: Any
+    ) -> None:
         """Export to a SavedModel, as in Keras. The exported model takes the inputs of the wrapped model.
 
         Raises:
@@ -418,11 +426,13 @@ class MonteCarlo(keras.Model):
         super().export(filepath, format, input_signature=input_signature, **kwargs)
 
     @property
-    def losses(self):
+    def losses(self) -> list[Any]:
         """An empty list: the penalties of the wrapped model are for its training."""
         return []
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=False):
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = False
+    ) -> Any:
         if self.loss is not None or (not self._is_named and self.likelihood is None):
             y, point, weight = self._compared(y, y_pred, sample_weight)
             return super().compute_loss(x, y, point, weight, training)
@@ -431,14 +441,14 @@ class MonteCarlo(keras.Model):
             raise ValueError(f"The loss requires `y` for every output. Received: y for {sorted(rows)}")
         return sum(self._readings[name].loss(*row) for name, row in rows.items())
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         rows = self._rows(y, y_pred, sample_weight)
         for report in self._reports:
             report.update_state(y_pred, rows)
         y, point, weight = self._compared(y, y_pred, sample_weight)
         return super().compute_metrics(x, y, point, weight)
 
-    def _rows(self, y, found, weight):
+    def _rows(self, y: Any, found: Any, weight: Any) -> dict[str | None, tuple[Any, Any, Any]]:
         """Return (y, statistics, weight) of every output that has a y, by name; None is the name of a single output."""
         if self.output_kind == "samples":
             raise ValueError('`evaluate` requires `output="statistics"`. Received: output="samples"')
@@ -450,7 +460,7 @@ class MonteCarlo(keras.Model):
         weight = self._by_name(weight, "sample_weight")
         return {name: (y[name], found[name], weight.get(name)) for name in y}
 
-    def _compared(self, y, found, weight):
+    def _compared(self, y: Any, found: Any, weight: Any) -> tuple[Any, Any, Any]:
         """Return y, the predictions to compare it with, and weights, as Keras's losses and metrics take them."""
         rows = self._rows(y, found, weight)
         compared = {name: self._readings[name].compared(*row) for name, row in rows.items()}
@@ -462,18 +472,18 @@ class MonteCarlo(keras.Model):
         ones = {name: ops.ones(ops.shape(each)[:1]) for name, each in point.items() if weight[name] is None}
         return y, point, {**weight, **ones}
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         store[_SEED_STATE] = self.seed_generator.state
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         keys = set(store.keys())  # a store lacks some methods of a dict
         super().load_own_variables({key: store[key] for key in keys - {_SEED_STATE}})
         if _SEED_STATE in keys:
             self.seed_generator.state.assign(store[_SEED_STATE])
 
-    def get_config(self):
-        model = keras.saving.serialize_keras_object(self.model)
+    def get_config(self) -> dict[str, Any]:
+        model: Any = keras.saving.serialize_keras_object(self.model)
         model.pop("compile_config", None)  # not used here, but loading would need its custom objects
         return {
             **super().get_config(),
@@ -488,7 +498,7 @@ class MonteCarlo(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "Self":
         def loaded(value):
             if not isinstance(value, dict):
                 return value
@@ -499,11 +509,11 @@ class MonteCarlo(keras.Model):
         return cls(**{**config, "model": loaded(config["model"]), "likelihood": loaded(config["likelihood"])})
 
 
-def _with_point(found, point, mask):
+def _with_point(found: dict[str, Any], point: Any, mask: Any) -> dict[str, Any]:
     """Return statistics with the one that y is compared with, and with its mask if that is one tensor."""
     own = {"mask": mask} if ops.is_tensor(mask) else {}
     return {**found, point_name(found): point, **own}
 
 
-def _at_least_float32(x):
+def _at_least_float32(x: Any) -> Any:
     return x if keras.backend.standardize_dtype(x.dtype) == "float64" else ops.cast(x, "float32")

@@ -329,6 +329,13 @@ def test_prune_and_sparsity():
         np.testing.assert_array_equal(array(model(X[:, 0]))[:, 0], 0.0)
 
 
+def test_sparsity_around_a_learned_rate():
+    """The posterior of `ConcreteDropout` has no mean."""
+    inner = keras.Sequential([keras.Input((6,)), kv.ConcreteDropout(layers.Dense(3))])
+    model = keras.Sequential([keras.Input((6,)), kv.Variational(inner)])
+    assert kv.sparsity(model).weights == 18
+
+
 def test_what_a_weight_starts_from_again():
     layer = kv.Variational(layers.Dense(3), prior=priors.Normal(centered=True))
     layer(X)
