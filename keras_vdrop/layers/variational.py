@@ -274,6 +274,8 @@ class Variational(StochasticLayer, keras.Model):
     def stock_variables(self) -> list[Any]:
         means = {id(getattr(posterior, "loc", None)) for posterior in posteriors(self)}
         own = {id(each) for posterior in posteriors(self) for each in posterior.variables} - means
+        within = [each for each in self.layer._flatten_layers() if isinstance(each, StochasticLayer)]
+        own |= {id(each) for inner in within for each in (inner._kl_weight, inner._free_bits)}
         return [each for each in self.layer.weights if id(each) not in own]
 
     # Saving

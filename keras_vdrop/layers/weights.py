@@ -191,7 +191,7 @@ class VariationalLayer(DropIn, StochasticLayer):
             self,
             super().add_weight,
             name,
-            shape,
+            () if shape is None else shape,
             prior=prior,
             initial_log_variance=self.initial_log_variance,
             log_variance_rate=self.log_variance_rate,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_vdrop as kv
+from keras_vdrop.layers.weights import VariationalLayer
 from tests.cases import array
 
 DENSE = (kv.VariationalDense, {"units": 3})
@@ -84,6 +85,28 @@ def test_bias_of_a_convolution_is_drawn_once_an_example():
     noise = array(layer(np.zeros((5, 3, 3, 1), "float32"), training=True))
     np.testing.assert_array_equal(noise, np.broadcast_to(noise[:, :1, :1], noise.shape))
     assert len(np.unique(noise)) == 10
+
+
+class _Offset(keras.layers.Layer):
+    """x + b with a scalar b, of which Keras does not ask the shape."""
+
+    def build(self, input_shape):
+        self.offset = self.add_weight(initializer="ones", name="offset")
+
+
+class _VariationalOffset(VariationalLayer, _Offset):
+    def call(self, x, training=False):
+        return self._apply(self.offset, lambda x, b: x + b, x, self._noisy(training), "reparameterization")
+
+
+def test_a_weight_without_a_shape_is_a_scalar():
+    layer = _VariationalOffset(kernel_prior="normal", seed=0)
+    x = np.zeros((4, 3), "float32")
+    np.testing.assert_array_equal(array(layer(x)), 1.0)
+    assert layer.offset.shape == ()
+    drawn = array(layer(x, training=True))
+    assert drawn[0, 0] != 1.0
+    np.testing.assert_array_equal(drawn, drawn[0, 0])
 
 
 def test_float64():
