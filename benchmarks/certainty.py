@@ -50,7 +50,8 @@ import numpy as np
 from keras import layers
 
 import keras_vdrop as kv
-from keras_vdrop.functional import detection, uncertainty
+from keras_vdrop.functional import uncertainty
+from keras_vdrop.scores import detection
 
 KINDS = {"plain": None, "default": {}, "normal": {"kernel_prior": "normal"}}
 RATE, BATCH = 3e-3, 32

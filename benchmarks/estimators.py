@@ -43,8 +43,9 @@ import text_transformer
 from keras import layers, ops
 
 import keras_vdrop as kv
-from keras_vdrop.functional import calibration, detection, estimators, regression, uncertainty
+from keras_vdrop.functional import estimators, uncertainty
 from keras_vdrop.posterior import posteriors
+from keras_vdrop.scores import calibration, detection, regression
 
 ESTIMATORS = (*estimators.ESTIMATORS, "auto")
 PRIORS = ("log_uniform", "normal")

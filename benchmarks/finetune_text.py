@@ -55,8 +55,9 @@ import text
 from keras import layers, ops
 
 import keras_vdrop as kv
-from keras_vdrop.functional import calibration, detection, uncertainty
+from keras_vdrop.functional import uncertainty
 from keras_vdrop.posterior import prunable_weights
+from keras_vdrop.scores import calibration, detection
 
 NETWORKS = ("plain", "all layers", "last layer", "MC dropout", "low rank", "Laplace", "pruned", "ensemble")
 LENGTH, BATCH, GROUP, PREDICTED = 40, 32, 1024, 256

@@ -48,7 +48,7 @@ from keras import layers, ops
 
 import keras_vdrop as kv
 from keras_vdrop.costs import file_sizes
-from keras_vdrop.functional import calibration
+from keras_vdrop.scores import calibration
 
 FILTERS, BLOCKS = (16, 32, 64), 3
 # Epochs of the plain training, of fine-tuning, and of recovery after pruning.

@@ -31,7 +31,8 @@ import numpy as np
 from keras import layers, ops
 
 import keras_vdrop as kv
-from keras_vdrop.functional import calibration, detection, uncertainty
+from keras_vdrop.functional import uncertainty
+from keras_vdrop.scores import calibration, detection
 
 OTHER = {"mnist": "fashion_mnist", "fashion_mnist": "mnist"}
 PRIORS = ("log_uniform", "ard", "normal")

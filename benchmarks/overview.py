@@ -23,7 +23,7 @@ from keras import layers
 
 import keras_vdrop as kv
 from keras_vdrop.cli import demo
-from keras_vdrop.functional import calibration
+from keras_vdrop.scores import calibration
 
 BETA, EPOCHS = 0.3, 50
 LIGHT = {"text.color": "#1f2328", "axes.labelcolor": "#1f2328", "axes.edgecolor": "#59636e"}

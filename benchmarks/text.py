@@ -7,7 +7,7 @@ import common
 import keras
 import numpy as np
 
-from keras_vdrop.functional import calibration
+from keras_vdrop.scores import calibration
 
 LENGTH, BATCH = 48, 64
 

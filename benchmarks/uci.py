@@ -42,7 +42,8 @@ import numpy as np
 from keras import layers, ops
 
 import keras_vdrop as kv
-from keras_vdrop.functional import likelihoods, regression
+from keras_vdrop.functional import likelihoods
+from keras_vdrop.scores import regression
 
 SETS = (
     "bostonHousing",

@@ -1,6 +1,6 @@
 """Variational dropout for Keras 3: swap a layer, train with `fit`, and the network learns which weights it needs."""
 
-from keras_vdrop import functional, layers, losses, metrics, plots, priors, tfp
+from keras_vdrop import functional, layers, losses, metrics, plots, priors, scores, tfp
 from keras_vdrop.callbacks import ELBO, SparsityLogger
 from keras_vdrop.compaction import compact
 from keras_vdrop.conversion import to_deterministic, to_variational
@@ -28,6 +28,7 @@ __all__ = [
     "priors",
     "prune",
     "sampling",
+    "scores",
     "select_threshold",
     "sparsity",
     "tfp",

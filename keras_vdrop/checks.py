@@ -51,6 +51,12 @@ def check_rate(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a rate in [0, 1). Received: {name}={value!r}")
 
 
+def check_fraction(name: str, value: float) -> None:
+    """Raise a `ValueError` unless `value` lies in (0, 1)."""
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"`{name}` must be between 0 and 1, for example 0.9. Received: {name}={value}")
+
+
 def check_seed(seed: Any) -> None:
     """Raise a `ValueError` unless `seed` is an int or None."""
     if seed is not None and not is_int(seed):

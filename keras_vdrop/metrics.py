@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
-from keras_vdrop.checks import check_positive_int
+from keras_vdrop.checks import check_fraction, check_positive_int
 from keras_vdrop.functional import likelihoods
-from keras_vdrop.functional.calibration import EDGE
-from keras_vdrop.functional.checks import fraction
 from keras_vdrop.losses import NegativeLogLikelihood as Likelihood
 from keras_vdrop.losses import NormalNLL
+from keras_vdrop.scores.calibration import EDGE
 from keras_vdrop.targets import aligned, mask_of, outside, targets, weights_of
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class ExpectedCalibrationError(keras.metrics.Metric):
-    """`functional.calibration.expected_calibration_error`, with bins of equal width.
+    """`scores.calibration.expected_calibration_error`, with bins of equal width.
 
     Args:
         num_bins: Positive int.
@@ -122,7 +121,7 @@ class _Mean(keras.metrics.Metric):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class BrierScore(_Mean):
-    """`functional.calibration.brier_score`: the mean of Σ_c (p_c − 1[c is the label])² over classes c, from 0 to 2.
+    """`scores.calibration.brier_score`: the mean of Σ_c (p_c − 1[c is the label])² over classes c, from 0 to 2.
 
     Args:
         from_logits: Whether the model returns logits. If not, the result is NaN if a value outside [0, 1] counts.
@@ -176,7 +175,7 @@ class BrierScore(_Mean):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class NormalCRPS(_Mean):
-    """`functional.regression.normal_crps` of a model whose outputs are those that `losses.NormalNLL` takes.
+    """`scores.regression.normal_crps` of a model whose outputs are those that `losses.NormalNLL` takes.
 
     Args:
         name: The name in the logs.
@@ -202,7 +201,7 @@ class NormalCRPS(_Mean):
         https://doi.org/10.1198/016214506000001437
     """
 
-    of_prediction = "Call `functional.regression.normal_crps(predicted.mean, predicted.stddev(), y)`."
+    of_prediction = "Call `scores.regression.normal_crps(predicted.mean, predicted.stddev(), y)`."
 
     def __init__(self, name: str = "crps", dtype: str | keras.DTypePolicy | None = None):
         super().__init__(name, dtype)
@@ -216,7 +215,7 @@ class NormalCRPS(_Mean):
 
 @keras.saving.register_keras_serializable(package="keras_vdrop")
 class NormalCoverage(_Mean):
-    """`functional.regression.interval_coverage` of the `normal_interval`, for models as in `NormalCRPS`.
+    """`scores.regression.interval_coverage` of the `normal_interval`, for models as in `NormalCRPS`.
 
     It equals `level` if the model is calibrated.
 
@@ -239,12 +238,12 @@ class NormalCoverage(_Mean):
         0.5
     """
 
-    of_prediction = "Call `functional.regression.interval_coverage(*predicted.interval(level), y)`."
+    of_prediction = "Call `scores.regression.interval_coverage(*predicted.interval(level), y)`."
 
     def __init__(self, level: float = 0.9, name: str = "coverage", dtype: str | keras.DTypePolicy | None = None):
-        level = fraction("level", level)
+        check_fraction("level", level)
         super().__init__(name, dtype)
-        self.level = level
+        self.level = float(level)
 
     def values(self, y_true: Any, y_pred: Any) -> Any:
         _, z = _standardised(y_true, y_pred, self.dtype)
@@ -373,7 +372,7 @@ class MeanAbsoluteError(_OfParameters):
 class NegativeLogLikelihood(_OfParameters):
     """The mean of −log p(y) over numbers, in nats, for a model whose outputs are the parameters of a distribution.
 
-    For `NormalNLL` it equals `functional.regression.normal_negative_log_likelihood`. It differs from the training loss,
+    For `NormalNLL` it equals `scores.regression.normal_negative_log_likelihood`. It differs from the training loss,
     which is the sum over the numbers of an example and includes the KL.
 
     Args:

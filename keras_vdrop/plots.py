@@ -12,11 +12,11 @@ import keras
 import numpy as np
 from numpy.typing import ArrayLike
 
-from keras_vdrop.functional import calibration, checks, detection, regression
 from keras_vdrop.functional.tensors import to_numpy
 from keras_vdrop.montecarlo import Predictions
 from keras_vdrop.posterior import VariationalWeight, require_prunable_weights
 from keras_vdrop.pruning import row_name
+from keras_vdrop.scores import calibration, checks, detection, regression
 from keras_vdrop.selection import ThresholdChoice
 
 if TYPE_CHECKING:
@@ -436,14 +436,14 @@ def reliability_diagram(
     Args:
         probability: Array (B, C), or `Predictions` of classes, one or several in a row.
         labels: Array (B,) of ints in [0, C), or (B, ...) in the shape of the predictions.
-        num_bins, binning: As for `functional.calibration.expected_calibration_error`.
+        num_bins, binning: As for `scores.calibration.expected_calibration_error`.
         ax: A matplotlib `Axes`, or None for a new one.
 
     Returns:
         The `Axes`.
 
     Raises:
-        ValueError: As for `functional.calibration.reliability`; for `Predictions` that are not of classes, or labels of
+        ValueError: As for `scores.calibration.reliability`; for `Predictions` that are not of classes, or labels of
             another shape than theirs.
 
     Examples:
@@ -609,7 +609,7 @@ def risk_coverage(
         The `Axes`.
 
     Raises:
-        ValueError: As for `functional.detection.risk_coverage`.
+        ValueError: As for `scores.detection.risk_coverage`.
 
     Examples:
         >>> import keras_vdrop as kv

@@ -8,9 +8,8 @@ import keras
 from keras import ops
 
 from keras_vdrop import distributions
-from keras_vdrop.checks import check_finite, check_positive, check_positive_int, is_int
+from keras_vdrop.checks import check_finite, check_fraction, check_positive, check_positive_int, is_int
 from keras_vdrop.functional import kl, sparsity
-from keras_vdrop.functional.checks import fraction
 from keras_vdrop.variables import LogScaleOf
 
 if TYPE_CHECKING:
@@ -368,7 +367,7 @@ class ScaleMixture(Prior):
                 f"`narrow_scale` must be less than `scale`. Received: narrow_scale={narrow_scale}, scale={scale}"
             )
         check_finite("probability", probability)
-        fraction("probability", probability)
+        check_fraction("probability", probability)
         self.probability = float(probability)
         self.scale = float(scale)
         self.narrow_scale = float(narrow_scale)

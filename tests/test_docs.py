@@ -48,10 +48,11 @@ def test_the_example_of_the_readme_learns(names):
 def public():
     """Return {name in the reference: object} of everything that the package exports."""
     found = {name: getattr(kv, name) for name in kv.__all__ if not name.startswith("_")}
-    modules = {name: found.pop(name) for name in ("functional", "losses", "metrics", "plots", "priors", "tfp")}
-    del modules["tfp"]
-    for name in modules.pop("functional").__all__:
-        modules[f"functional.{name}"] = getattr(kv.functional, name)
+    del found["tfp"]
+    modules = {name: found.pop(name) for name in ("losses", "metrics", "plots", "priors")}
+    for path in ("functional", "scores"):
+        package = found.pop(path)
+        modules.update({f"{path}.{name}": getattr(package, name) for name in package.__all__})
     for path, module in modules.items():
         own = [name for name, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__]
         for name in getattr(module, "__all__", [name for name in own if not name.startswith("_")]):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_vdrop as kv
-from keras_vdrop.functional import calibration, regression
+from keras_vdrop.scores import calibration, regression
 from tests.cases import scale_of
 
 RNG = np.random.default_rng(0)

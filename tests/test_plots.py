@@ -189,8 +189,8 @@ def test_reliability_diagram():
     confidence = RNG.uniform(0.5, 1.0, size=400)
     probability = np.stack([confidence, 1 - confidence], axis=-1)
     labels = (RNG.uniform(size=400) > confidence - 0.2).astype(int)
-    bins = kv.functional.calibration.reliability(probability, labels)
-    error = kv.functional.calibration.expected_calibration_error(probability, labels)
+    bins = kv.scores.calibration.reliability(probability, labels)
+    error = kv.scores.calibration.expected_calibration_error(probability, labels)
     _, ax = plt.subplots()
     assert kv.plots.reliability_diagram(probability, labels, ax=ax) is ax
     assert texts(ax) == ["calibrated", "share of rows", f"model, ECE {100 * error:.1f} %"]
@@ -206,7 +206,7 @@ def test_entropy_histogram():
     _, ax = plt.subplots()
     assert kv.plots.entropy_histogram(inside, outside, ax=ax) is ax
     assert texts(ax) == ["in distribution (300)", "out of distribution (100)"]
-    assert f"AUROC {kv.functional.detection.auroc(inside, outside):.3f}" in ax.get_title()
+    assert f"AUROC {kv.scores.detection.auroc(inside, outside):.3f}" in ax.get_title()
     for patch in ax.patches:
         np.testing.assert_allclose(patch.get_data().values.sum(), 1.0)
     plt.close("all")
@@ -217,7 +217,7 @@ def test_risk_coverage_draws_a_curve_a_call():
     _, ax = plt.subplots()
     assert kv.plots.risk_coverage(uncertainty, loss, "one", ax=ax) is ax
     kv.plots.risk_coverage(loss, loss, "two", ax=ax)
-    area = kv.functional.detection.aurc(uncertainty, loss)
+    area = kv.scores.detection.aurc(uncertainty, loss)
     assert texts(ax)[:3] == [f"one, AURC {area:.3g}", "one, best order", texts(ax)[2]] and "two, AURC" in texts(ax)[2]
     assert ax.lines[0].get_color() == ax.lines[1].get_color() != ax.lines[2].get_color()
     np.testing.assert_allclose(ax.lines[2].get_ydata(), ax.lines[1].get_ydata())

@@ -12,9 +12,10 @@ from typing_extensions import assert_type
 import keras_vdrop as kv
 from keras_vdrop.compaction.propagation import RULES
 from keras_vdrop.compaction.rules import Cut, PassThrough
-from keras_vdrop.functional import calibration, conformal, estimators, uncertainty
+from keras_vdrop.functional import estimators, uncertainty
 from keras_vdrop.posterior import VariationalWeight
 from keras_vdrop.pruning import Sparsity
+from keras_vdrop.scores import calibration, conformal
 from keras_vdrop.selection import Candidate
 
 dense = kv.VariationalDense(3, activation="relu", kernel_prior="ard", kl_weight=0.1)

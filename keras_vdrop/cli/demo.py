@@ -16,7 +16,7 @@ from keras import layers
 import keras_vdrop as kv
 from keras_vdrop.checks import check_non_negative
 from keras_vdrop.files import replace
-from keras_vdrop.functional import calibration
+from keras_vdrop.scores import calibration
 
 THRESHOLD = 3.0
 # With log variances that rise slowly, pruning keeps fewer weights than with the defaults.

@@ -1,27 +1,8 @@
-"""Pure functions: the mathematics of the layers, on tensors, and scores of predictions, on arrays."""
+"""Pure functions on tensors: the mathematics of the layers."""
 
-from keras_vdrop.functional import (
-    calibration,
-    conformal,
-    detection,
-    estimators,
-    kl,
-    likelihoods,
-    noise,
-    regression,
-    sparsity,
-    uncertainty,
-)
+from keras_vdrop.functional import estimators, kl, likelihoods, noise, sparsity, uncertainty
 
-__all__ = [
-    "calibration",
-    "conformal",
-    "detection",
-    "estimators",
-    "kl",
-    "likelihoods",
-    "noise",
-    "regression",
-    "sparsity",
-    "uncertainty",
-]
+# Scores have a package of their own. Code that was written before finds them here.
+from keras_vdrop.scores import calibration, conformal, detection, regression  # noqa: F401
+
+__all__ = ["estimators", "kl", "likelihoods", "noise", "sparsity", "uncertainty"]

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_vdrop.functional.checks import fraction
+from keras_vdrop.checks import check_fraction
 
 
 class Predictions(dict):
@@ -56,8 +56,8 @@ class Predictions(dict):
         """Return mean ± Φ⁻¹((1 + coverage) / 2)·stddev, the central interval of a normal distribution.
 
         With a likelihood, it contains y with probability `coverage`, if the model is calibrated and y is about normal.
-        If you cannot assume that, use quantiles of draws (`functional.regression.sample_interval`) or intervals from
-        validation data (`functional.conformal`). Without a likelihood, it is the interval of the output over the draws,
+        If you cannot assume that, use quantiles of draws (`scores.regression.sample_interval`) or intervals from
+        validation data (`scores.conformal`). Without a likelihood, it is the interval of the output over the draws,
         and contains y less often.
 
         Args:
@@ -77,7 +77,8 @@ class Predictions(dict):
             >>> [round(float(end[0]), 2) for end in predicted.interval(coverage=0.95)]
             [-1.96, 1.96]
         """
-        reach = statistics.NormalDist().inv_cdf(0.5 + 0.5 * fraction("coverage", coverage))
+        check_fraction("coverage", coverage)
+        reach = statistics.NormalDist().inv_cdf(0.5 + 0.5 * coverage)
         stddev = self.stddev()
         lower, upper = (
             keras.tree.map_structure(lambda mean, spread, side=side: mean + side * reach * spread, self["mean"], stddev)

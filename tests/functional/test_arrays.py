@@ -1,4 +1,4 @@
-"""All that is public in `functional` takes NumPy arrays, of float64 and float32, and lists; and refuses none at all."""
+"""Public functions of `functional` and `scores` take arrays of float64 and float32, and lists; not empty ones."""
 
 import inspect
 
@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_vdrop import functional
+from keras_vdrop import functional, scores
 from tests.cases import array
 
 RNG = np.random.default_rng(0)
@@ -94,10 +94,12 @@ FORMS = {
 }
 
 
+MODULES = {name: getattr(package, name) for package in (functional, scores) for name in package.__all__}
+
+
 def public():
-    """The names of all public functions of `functional`, by module."""
-    for module_name in functional.__all__:
-        module = getattr(functional, module_name)
+    """The names of all public functions of `functional` and `scores`, by module."""
+    for module_name, module in MODULES.items():
         for name, value in vars(module).items():
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
                 yield f"{module_name}.{name}"
@@ -108,11 +110,15 @@ def test_every_public_function_is_listed():
     assert sorted(set(public()) - of_summaries) == sorted(ARGUMENTS)
 
 
+def test_scores_keep_their_names_in_functional():
+    assert all(getattr(functional, name) is getattr(scores, name) for name in scores.__all__)
+
+
 def call(name, form=None):
     module, function = name.split(".")
     convert = FORMS[form or "float32"]
     arguments = [convert(value) if isinstance(value, np.ndarray) else value for value in ARGUMENTS[name]]
-    return getattr(getattr(functional, module), function)(*arguments)
+    return getattr(MODULES[module], function)(*arguments)
 
 
 def numbers(result):
@@ -143,7 +149,7 @@ def test_none_at_all_are_refused(name):
     module, function = name.split(".")
     arguments = [value[:0] if isinstance(value, np.ndarray) else value for value in ARGUMENTS[name]]
     with pytest.raises(ValueError, match=r"at least|shape"):
-        getattr(getattr(functional, module), function)(*arguments)
+        getattr(MODULES[module], function)(*arguments)
 
 
 @pytest.mark.parametrize("name", [name for name in ARGUMENTS if name.startswith(("kl", "likelihoods"))])
@@ -152,4 +158,4 @@ def test_elementwise_functions_of_no_numbers_give_none(name):
     arguments = [value[:0] if isinstance(value, np.ndarray) else value for value in ARGUMENTS[name]]
     if name in ("kl.ard", "kl.ard_variance"):
         arguments = arguments[:2]
-    assert array(getattr(getattr(functional, module), function)(*arguments)).size == 0
+    assert array(getattr(MODULES[module], function)(*arguments)).size == 0

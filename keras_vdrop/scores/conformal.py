@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from keras_vdrop.functional import checks
+from keras_vdrop.checks import check_fraction
+from keras_vdrop.scores import checks
 
 
 def quantile(scores: ArrayLike, coverage: float = 0.9) -> float:
@@ -33,7 +34,7 @@ def quantile(scores: ArrayLike, coverage: float = 0.9) -> float:
         ValueError: For NaN, or fewer than coverage / (1 − coverage) scores, too few for this coverage.
 
     Examples:
-        >>> from keras_vdrop.functional import conformal
+        >>> from keras_vdrop.scores import conformal
         >>> conformal.quantile([0.3, 0.1, 0.2, 0.9], coverage=0.6)  # the 3rd of 4
         0.3
 
@@ -42,7 +43,7 @@ def quantile(scores: ArrayLike, coverage: float = 0.9) -> float:
         Bates, 2021, https://arxiv.org/abs/2107.07511
     """
     scores = checks.numbers("scores", scores, ndim=1, infinite=True)
-    coverage = checks.fraction("coverage", coverage)
+    check_fraction("coverage", coverage)
     # The 1e-9 keeps rounding from raising a whole number to the next.
     place = math.ceil((len(scores) + 1) * coverage - 1e-9)
     if place > len(scores):
@@ -78,7 +79,7 @@ def set_threshold(
 
     Examples:
         >>> import numpy as np
-        >>> from keras_vdrop.functional import conformal
+        >>> from keras_vdrop.scores import conformal
         >>> probability = np.array([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.7, 0.3]])
         >>> threshold = conformal.set_threshold(probability, [0, 0, 1, 0], coverage=0.75)
         >>> conformal.prediction_sets([[0.55, 0.45], [0.95, 0.05]], threshold).tolist()
@@ -108,7 +109,7 @@ def prediction_sets(probability: ArrayLike, threshold: float, score: Literal["la
         ValueError: For probabilities that are negative or do not sum to 1, or an unknown `score`.
 
     Examples:
-        >>> from keras_vdrop.functional import conformal
+        >>> from keras_vdrop.scores import conformal
         >>> conformal.prediction_sets([[0.9, 0.1], [0.6, 0.4]], threshold=0.7).tolist()  # classes with p ≥ 0.3
         [[True, False], [True, True]]
 
@@ -140,7 +141,7 @@ def interval_threshold(
         ValueError: As for `quantile`; for shapes that differ, or a scale that is not above 0.
 
     Examples:
-        >>> from keras_vdrop.functional import conformal
+        >>> from keras_vdrop.scores import conformal
         >>> conformal.interval_threshold([1.0, 2.0, 3.0], [1.5, 2.0, 2.0], coverage=0.5)  # the 2nd of 0, 0.5 and 1
         0.5
 
@@ -170,7 +171,7 @@ def prediction_intervals(
         ValueError: For NaN or infinity, no rows, a scale that is not above 0, or shapes that differ.
 
     Examples:
-        >>> from keras_vdrop.functional import conformal
+        >>> from keras_vdrop.scores import conformal
         >>> threshold = conformal.interval_threshold([1.0, 2.0, 3.0], [1.5, 2.0, 2.0], coverage=0.5)
         >>> lower, upper = conformal.prediction_intervals([4.0], threshold)
         >>> float(lower[0]), float(upper[0])

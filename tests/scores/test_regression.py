@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from keras_vdrop.functional import regression
+from keras_vdrop.scores import regression
 from tests.statistics import assert_mean
 
 RNG = np.random.default_rng(0)

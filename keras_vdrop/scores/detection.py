@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike
 
-from keras_vdrop.functional import checks
+from keras_vdrop.checks import check_fraction
+from keras_vdrop.scores import checks
 
 
 def auroc(inside: ArrayLike, outside: ArrayLike) -> float:
@@ -27,7 +28,7 @@ def auroc(inside: ArrayLike, outside: ArrayLike) -> float:
         ValueError: For NaN, no rows, or another number of axes.
 
     Examples:
-        >>> from keras_vdrop.functional import detection
+        >>> from keras_vdrop.scores import detection
         >>> detection.auroc(inside=[0.1, 0.2, 0.5], outside=[0.5, 0.9])
         0.9166666666666666
 
@@ -55,7 +56,7 @@ def aupr(inside: ArrayLike, outside: ArrayLike) -> float:
         ValueError: For NaN, no rows, or another number of axes.
 
     Examples:
-        >>> from keras_vdrop.functional import detection
+        >>> from keras_vdrop.scores import detection
         >>> detection.aupr(inside=[0.1, 0.2], outside=[0.8, 0.9])
         1.0
 
@@ -84,7 +85,7 @@ def fpr_at_tpr(inside: ArrayLike, outside: ArrayLike, tpr: float = 0.95) -> floa
         ValueError: For NaN, no rows, another number of axes, or a `tpr` outside (0, 1).
 
     Examples:
-        >>> from keras_vdrop.functional import detection
+        >>> from keras_vdrop.scores import detection
         >>> detection.fpr_at_tpr(inside=[0.1, 0.2, 0.3, 0.9], outside=[0.5, 0.8])  # at the threshold 0.5
         0.25
 
@@ -92,7 +93,7 @@ def fpr_at_tpr(inside: ArrayLike, outside: ArrayLike, tpr: float = 0.95) -> floa
         Deep Anomaly Detection with Outlier Exposure, Hendrycks, Mazeika, Dietterich, 2019,
         https://arxiv.org/abs/1812.04606
     """
-    tpr = checks.fraction("tpr", tpr)
+    check_fraction("tpr", tpr)
     inside, outside = _scores(inside, outside)
     needed = int(np.ceil(tpr * len(outside) - 1e-9))
     threshold = np.sort(outside)[len(outside) - needed]
@@ -115,7 +116,7 @@ def risk_coverage(uncertainty: ArrayLike, loss: ArrayLike) -> tuple[np.ndarray, 
         ValueError: For NaN, an infinite loss, no rows, or arrays that differ in shape or have another number of axes.
 
     Examples:
-        >>> from keras_vdrop.functional import detection
+        >>> from keras_vdrop.scores import detection
         >>> coverage, risk = detection.risk_coverage(uncertainty=[0.9, 0.1], loss=[1, 0])
         >>> coverage.tolist(), risk.tolist()
         ([0.5, 1.0], [0.0, 0.5])
@@ -146,7 +147,7 @@ def aurc(uncertainty: ArrayLike, loss: ArrayLike) -> float:
         ValueError: As for `risk_coverage`.
 
     Examples:
-        >>> from keras_vdrop.functional import detection
+        >>> from keras_vdrop.scores import detection
         >>> detection.aurc(uncertainty=[0.9, 0.1], loss=[1, 0])  # the mean of 0 and 0.5
         0.25
 
@@ -167,7 +168,7 @@ def excess_aurc(uncertainty: ArrayLike, loss: ArrayLike) -> float:
         ValueError: As for `risk_coverage`.
 
     Examples:
-        >>> from keras_vdrop.functional import detection
+        >>> from keras_vdrop.scores import detection
         >>> detection.excess_aurc(uncertainty=[0.9, 0.1], loss=[1, 0])
         0.0
         >>> detection.excess_aurc(uncertainty=[0.1, 0.9], loss=[1, 0])  # 0.75 − 0.25

@@ -52,13 +52,6 @@ def positive(name: str, values: ArrayLike) -> np.ndarray:
     return values
 
 
-def fraction(name: str, value: float) -> float:
-    """Return the number, or raise a `ValueError` unless it lies in (0, 1)."""
-    if not 0.0 < value < 1.0:
-        raise ValueError(f"`{name}` must be between 0 and 1, for example 0.9. Received: {name}={value}")
-    return float(value)
-
-
 def classes(labels: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
     """Return labels (B,) as ints, for scores of shape (B, C).
 

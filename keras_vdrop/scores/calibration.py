@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from keras_vdrop.functional import checks
+from keras_vdrop.scores import checks
 
 # Tolerance for float32 rounding of a probability on the edge of a bin, in widths of a bin.
 EDGE = 1e-5
@@ -27,7 +27,7 @@ def accuracy(probability: ArrayLike, labels: ArrayLike) -> float:
         ValueError: For probabilities that are negative or do not sum to 1, labels outside [0, C), or other shapes.
 
     Examples:
-        >>> from keras_vdrop.functional import calibration
+        >>> from keras_vdrop.scores import calibration
         >>> calibration.accuracy([[0.9, 0.1], [0.2, 0.8]], [0, 0])
         0.5
     """
@@ -46,7 +46,7 @@ def negative_log_likelihood(probability: ArrayLike, labels: ArrayLike) -> float:
         ValueError: For probabilities that are negative or do not sum to 1, labels outside [0, C), or other shapes.
 
     Examples:
-        >>> from keras_vdrop.functional import calibration
+        >>> from keras_vdrop.scores import calibration
         >>> round(calibration.negative_log_likelihood([[0.5, 0.5], [0.5, 0.5]], [0, 1]), 3)  # log 2
         0.693
     """
@@ -66,7 +66,7 @@ class Reliability(NamedTuple):
             the same number of rows; infinite for a single row.
 
     Examples:
-        >>> from keras_vdrop.functional import calibration
+        >>> from keras_vdrop.scores import calibration
         >>> bins = calibration.reliability([[1.0, 0.0], [0.0, 1.0]], [0, 0])
         >>> bins._fields
         ('count', 'confidence', 'accuracy', 'variance')
@@ -99,7 +99,7 @@ def reliability(
             than 1 bin, or an unknown `binning`.
 
     Examples:
-        >>> from keras_vdrop.functional import calibration
+        >>> from keras_vdrop.scores import calibration
         >>> bins = calibration.reliability([[0.75, 0.25]] * 4, [0, 0, 1, 1])
         >>> bins.count.tolist(), bins.confidence.tolist(), bins.accuracy.tolist()
         ([4], [0.75], [0.5])
@@ -155,7 +155,7 @@ def expected_calibration_error(
             than 1 bin, or an unknown `binning`.
 
     Examples:
-        >>> from keras_vdrop.functional import calibration
+        >>> from keras_vdrop.scores import calibration
         >>> calibration.expected_calibration_error([[0.75, 0.25]] * 4, [0, 0, 1, 1])
         0.25
 
@@ -194,7 +194,7 @@ def classwise_calibration_error(
             than 1 bin, or an unknown `binning`.
 
     Examples:
-        >>> from keras_vdrop.functional import calibration
+        >>> from keras_vdrop.scores import calibration
         >>> calibration.classwise_calibration_error([[0.75, 0.25]] * 4, [0, 0, 1, 1])  # 0.25 for each class
         0.25
 
@@ -222,7 +222,7 @@ def brier_score(probability: ArrayLike, labels: ArrayLike) -> float:
         ValueError: For probabilities that are negative or do not sum to 1, labels outside [0, C), or other shapes.
 
     Examples:
-        >>> from keras_vdrop.functional import calibration
+        >>> from keras_vdrop.scores import calibration
         >>> calibration.brier_score([[0.5, 0.5], [0.0, 1.0]], [0, 1])  # 0.5 and 0
         0.25
 
@@ -270,7 +270,7 @@ def brier_decomposition(
             than 1 bin, or an unknown `binning`.
 
     Examples:
-        >>> from keras_vdrop.functional import calibration
+        >>> from keras_vdrop.scores import calibration
         >>> calibration.brier_decomposition([[0.75, 0.25]] * 4, [0, 0, 1, 1])
         {'reliability': 0.125, 'resolution': 0.0, 'uncertainty': 0.5, 'within': 0.0}
         >>> calibration.brier_score([[0.75, 0.25]] * 4, [0, 0, 1, 1])
@@ -315,7 +315,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, bounds: tuple[float, f
         ValueError: For NaN, infinity, labels outside [0, C), or bounds that are not 0 < least < greatest.
 
     Examples:
-        >>> from keras_vdrop.functional import calibration
+        >>> from keras_vdrop.scores import calibration
         >>> round(calibration.fit_temperature([[8.0, 0.0]] * 4, [0, 0, 0, 1]), 3)  # 3 of 4: 8 / log 3
         7.282
 

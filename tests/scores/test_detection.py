@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from keras_vdrop.functional import detection
+from keras_vdrop.scores import detection
 from tests.statistics import assert_mean
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import pytest
 from scipy import optimize, special
 from sklearn import metrics
 
-from keras_vdrop.functional import calibration
+from keras_vdrop.scores import calibration
 from tests.statistics import assert_mean
 
 RNG = np.random.default_rng(0)

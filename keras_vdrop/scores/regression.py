@@ -10,7 +10,8 @@ import statistics
 import numpy as np
 from numpy.typing import ArrayLike
 
-from keras_vdrop.functional import checks
+from keras_vdrop.checks import check_fraction
+from keras_vdrop.scores import checks
 
 _ERF = np.vectorize(math.erf, otypes=["float64"])
 
@@ -25,7 +26,7 @@ def normal_negative_log_likelihood(loc: ArrayLike, scale: ArrayLike, y: ArrayLik
         ValueError: For NaN or infinity, a scale that is not above 0, no rows, or shapes that differ.
 
     Examples:
-        >>> from keras_vdrop.functional import regression
+        >>> from keras_vdrop.scores import regression
         >>> round(regression.normal_negative_log_likelihood([0.0], [1.0], [0.0]), 3)  # ½·log 2π
         0.919
     """
@@ -47,7 +48,7 @@ def normal_mixture_negative_log_likelihood(loc: ArrayLike, scale: ArrayLike, y: 
         ValueError: For NaN or infinity, a scale that is not above 0, no rows, or other shapes.
 
     Examples:
-        >>> from keras_vdrop.functional import regression
+        >>> from keras_vdrop.scores import regression
         >>> loc, scale = [[0.0], [0.0]], [[1.0], [1.0]]  # two equal distributions
         >>> round(regression.normal_mixture_negative_log_likelihood(loc, scale, [0.0]), 3)
         0.919
@@ -80,7 +81,7 @@ def normal_crps(loc: ArrayLike, scale: ArrayLike, y: ArrayLike) -> float:
         ValueError: For NaN or infinity, a scale that is not above 0, no rows, or shapes that differ.
 
     Examples:
-        >>> from keras_vdrop.functional import regression
+        >>> from keras_vdrop.scores import regression
         >>> round(regression.normal_crps([0.0], [1.0], [0.0]), 3)  # (√2 − 1) / √π
         0.234
         >>> round(regression.normal_crps([1.0], [1e-9], [3.0]), 3)  # |y − loc|
@@ -111,7 +112,7 @@ def sample_crps(samples: ArrayLike, y: ArrayLike) -> float:
         ValueError: For NaN or infinity, fewer than 2 samples, or other shapes.
 
     Examples:
-        >>> from keras_vdrop.functional import regression
+        >>> from keras_vdrop.scores import regression
         >>> regression.sample_crps([[0.0], [2.0]], [4.0])  # ½·(4 + 2) − ½·2
         2.0
 
@@ -141,13 +142,14 @@ def normal_interval(loc: ArrayLike, scale: ArrayLike, level: float = 0.9) -> tup
         ValueError: For NaN or infinity, a scale that is not above 0, shapes that differ, or a level outside (0, 1).
 
     Examples:
-        >>> from keras_vdrop.functional import regression
+        >>> from keras_vdrop.scores import regression
         >>> lower, upper = regression.normal_interval([0.0], [1.0], level=0.95)
         >>> round(float(upper[0]), 2)
         1.96
     """
     loc, scale = checks.alike(loc=loc, scale=scale)
-    quantile = statistics.NormalDist().inv_cdf(0.5 + 0.5 * checks.fraction("level", level))
+    check_fraction("level", level)
+    quantile = statistics.NormalDist().inv_cdf(0.5 + 0.5 * level)
     reach = quantile * checks.positive("scale", scale)
     return loc - reach, loc + reach
 
@@ -170,12 +172,13 @@ def sample_interval(samples: ArrayLike, level: float = 0.9) -> tuple[np.ndarray,
 
     Examples:
         >>> import numpy as np
-        >>> from keras_vdrop.functional import regression
+        >>> from keras_vdrop.scores import regression
         >>> lower, upper = regression.sample_interval(np.arange(1.0, 20.0)[:, None], level=0.9)  # 1 ... 19
         >>> round(float(lower[0]), 6), round(float(upper[0]), 6)
         (1.0, 19.0)
     """
-    samples, level = checks.numbers("samples", samples), checks.fraction("level", level)
+    samples = checks.numbers("samples", samples)
+    check_fraction("level", level)
     least = math.ceil(2.0 / (1.0 - level) - 1.0 - 1e-9)
     if len(samples) < least:
         raise ValueError(
@@ -196,7 +199,7 @@ def interval_coverage(lower: ArrayLike, upper: ArrayLike, y: ArrayLike) -> float
         ValueError: If a lower end is above the upper one, for NaN, or if the shapes differ.
 
     Examples:
-        >>> from keras_vdrop.functional import regression
+        >>> from keras_vdrop.scores import regression
         >>> regression.interval_coverage(lower=[0.0, 0.0], upper=[1.0, 1.0], y=[0.5, 2.0])
         0.5
     """

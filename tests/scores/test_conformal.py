@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from keras_vdrop.functional import conformal, regression
+from keras_vdrop.scores import conformal, regression
 from tests.statistics import assert_mean
 
 
