@@ -26,10 +26,21 @@ def names(tmp_path, monkeypatch):
     return {}
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """Cut every `fit` to 3 epochs: the blocks must run, and what they learn is tested elsewhere."""
+    fit = keras.Model.fit
+
+    def cut(self, *args, epochs=1, initial_epoch=0, **kwargs):
+        return fit(self, *args, epochs=min(epochs, initial_epoch + 3), initial_epoch=initial_epoch, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "fit", cut)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default::UserWarning")  # pages may show what a warning is about
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page)], ids=lambda page: page.stem)
-def test_blocks_run(page, names):
+def test_blocks_run(page, names, short):
     """The blocks of a page of the site run in order, in one namespace."""
     for block in blocks(page):
         others = (SCRIPT,) if keras.backend.backend() == "tensorflow" else (SCRIPT, TENSORFLOW_ONLY)
