@@ -372,12 +372,17 @@ def training(options):
     return result
 
 
+def modes(options):
+    """Return the values of `jit_compile` to measure."""
+    return (True,) if options.quick else (False, True)
+
+
 def prediction(options):
     """Measure the topic "prediction" and return {title: rows}."""
     rows, samples = (5, 3) if options.quick else (ROWS, SAMPLES)
     result = {}
     for name in list(PREDICTED)[: 1 if options.quick else None]:
-        for jit in (False, True):
+        for jit in modes(options):
             each = apart(_time_predictions, name, rows, samples, jit, max(3, options.repeats // 5))
             for way in WAYS[: 1 if options.quick else None]:
                 each[way].update(apart(_predict, name, way, rows, samples, jit))
@@ -392,7 +397,7 @@ def growth(options):
     result = {}
     for axis, sizes in GROWTH.items():
         sizes = sizes[: 2 if options.quick else None]
-        for jit in (False, True):
+        for jit in modes(options):
             seconds = [common.measure(grown_steps(axis, size, jit), options.repeats, warm=True) for size in sizes]
             ms = {name: [1e3 * float(np.median(each[name])) for each in seconds] for name in seconds[0]}
             title = f"{axis}, {keras.backend.backend()}, jit_compile={jit}"
@@ -427,7 +432,7 @@ def memory_of_training(options):
     """Measure the topic "memory" and return {title: rows}."""
     title = [*NETWORKS][0 if options.quick else 1]
     result = {}
-    for jit in (False, True):
+    for jit in modes(options):
         rows = {name: apart(_train, name, title, jit) for name in list(WEIGHTS)[: 1 if options.quick else None]}
         base = next(iter(rows.values()))
         mode = f"{title}, {keras.backend.backend()}, jit_compile={jit}"
@@ -566,7 +571,7 @@ def compilation(options):
         }
     result = {}
     for kind, firsts in list(kinds.items())[:: 3 if options.quick else 1]:
-        for jit in (False, True):
+        for jit in modes(options):
             rounds = [[first(jit) for first in firsts.values()] for _ in range(1 + repeats)][1:]
             seconds = dict(zip(firsts, np.array(rounds).T))
             title = f"{kind}, {keras.backend.backend()}, jit_compile={jit}"
