@@ -356,6 +356,11 @@ def show(title, rows):
         print(f"{name:<60}{row['ms']:>10.1f}{row['ratio']:>8.2f}{memory}", flush=True)
 
 
+def modes(options):
+    """Return the values of `jit_compile` to measure."""
+    return (True,) if options.quick else (False, True)
+
+
 def training(options):
     """Measure the topic "training" and return {title: rows}."""
     batch, steps, inputs, units = (4, 5, 6, 8) if options.quick else (BATCH, STEPS, INPUTS, UNITS)
@@ -365,16 +370,11 @@ def training(options):
     makers[LSTM] = functools.partial(lstm_steps, units, x, y)
     result = {}
     for name in [*makers][:: 3 if options.quick else 1]:
-        for jit in (False, True):
+        for jit in modes(options):
             title = f"{name}, {keras.backend.backend()}, jit_compile={jit}"
             result[title] = summary(common.measure(makers[name](jit), options.repeats, warm=True))
             show(title, result[title])
     return result
-
-
-def modes(options):
-    """Return the values of `jit_compile` to measure."""
-    return (True,) if options.quick else (False, True)
 
 
 def prediction(options):
